@@ -1,0 +1,52 @@
+# The two commands a newcomer needs are `make smoke` and `make test`; `make` alone lists all.
+
+SHELL := /bin/sh
+FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))
+
+# Tried, not only looked up: a version manager's shim can exist and still not run.
+PYTHON := $(shell for p in python3.11 python3.10 python3; do \
+	"$$p" -c '$(FITS)' 2>/dev/null && { echo "$$p"; break; }; done)
+ifeq ($(PYTHON),)
+PYTHON := python3
+endif
+
+# What DeepSpeed compiles its op with: c++, or whichever of the usual two is there.
+ifeq ($(origin CXX),default)
+CXX := $(or $(firstword $(foreach c,c++ g++ clang++,$(if $(shell command -v $c),$c))),c++)
+endif
+export CXX
+
+.PHONY: help install smoke test test-slow lint
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make smoke      install, make demo data, embed it, train on it with two ranks (on the CPU)'
+	@echo 'make test       install, run the tests'
+	@echo 'make test-slow  install, run the tests that take minutes'
+	@echo 'make lint       install, check style (ruff) and types (mypy)'
+	@echo 'make install    make .venv with every package pinned by constraints.txt'
+	@echo
+	@echo 'PYTHON=/path/to/python3.11 picks the Python (found: $(PYTHON)); CXX the C++ compiler (found: $(CXX)).'
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c '' 2>/dev/null || { echo "cannot set up: '$(PYTHON)' does not run; install Python 3.11 and name it, make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) launch/check_machine.py
+	@.venv/bin/python -c 'import pip; $(FITS)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+smoke: install
+	sh launch/smoke.sh
+
+test: install
+	.venv/bin/python -m pytest -q -m 'not slow' tests
+
+test-slow: install
+	.venv/bin/python -m pytest -q -m slow tests
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy

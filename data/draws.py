@@ -1,0 +1,26 @@
+"""Every random draw of a training run: keyed by what it is for and which sample it is for, never by who makes it.
+
+The same sample in the same epoch so gets the same crop, dropout, timestep and noise on any number of ranks, workers
+and restarts, and a checkpoint needs no state of any generator.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Draw(IntEnum):
+    """What a draw is for; the numbers are part of what makes a run repeatable, so they never change."""
+
+    SHARD_ORDER = 0
+    BLOCK_ORDER = 1
+    CROP = 2
+    DROPOUT = 3
+    TIMESTEP = 4
+    NOISE = 5
+    SAMPLING = 6
+
+
+def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:
+    """A generator for one draw; equal arguments give equal numbers on every machine."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, int(draw), *key])))

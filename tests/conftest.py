@@ -1,0 +1,30 @@
+"""What every test may use: the repository's root, the folder of real data, one thread each."""
+
+import os
+
+# Before torch is imported: its thread pools are made then, and two cores are shared by ranks and by other tests.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data; a test that asks for it is skipped where there is none."""
+    folder = Path(os.environ.get("IF_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"needs real data: no folder {folder}; name one in IF_SHARED")
+    return folder

@@ -1,0 +1,138 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.diffusion import Diffusion, Gaussian, cosine_betas
+from model.losses import discretized_gaussian_nll, gaussian_kl, training_losses
+
+BOTH = pytest.mark.parametrize("timesteps", [1000, 250])
+
+
+def batch(timesteps: int, t: list[int], seed: int = 0) -> tuple[Diffusion, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """diffusion, model_output near the truth, x_start of 8-bit levels, x_t, t, noise"""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(t)
+    d = Diffusion(timesteps)
+    x = torch.randint(0, 256, (n, 2, 2, 2), generator=generator) / 127.5 - 1
+    noise = torch.randn(x.shape, generator=generator)
+    eps = noise + 0.3 * torch.randn(x.shape, generator=generator)
+    values = torch.rand(x.shape, generator=generator) * 2 - 1
+    steps = torch.tensor(t)
+    return d, torch.cat([eps, values], 1), x, d.q_sample(x, steps, noise), steps, noise
+
+
+def density(grid: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return torch.exp(-0.5 * (grid - mean) ** 2 / variance) / (2 * math.pi * variance).sqrt()
+
+
+def test_gaussian_kl_is_the_integral():
+    means, variances = torch.tensor([0.0, 0.5, -1.0, 0.0]).double(), torch.tensor([1.0, 0.25, 2.0, 1e-3]).double()
+    p, q = Gaussian(means, variances.log()), Gaussian(means.flip(0) * 0.5, (variances * 1.7).log())
+    grid = torch.linspace(-20, 20, 400_001, dtype=torch.float64)[:, None]
+    a = density(grid, p.mean, p.log_variance.exp())
+    log_b = -0.5 * ((grid - q.mean) ** 2 / q.log_variance.exp() + q.log_variance + math.log(2 * math.pi))
+    log_a = -0.5 * ((grid - p.mean) ** 2 / p.log_variance.exp() + p.log_variance + math.log(2 * math.pi))
+    torch.testing.assert_close(gaussian_kl(p, q), torch.trapezoid(a * (log_a - log_b), grid, dim=0), rtol=1e-6, atol=0)
+    assert not gaussian_kl(p, p).any()
+
+
+@BOTH
+def test_vb_is_the_numerical_kl_in_bits_times_timesteps_over_1000(timesteps):
+    """Both Gaussians built anew in float64: the true one by Bayes' rule on a grid, the model's from its eps."""
+    d, output, x, x_t, t, noise = batch(timesteps, [1, 2, timesteps // 2, timesteps - 2])
+    got = training_losses(d, output, x, x_t, t, noise)["vb"]
+    betas = cosine_betas(timesteps)
+    bars = (1 - betas).cumprod(0)
+    for i, step in enumerate(t.tolist()):
+        beta, bar, bar_prev = betas[step], bars[step], bars[step - 1]
+        x0, xt = x[i].double().flatten(), x_t[i].double().flatten()
+        eps, values = (part.double().flatten() for part in output[i].chunk(2))
+        mean = (xt - beta / (1 - bar).sqrt() * eps) / (1 - beta).sqrt()
+        smallest = beta * (1 - bar_prev) / (1 - bar)
+        share = (values + 1) / 2
+        variance = torch.exp(share * beta.log() + (1 - share) * smallest.log())
+
+        spread = smallest.sqrt() * 12
+        centre = (xt - beta / (1 - bar).sqrt() * noise[i].double().flatten()) / (1 - beta).sqrt()
+        grid = centre + torch.linspace(-1, 1, 20_001, dtype=torch.float64)[:, None] * spread
+        true = density(grid, bar_prev.sqrt() * x0, 1 - bar_prev) * density(xt, (1 - beta).sqrt() * grid, beta)
+        true = true / torch.trapezoid(true, grid, dim=0)
+        log_ratio = true.clamp(min=1e-300).log() + 0.5 * (
+            (grid - mean) ** 2 / variance + (2 * math.pi * variance).log()
+        )
+        kl = torch.trapezoid(true * log_ratio, grid, dim=0).mean() / math.log(2)
+        assert got[i].item() == pytest.approx(kl.item() * timesteps / 1000, rel=2e-3), step
+
+
+@BOTH
+def test_vb_at_zero_is_the_nll_of_the_8_bit_level(timesteps):
+    d, output, x, _, t, noise = batch(timesteps, [0])
+    x[0, 0, 0] = torch.tensor([-1.0, 1.0])  # both tails
+    x_t = d.q_sample(x, t, noise)
+    got = training_losses(d, output, x, x_t, t, noise)["vb"]
+    betas = cosine_betas(timesteps)
+    eps, values = output.double().chunk(2, dim=1)
+    mean = (x_t.double() - betas[0].sqrt() * eps) / (1 - betas[0]).sqrt()
+    smallest = betas[1] * betas[0] / (1 - (1 - betas[0]) * (1 - betas[1]))
+    std = torch.exp(0.25 * ((values + 1) * betas[0].log() + (1 - values) * smallest.log()))
+    nll = 0.0
+    for level, m, s in zip(x.flatten().tolist(), mean.flatten().tolist(), std.flatten().tolist(), strict=True):
+        upper = 1.0 if level > 0.999 else 0.5 * math.erfc(-(level + 1 / 255 - m) / s / math.sqrt(2))
+        lower = 0.0 if level < -0.999 else 0.5 * math.erfc(-(level - 1 / 255 - m) / s / math.sqrt(2))
+        nll -= math.log(upper - lower) / x.numel()
+    assert got.item() == pytest.approx(nll / math.log(2) * timesteps / 1000, rel=1e-3)
+
+
+def test_the_masses_of_all_256_levels_add_to_one():
+    levels = torch.arange(256).double() / 127.5 - 1
+    for mean, std in ((0.0, 0.5), (0.9, 0.01), (-1.2, 0.3)):
+        q = Gaussian(torch.tensor(mean).double(), torch.tensor(2 * math.log(std)).double())
+        mass = torch.exp(-discretized_gaussian_nll(levels, q))
+        assert mass.sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_mse_and_vb_train_apart():
+    d, output, x, x_t, t, noise = batch(1000, [0, 1, 500, 999])
+    output.requires_grad_()
+    losses = training_losses(d, output, x, x_t, t, noise)
+    torch.testing.assert_close(losses["mse"], (output[:, :2] - noise).square().mean(dim=(1, 2, 3)))
+    assert torch.equal(losses["loss"], losses["mse"] + losses["vb"])
+    (by_vb,) = torch.autograd.grad(losses["vb"].sum(), output, retain_graph=True)
+    (by_mse,) = torch.autograd.grad(losses["mse"].sum(), output)
+    assert not by_vb[:, :2].any() and by_vb[:, 2:].abs().flatten(1).amax(1).min() > 0
+    assert not by_mse[:, 2:].any() and by_mse[:, :2].any()
+
+
+def test_eps_alone_has_no_vb():
+    d, output, x, x_t, t, noise = batch(1000, [3, 4])
+    losses = training_losses(d, output[:, :2], x, x_t, t, noise)
+    assert set(losses) == {"loss", "mse"} and torch.equal(losses["loss"], losses["mse"])
+
+
+def test_a_sample_s_loss_is_its_own_and_fp32_in_bf16():
+    d, output, x, x_t, t, noise = batch(1000, [0, 7, 600])
+    whole = training_losses(d, output, x, x_t, t, noise)
+    for i in range(3):
+        part = slice(i, i + 1)
+        alone = training_losses(d, output[part], x[part], x_t[part], t[part], noise[part])
+        for name, value in whole.items():
+            torch.testing.assert_close(alone[name], value[part])
+    half = training_losses(d, output.bfloat16(), x, x_t, t, noise)
+    assert {v.dtype for v in half.values()} == {torch.float32}
+    exact = training_losses(d, output.bfloat16().float(), x, x_t, t, noise)
+    assert all(torch.equal(half[name], exact[name]) for name in exact)
+
+
+def test_gradients_stay_finite_for_outputs_far_off():
+    d, output, x, x_t, t, noise = batch(1000, [0, 1, 999])
+    wild = (output * 20).requires_grad_()
+    training_losses(d, wild, x, x_t, t, noise)["loss"].sum().backward()
+    assert wild.grad.isfinite().all()
+
+
+def test_unfit_channels_are_named():
+    d, output, x, x_t, t, noise = batch(1000, [3])
+    with pytest.raises(ValueError, match="3 channels for images of 2"):
+        training_losses(d, output[:, :3], x, x_t, t, noise)

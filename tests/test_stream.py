@@ -1,0 +1,248 @@
+"""The stream: the same batches on any number of ranks and workers, from any step, and bad samples left out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.embed import Embed, embed
+from data.shards import find_shards
+from data.stream import DataConfig, MicroBatches, micro_batches, stored_prompts
+from data.tars import read_shard, stats_path, write_shard
+from data.text import TextMeta, check_sidecars, from_bytes, read_empty, to_bytes
+
+TOKENS, DIM = 4, 8
+
+
+def write_dataset(folder: Path, pictures: list[bytes], per_shard: int) -> DataConfig:
+    """Shards of the pictures with captions 'caption N', and embeddings that carry N; the empty one is -1 everywhere."""
+    text = folder / "text"
+    for shard, start in enumerate(range(0, len(pictures), per_shard)):
+        numbers = range(start, min(start + per_shard, len(pictures)))
+        write_shard(
+            folder / f"{shard:05d}.tar",
+            [(f"{n:09d}", {"jpg": pictures[n], "txt": f"caption {n}".encode()}) for n in numbers],
+        )
+        rows = [(f"{n:09d}", {"npy": to_bytes(np.full((TOKENS, DIM), n, np.float32))}) for n in numbers]
+        write_shard(text / f"{shard:05d}.tar", rows)
+    TextMeta("none", "0", "0", TOKENS, DIM, "float32", "float32", "none").write(text)
+    (text / "empty.npy").write_bytes(to_bytes(np.full((TOKENS, DIM), -1, np.float32)))
+    return DataConfig(
+        shards=str(folder), text=str(text), tokens=TOKENS, streams=4, phases=2, shuffle_block=8, cond_drop_prob=0.0
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[bytes]:
+    import io
+
+    from PIL import Image
+
+    encoded = []
+    for n in range(50):
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(n).integers(0, 256, (20 + n % 7, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "JPEG")
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+@pytest.fixture
+def config(tmp_path, pictures) -> DataConfig:
+    return write_dataset(tmp_path, pictures, per_shard=13)
+
+
+def read(
+    config: DataConfig, steps: range, ranks: int = 1, micro_batch: int = 4, workers: int = 0, global_batch: int = 16
+):
+    """pixels, text_emb, visit of whole steps, with the ranks' parts put together in order; and the bad samples."""
+    shards, meta = find_shards(config.shards), TextMeta.read(config.text)
+    parts, bad = [], []
+    for rank in range(ranks):
+        data = MicroBatches(config, shards, meta, 8, 0, global_batch, micro_batch, rank, ranks, steps.start)
+        batches = micro_batches(data, workers, pin_memory=False)
+        per_step = global_batch // ranks // micro_batch
+        got = [next(batches) for _ in range(len(steps) * per_step)]
+        bad += [b for batch in got for b in batch.bad]
+        parts.append([torch.cat([getattr(b, f) for b in got]) for f in ("pixels", "text_emb", "visit", "weight")])
+    each = global_batch // ranks
+    join = [torch.cat([p[i].unflatten(0, (len(steps), each)) for p in parts], 1) for i in range(4)]
+    return (*join, bad)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch", "workers"), [(2, 4, 0), (4, 2, 0), (1, 2, 3), (2, 8, 2), (16, 1, 0)])
+def test_ranks_workers_and_micro_batches_change_nothing(config, ranks, micro_batch, workers):
+    config.cond_drop_prob = 0.3
+    expected, found = read(config, range(9)), read(config, range(9), ranks, micro_batch, workers)
+    for a, b in zip(expected[:4], found[:4], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resume_goes_on_with_the_very_next_sample(config, workers):
+    whole, rest = read(config, range(12)), read(config, range(7, 12), workers=workers)
+    for a, b in zip(whole[:4], rest[:4], strict=True):
+        assert torch.equal(a[7:], b)
+
+
+def test_each_sample_comes_once_an_epoch_with_its_own_picture_and_caption(config, pictures):
+    pixels, text_emb, visit, weight, bad = read(config, range(25), global_batch=16)
+    visit, text_emb = visit.flatten(), text_emb.flatten(0, 1)
+    assert sorted(visit.tolist()) == list(range(400)), "8 epochs of 50"
+    assert torch.equal(text_emb[:, 0, 0].long(), visit % 50)
+    assert weight.min() == 1 and not bad
+    # The picture belongs to the caption: the same sample is alike in two epochs, different ones are not.
+    pixels = pixels.flatten(0, 1).float().flatten(1)
+    first = {int(v) % 50: p for v, p in zip(visit[:50], pixels[:50], strict=True)}
+    again = {int(v) % 50: p for v, p in zip(visit[50:100], pixels[50:100], strict=True)}
+    same = np.mean([(first[n] - again[n]).abs().mean() for n in range(50)])
+    other = np.mean([(first[n] - again[(n + 1) % 50]).abs().mean() for n in range(50)])
+    assert same < 0.6 * other
+    assert any(not torch.equal(first[n], again[n]) for n in range(50)), "the crop is drawn anew each epoch"
+
+
+def test_a_tenth_of_captions_becomes_the_empty_one_anew_each_epoch(config):
+    config.cond_drop_prob = 0.1
+    _, text_emb, visit, *_ = read(config, range(250))
+    dropped = (text_emb == -1).flatten(2).all(-1).flatten()
+    assert 0.08 < dropped.float().mean() < 0.12
+    by_epoch = torch.zeros(80, 50, dtype=torch.bool)
+    by_epoch[visit.flatten() // 50, visit.flatten() % 50] = dropped
+    assert by_epoch.any(0).float().mean() > 0.95, "no sample is spared for good"
+    assert not by_epoch.all(0).any()
+
+
+def test_bad_samples_are_left_out_and_named(tmp_path, pictures):
+    pictures = list(pictures)
+    pictures[7], pictures[20] = b"no picture at all", pictures[20][:200]
+    config = write_dataset(tmp_path, pictures, per_shard=13)
+    _, _, visit, weight, bad = read(config, range(25))
+    assert {int(v) % 50 for v in visit[weight == 0]} == {7, 20}
+    assert (weight == 0).sum() == 16, "both in each of 8 epochs"
+    assert {name for name, _ in bad} == {"00000.tar:000000007", "00001.tar:000000020"}
+    assert {reason for _, reason in bad} == {"unreadable image"}
+
+
+def test_a_truncated_shard_costs_its_own_samples_alone(config, caplog):
+    tar = Path(config.shards) / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    _, _, visit, weight, bad = read(config, range(25))
+    assert {int(v) % 50 for v in visit[weight == 0]} <= set(range(13, 26))
+    assert {reason for _, reason in bad} == {"shard ended early"}
+    assert "00001.tar" in caplog.text
+
+
+def test_an_embedding_that_is_missing_or_not_finite_is_bad(config):
+    path = Path(config.text) / "00000.tar"
+    rows = list(read_shard(path, {"npy"}))
+    rows[3] = (rows[3][0], {"npy": to_bytes(np.full((TOKENS, DIM), np.nan, np.float32))})
+    rows[4] = (rows[4][0], {"npy": to_bytes(np.zeros((TOKENS, DIM + 1), np.float32))})
+    del rows[8]
+    write_shard(path, rows)
+    _, _, visit, weight, bad = read(config, range(25))
+    assert {int(v) % 50 for v in visit[weight == 0]} == {3, 4, 8}
+    assert {reason for _, reason in bad} == {
+        "embedding not finite", "embedding of another shape or dtype", "no embedding",
+    }  # fmt: skip
+
+
+def test_a_pickled_embedding_is_never_loaded(config):
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        from_bytes(buffer.getvalue(), TextMeta.read(config.text))
+
+
+def test_counts_come_from_stats_or_from_the_tar(config):
+    shards = find_shards(config.shards)
+    assert [shard.count for shard in shards] == [13, 13, 13, 11]
+    for shard in shards:
+        stats_path(shard.path).unlink()
+    assert [shard.count for shard in find_shards(config.shards)] == [13, 13, 13, 11]
+
+
+def test_prompts_are_captions_with_their_own_embeddings(config):
+    prompts = stored_prompts(find_shards(config.shards), config.text, TextMeta.read(config.text), 5)
+    assert [caption for caption, _ in prompts] == [f"caption {n}" for n in (0, 10, 20, 30, 40)]
+    assert [emb[0, 0] for _, emb in prompts] == [0, 10, 20, 30, 40]
+
+
+def test_what_does_not_fit_is_told_before_training(config, tmp_path):
+    shards = find_shards(config.shards)
+    with pytest.raises(ValueError, match=r"8 wide .* model.encoder_dim is 4096: set model.encoder_dim=8"):
+        check_sidecars(shards, config.text, TOKENS, 4096)
+    with pytest.raises(ValueError, match=r"4 tokens, data.tokens is 77"):
+        check_sidecars(shards, config.text, 77, DIM)
+    with pytest.raises(ValueError, match="data.embed"):
+        check_sidecars(shards, tmp_path / "nowhere", TOKENS, DIM)
+    (Path(config.text) / "00002.tar").unlink()
+    with pytest.raises(ValueError, match=r"1 of 4 shards have no embeddings .*00002.tar"):
+        check_sidecars(shards, config.text, TOKENS, DIM)
+    with pytest.raises(ValueError, match="no folder"):
+        find_shards(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no shards"):
+        find_shards(tmp_path / "empty")
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(tmp_path_factory) -> Path:
+    from data.tiny_t5 import TinyT5, write_tiny_t5
+
+    folder = tmp_path_factory.mktemp("encoder") / "t5"
+    write_tiny_t5(TinyT5(out=str(folder)))
+    return folder
+
+
+def test_embeddings_are_the_encoders_states_padding_included(config, tiny_t5, tmp_path):
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    out = tmp_path / "t5"
+    args = Embed(config.shards, str(out), str(tiny_t5), tokens=20, compute="float32", dtype="float32", batch=5)
+    embed(args)
+    meta = TextMeta.read(out)
+    assert (meta.tokens, meta.dim, meta.dtype) == (20, 64, "float32")
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_t5), T5EncoderModel.from_pretrained(tiny_t5)
+    for shard in find_shards(config.shards):
+        captions = list(read_shard(shard.path, {"txt"}))
+        stored = list(read_shard(out / shard.path.name, {"npy"}))
+        assert [key for key, _ in stored] == [key for key, _ in captions]
+        for (_, texts), (_, members) in list(zip(captions, stored, strict=True))[:3]:
+            check_states(tokenizer, model, texts["txt"].decode(), from_bytes(members["npy"], meta))
+    check_states(tokenizer, model, "", read_empty(out, meta))
+
+    # A rerun does only what is missing, and nothing is mixed with what another encoder made.
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
+    stats_path(out / "00001.tar").unlink()
+    embed(args)
+    assert {p.name for p in out.glob("*.tar") if p.stat().st_mtime_ns != before[p.name]} == {"00001.tar"}
+    with pytest.raises(ValueError, match="made otherwise .*tokens 20 there, 21 now"):
+        embed(Embed(config.shards, str(out), str(tiny_t5), tokens=21, compute="float32", dtype="float32"))
+    assert not list(out.glob("*.part"))
+
+
+def check_states(tokenizer, model, caption: str, found: np.ndarray) -> None:
+    ids = tokenizer(caption, padding="max_length", max_length=20, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**ids).last_hidden_state[0].numpy()
+    assert np.abs(expected).std() > 0.05
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_meta_that_is_not_ours_is_refused(tmp_path):
+    (tmp_path / "meta.json").write_text(json.dumps({"dim": 3}))
+    with pytest.raises(ValueError, match="not a meta file"):
+        TextMeta.read(tmp_path)
+
+
+def test_real_shards_of_img2dataset_are_taken_as_they_are(shared):
+    folder = shared / "data" / "fluent"
+    if not folder.is_dir():
+        pytest.skip(f"no img2dataset shards in {folder}")
+    shards = find_shards(folder)
+    assert sum(shard.count for shard in shards) == 1563
+    assert [len(list(read_shard(shard.path, {"jpg"}))) for shard in shards[:2]] == [shard.count for shard in shards[:2]]

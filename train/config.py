@@ -1,0 +1,138 @@
+"""The typed configuration of a run, and the checks that go across its fields."""
+
+from dataclasses import dataclass, field
+
+from data.stream import DataConfig
+from model.unet import UNetConfig
+
+
+@dataclass(slots=True)
+class OptimConfig:
+    """AdamW and the OneCycle cosine schedule; lr per optimizer step.
+
+    name: 'adamw8bit' (bitsandbytes) or 'adamw' (torch).  grad_clip: largest norm of the whole gradient, 0 for none.
+    """
+
+    name: str = "adamw8bit"
+    lr_start: float = 2e-6
+    lr_peak: float = 5e-5
+    lr_end: float = 5e-9
+    warmup_steps: int = 10_000
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+
+
+@dataclass(slots=True)
+class SampleConfig:
+    """The sample grids of a run: prompts are captions of its data.
+
+    every: steps between grids, 0 for one at the end alone.  steps: sampler steps.
+    """
+
+    every: int = 0
+    prompts: int = 8
+    guidance_scale: float = 4.0
+    steps: int = 50
+
+
+@dataclass(slots=True)
+class WandbConfig:
+    """Weights & Biases; metrics.jsonl is written in any case.  mode: online, offline or disabled."""
+
+    mode: str = "online"
+    project: str = "if-stage1"
+
+
+@dataclass(slots=True)
+class Config:
+    """One run.
+
+    micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks.
+    diffusion_steps: T.  precision: 'bf16' or 'fp32'.  *_every: in optimizer steps.
+    """
+
+    run_dir: str = "runs/run"
+    seed: int = 0
+    steps: int = 2_420_000
+    global_batch: int = 3072
+    micro_batch: int = 6
+    diffusion_steps: int = 1000
+    precision: str = "bf16"
+    ema_decay: float = 0.9999
+    log_every: int = 50
+    save_every: int = 1000
+    keep_checkpoints: int = 3
+    dry_run: bool = False
+    model: UNetConfig = field(default_factory=UNetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+def accumulation(config: Config, ranks: int) -> int:
+    """Micro batches per rank and optimizer step: global_batch / (ranks x micro_batch).
+
+    Raises: ValueError if it is not a whole number.
+    """
+    whole, rest = divmod(config.global_batch, ranks * config.micro_batch)
+    if rest or not whole:
+        fitting = [m for m in range(1, config.global_batch // ranks + 1) if config.global_batch % (ranks * m) == 0]
+        remedy = (
+            f"micro_batch={min(fitting, key=lambda m: abs(m - config.micro_batch))} would fit {ranks} ranks"
+            if fitting
+            else f"no micro_batch fits {ranks} ranks; take a number of ranks that divides {config.global_batch}"
+        )
+        raise ValueError(
+            f"global_batch={config.global_batch} is not a multiple of {ranks} ranks x micro_batch={config.micro_batch}: {remedy}"
+        )
+    return whole
+
+
+def check(config: Config) -> None:
+    """Look for values that cannot be or that clash.
+
+    Raises: ValueError naming the values and what to change.
+    """
+    positive = (
+        "steps",
+        "global_batch",
+        "micro_batch",
+        "diffusion_steps",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+    )
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    for name, value, allowed in (
+        ("precision", config.precision, ("bf16", "fp32")),
+        ("optim.name", config.optim.name, ("adamw8bit", "adamw")),
+        ("wandb.mode", config.wandb.mode, ("online", "offline", "disabled")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value} must be one of {', '.join(allowed)}")
+    for name, share in (
+        ("data.cond_drop_prob", config.data.cond_drop_prob),
+        ("data.max_bad_share", config.data.max_bad_share),
+        ("ema_decay", config.ema_decay),
+    ):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} must lie between 0 and 1")
+    optim = config.optim
+    if not 0 < optim.lr_end <= optim.lr_start <= optim.lr_peak:
+        raise ValueError(
+            f"optim.lr_end={optim.lr_end} <= optim.lr_start={optim.lr_start} <= optim.lr_peak={optim.lr_peak} does not hold: "
+            "OneCycle rises from the start to the peak and falls to the end"
+        )
+    if not 1 < optim.warmup_steps < config.steps:
+        raise ValueError(
+            f"optim.warmup_steps={optim.warmup_steps} must lie between 2 and steps={config.steps} - 1: change one of them"
+        )
+    if not 1 <= config.data.streams <= config.global_batch:
+        raise ValueError(
+            f"data.streams={config.data.streams} must lie between 1 and global_batch={config.global_batch}"
+        )

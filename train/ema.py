@@ -1,0 +1,37 @@
+"""The moving average of the weights: fp32, on each rank's own part of the masters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from train.engine import Engine
+
+
+class EMA:
+    """average <- decay x average + (1 - decay) x masters, after each step.
+
+    In bf16 a decay of 0.9999 would not move: its steps lie below the format's resolution.
+    """
+
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self.decay = decay
+        self.average: Tensor = engine.master.detach().clone()
+
+    @torch.no_grad()
+    def update(self, engine: Engine) -> None:
+        """Take in the masters of the step just made."""
+        self.average.lerp_(engine.master, 1.0 - self.decay)
+
+    @contextmanager
+    def in_place_of_weights(self, engine: Engine) -> Iterator[None]:
+        """Within it the model of every rank has the averaged weights; a collective call."""
+        kept = engine.master.detach().clone()
+        engine.master.data.copy_(self.average)
+        engine.push_master()
+        try:
+            yield
+        finally:
+            engine.master.data.copy_(kept)
+            engine.push_master()

@@ -1,0 +1,73 @@
+"""The command: `deepspeed train/main.py +experiment=smoke`. Composes and checks the configuration, then trains."""
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+# The launcher runs this file as a script, which puts train/ first on the path; the packages lie one level up.
+sys.path[0] = str(ROOT)
+# It also appends --local_rank=N, which Hydra does not know; the rank is in the environment too.
+sys.argv = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
+
+import hydra  # noqa: E402
+from hydra.core.config_store import ConfigStore  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+
+from model.unet import check as check_unet  # noqa: E402
+from train.checkpoint import check_resumable  # noqa: E402
+from train.config import Config, accumulation, check  # noqa: E402
+from train.inputs import describe, find_inputs  # noqa: E402
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    """Exit status 2, and one line from rank 0, for what the user can mend."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        config = to_config(composed)
+        check(config)
+        check_unet(config.model)
+        if config.dry_run:
+            if rank == 0:
+                print(describe(config, ranks))
+            return
+        accumulation(config, ranks)
+        inputs = find_inputs(config)
+        check_resumable(config, inputs.samples, ranks)
+    except ValueError as error:
+        leave(error, rank)
+
+    # Imported here: the engine takes seconds to import, and a mistake above is to be told at once.
+    from train.engine import init_distributed
+    from train.loop import TooManyBad, train
+
+    try:
+        train(config, inputs, *init_distributed())
+    except TooManyBad as error:
+        leave(error, rank)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Hydra's composition as the typed configuration.
+
+    Raises: ValueError for a key that the schema does not have; Hydra itself lets +key=value add one.
+    """
+    try:
+        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+    except AttributeError as error:
+        raise ValueError(f"no such key in the configuration: {error}; train/config.py has them all") from None
+
+
+def leave(error: Exception, rank: int) -> NoReturn:
+    """End this process for a mistake that all ranks have found."""
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

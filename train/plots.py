@@ -1,0 +1,61 @@
+"""Pictures of a run: the loss and the learning rate over its steps, and grids of samples."""
+
+import os
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
+    """loss.png and lr.png, as the two pictures of the model card."""
+    paths = [folder / "loss.png", folder / "lr.png"]
+    for path, names, log_scale in zip(paths, (["loss", "mse", "vb"], ["lr"]), (True, False), strict=True):
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for name in names:
+            points = np.array([(m["step"], m[name]) for m in metrics if name in m])
+            if len(points):
+                line = axes.plot(points[:, 0], points[:, 1], alpha=0.35 if len(points) > 50 else 1, label=name)[0]
+                if len(points) > 50:
+                    axes.plot(points[:, 0], _smooth(points[:, 1]), color=line.get_color(), label=f"{name}, smoothed")
+        axes.set(xlabel="step", ylabel=" / ".join(names), yscale="log" if log_scale else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        _save(figure, path)
+    return paths
+
+
+def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path) -> None:
+    """Samples with their captions below. images: [N, 3, H, W] uint8."""
+    columns = min(len(images), 8)
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.5 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, caption in zip(axes.flat, images, captions, strict=False):
+        ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+        ax.set_title("\n".join(textwrap.wrap(caption, 22)[:4]), fontsize=7, y=-0.05, va="top")
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """An exponential average over about a fiftieth of the curve, without the bias of its start."""
+    keep = 1 - 50 / max(len(values), 51)
+    average, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(average / weight)
+    return np.array(smoothed)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    figure.savefig(aside, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(aside, path)

@@ -1,0 +1,68 @@
+"""What the user sees of a run: the bar, the metrics, the sample grids and, at the end, where everything lies."""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.stream import stored_prompts
+from data.text import read_empty
+from model.unet import UNet
+from train.checkpoint import complete
+from train.config import Config
+from train.inputs import Inputs
+from train.plots import plot_curves, plot_grid
+from train.sample import make_scheduler, sample
+from train.tracker import Tracker, read_metrics
+
+
+class Show:
+    """Rank 0's side of a run that people look at."""
+
+    def __init__(self, config: Config, inputs: Inputs, run_dir: Path, step: int, device: torch.device) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.tracker = Tracker(config, run_dir, step)
+        prompts = stored_prompts(inputs.shards, config.data.text, inputs.meta, config.sample.prompts)
+        self.captions = [caption for caption, _ in prompts]
+        self.text_emb = torch.stack([torch.from_numpy(emb) for _, emb in prompts]).to(device)
+        self.empty = torch.from_numpy(read_empty(config.data.text, inputs.meta)).to(device)
+        self.bar = tqdm(total=config.steps, initial=step, unit="step", desc=run_dir.name, smoothing=0.05)
+
+    def log(self, step: int, metrics: dict[str, float], bad: dict[str, int]) -> None:
+        """A line of metrics: means since the last one."""
+        self.tracker.log(step, metrics)
+        self.bar.update(step - self.bar.n)
+        shown = {
+            "loss": f"{metrics['loss']:.4f}",
+            "lr": f"{metrics['lr']:.2e}",
+            "img/s": f"{metrics['images_per_second']:.1f}",
+            "data": f"{metrics['data_wait_share']:.0%}",
+        }
+        self.bar.set_postfix(shown | ({"bad": sum(bad.values())} if bad else {}))
+        if bad and metrics["bad_samples"]:
+            self.bar.write(
+                f"step {step}: {metrics['bad_samples']:.0f} samples skipped on all ranks; on rank 0 since the start: {bad}"
+            )
+
+    def samples(self, step: int, unet: UNet) -> None:
+        """A grid for the fixed prompts and seeds."""
+        c = self.config
+        scheduler = make_scheduler(c.diffusion_steps, c.model.learn_sigma)
+        images = sample(unet, scheduler, self.text_emb, self.empty, c.sample.guidance_scale, c.sample.steps, c.seed)
+        path = self.run_dir / "samples" / f"step-{step:08d}.png"
+        title = (
+            f"step {step}, guidance {c.sample.guidance_scale:g}, {c.sample.steps} sampler steps, EMA {c.ema_decay:g}"
+        )
+        plot_grid(images.numpy(), self.captions, title, path)
+        self.tracker.image(step, "samples", path)
+
+    def close(self) -> None:
+        """Draw the curves and say where everything lies."""
+        self.bar.close()
+        curves = plot_curves(read_metrics(self.tracker.path), self.run_dir)
+        self.tracker.close()
+        print(f"curves      {curves[0]}  {curves[1]}  ({self.tracker.path})")
+        for path in sorted((self.run_dir / "samples").glob("*.png"))[-1:]:
+            print(f"samples     {path}")
+        for path in complete(self.run_dir)[-1:]:
+            print(f"checkpoint  {path}")

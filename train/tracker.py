@@ -1,0 +1,62 @@
+"""Where metrics go: metrics.jsonl always, Weights & Biases when asked; the only file that knows wandb."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import wandb
+
+from train.config import Config
+
+
+class Tracker:
+    """Writes one line a log step to RUN_DIR/metrics.jsonl and the same to W&B; only rank 0 has one.
+
+    step: that the run goes on from; what an earlier start logged beyond it is dropped, since it will be made again.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        aside = self.path.with_suffix(".part")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, self.path)
+        self._file = open(self.path, "a", buffering=1, encoding="utf-8")
+        # Online one run goes on under its id; an offline run can't be resumed, so each start is a run of one group.
+        id_file = run_dir / "wandb_id"
+        online = config.wandb.mode == "online"
+        if online and not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        self._run = wandb.init(
+            project=config.wandb.project, mode=config.wandb.mode, dir=run_dir, config=asdict(config), group=run_dir.name,  # type: ignore[arg-type]
+            id=id_file.read_text() if online else None, resume="allow" if online else None,
+        )  # fmt: skip
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line for a step."""
+        line = {"step": step, **metrics}
+        self._file.write(json.dumps(line) + "\n")
+        self._run.log(line)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Show a picture that lies in the run's folder."""
+        self._run.log({"step": step, name: wandb.Image(str(path))})
+
+    def close(self) -> None:
+        """Finish the W&B run."""
+        self._file.close()
+        self._run.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; one that was cut short by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
