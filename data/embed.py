@@ -53,9 +53,7 @@ def embed(args: Embed) -> None:
     aside = out / (EMPTY + ".part")
     aside.write_bytes(to_bytes(_stored(encoder([""])[0], args.dtype, "")))
     os.replace(aside, out / EMPTY)
-    print(
-        f"{out}: embeddings of {len(shards)} shards, {meta.tokens} x {meta.dim} {meta.dtype}, {len(missing)} of them new"
-    )
+    print(f"{out}: {len(shards)} shards of embeddings, {meta.tokens} x {meta.dim} {meta.dtype}, {len(missing)} new")
     if without:
         print(f"{without} samples have no caption and so no embedding; the training will skip them")
 

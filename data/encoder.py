@@ -28,8 +28,8 @@ class TextEncoder:
             model = AutoModelForTextEncoding.from_pretrained(name, dtype=DTYPES[compute])
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"the encoder '{name}' cannot be loaded ({str(error).splitlines()[0]}): give a folder that holds it and its "
-                "tokenizer, or the name of one on the hub"
+                f"the encoder '{name}' cannot be loaded ({str(error).splitlines()[0]}): "
+                "give a folder that holds it and its tokenizer, or the name of one on the hub"
             ) from None
         self.name, self.tokens, self.compute, self.device = name, tokens, compute, device
         self.model = model.to(device).eval().requires_grad_(False)
@@ -50,7 +50,8 @@ class TextEncoder:
         if not finite.all():
             caption = captions[int((~finite).nonzero()[0])]
             raise ValueError(
-                f"the encoder '{self.name}' is not finite in {self.compute} on the caption {caption[:80]!r}: use float32"
+                f"the encoder '{self.name}' is not finite in {self.compute} on the caption {caption[:80]!r}: "
+                "use compute=float32"
             )
         return states.cpu().numpy()
 

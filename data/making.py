@@ -36,6 +36,7 @@ def key_of(shard: int, place: int) -> str:
 
 
 def check_shard_size(shard_size: int) -> None:
+    """Raises: SystemExit if the keys have no room for so many samples a shard."""
     if not 1 <= shard_size <= MAX_SHARD_SIZE:
         raise SystemExit(f"shard_size={shard_size}: must be from 1 to {MAX_SHARD_SIZE}")
 
@@ -77,8 +78,7 @@ def pack(rows: Sequence[Row], read: Callable[[Row], Picture], out: Path, shard_s
         while start < len(rows):
             shard = out / f"{number:05d}.tar"
             stats = finished(shard)
-            # Without "skipped" the shard is whole, but not known is how many rows went into it.
-            if stats is None or "skipped" not in stats:
+            if stats is None:
                 stats = _write(shard, number, rows, start, read, shard_size, bar)
             else:
                 bar.update(stats["count"])
@@ -116,8 +116,7 @@ def _write(
         "skipped": skipped,
     }
     if samples:
-        write_shard(shard, samples)
-        write_json(stats_path(shard), stats)
+        write_shard(shard, samples, stats)
     return stats
 
 

@@ -1,11 +1,11 @@
 """In what order the samples come: a pure function of the seed, the counts and the position.
 
-Position g = step x global batch + slot; an epoch is N successive positions, N the number of samples. Positions are dealt
-to virtual streams: slot i of a step goes to stream i x streams // global_batch of that step's phase, step % phases. For
-each epoch the shards are permuted and laid end to end in one line; each stream gets the next piece of the line, as long
-as the number of its positions in that epoch, reads it in blocks and permutes each block. So every sample comes once an
-epoch, the order knows nothing of ranks or workers, and to resume is to name a step. (What mosaicml/streaming calls
-elastic determinism, for plain tars.)
+Position g = step x global batch + slot; an epoch is N successive positions, N the number of samples. Positions are
+dealt to virtual streams: slot i of a step goes to stream i x streams // global_batch of that step's phase, which is
+step % phases. For each epoch the shards are permuted and laid end to end in one line; each stream gets the next piece
+of the line, as long as the number of its positions in that epoch, reads it in blocks and permutes each block. So every
+sample comes once an epoch, the order knows nothing of ranks or workers, and to resume is to name a step. (What
+mosaicml/streaming calls elastic determinism, for plain tars.)
 """
 
 from functools import lru_cache

@@ -181,7 +181,7 @@ def micro_batches(dataset: MicroBatches, workers: int, pin_memory: bool) -> Iter
 
 
 def stored_prompts(shards: list[Shard], text_folder: str, meta: TextMeta, n: int) -> list[tuple[str, np.ndarray]]:
-    """n captions taken evenly from the shards, with their stored embeddings [tokens, dim]: prompts that need no encoder."""
+    """n captions taken evenly from the shards with their embeddings [tokens, dim]: prompts that need no encoder."""
     every = [(shard, row) for shard in shards for row in range(shard.count)]
     prompts = []
     for shard, row in every[:: max(1, len(every) // n)][:n]:

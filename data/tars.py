@@ -8,10 +8,11 @@ from pathlib import Path
 import webdataset as wds
 
 
-def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
+def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]], stats: dict | None = None) -> None:
     """Write one tar and the stats file beside it, each aside and then renamed.
 
     samples: (key, {extension: bytes}) in the order they shall have. The same samples give the same bytes.
+    stats: what the stats file shall say beyond the number of samples.
     The stats file comes last, so a tar without one was cut short and is to be written again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +24,7 @@ def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    write_json(stats_path(path), {"count": len(samples), "successes": len(samples)})
+    write_json(stats_path(path), {"count": len(samples), "successes": len(samples), **(stats or {})})
 
 
 def write_json(path: Path, value: object) -> None:
@@ -43,7 +44,7 @@ def read_shard(path: Path, extensions: set[str]) -> Iterator[tuple[str, dict[str
 
     A sample that has none of them comes with an empty dict. Nothing is decoded.
     """
-    for sample in wds.tariterators.group_by_keys(
-        wds.tariterators.tar_file_expander([{"url": str(path), "stream": open(path, "rb")}]), suffixes=extensions
-    ):
-        yield sample["__key__"], {name: value for name, value in sample.items() if not name.startswith("__")}
+    with open(path, "rb") as file:
+        members = wds.tariterators.tar_file_expander([{"url": str(path), "stream": file}])
+        for sample in wds.tariterators.group_by_keys(members, suffixes=extensions):
+            yield sample["__key__"], {name: value for name, value in sample.items() if not name.startswith("__")}

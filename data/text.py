@@ -62,8 +62,8 @@ def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: in
     meta = TextMeta.read(folder)
     if meta.dim != dim:
         raise ValueError(
-            f"the text embeddings in '{folder}' are {meta.dim} wide (encoder {meta.encoder}), model.encoder_dim is {dim}: "
-            f"set model.encoder_dim={meta.dim} or embed with another encoder"
+            f"the text embeddings in '{folder}' are {meta.dim} wide (encoder {meta.encoder}), "
+            f"model.encoder_dim is {dim}: set model.encoder_dim={meta.dim} or embed with another encoder"
         )
     if meta.tokens != tokens:
         raise ValueError(

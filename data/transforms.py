@@ -36,7 +36,7 @@ def decode(data: bytes) -> Image.Image:
 def shifted_center_box(width: int, height: int, shift: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """The largest square, moved from the centre by up to `shift` of its side on each axis, kept inside the image.
 
-    Returns: left, upper, right, lower in pixels.  Source: the model card's words; docs/recipe.md has what we took them to say.
+    Returns: left, upper, right, lower in pixels.  Source: the model card's words, as read in docs/recipe.md.
     """
     side = min(width, height)
     dx, dy = rng.uniform(-shift, shift, size=2) * side

@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_told_before_training(config, tmp_path):
         check_sidecars(shards, config.text, TOKENS, 4096)
     with pytest.raises(ValueError, match=r"4 tokens, data.tokens is 77"):
         check_sidecars(shards, config.text, 77, DIM)
-    with pytest.raises(ValueError, match="data.embed"):
+    with pytest.raises(ValueError, match=r"data\.embed"):
         check_sidecars(shards, tmp_path / "nowhere", TOKENS, DIM)
     (Path(config.text) / "00002.tar").unlink()
     with pytest.raises(ValueError, match=r"1 of 4 shards have no embeddings .*00002.tar"):
@@ -220,7 +220,7 @@ def test_embeddings_are_the_encoders_states_padding_included(config, tiny_t5, tm
     stats_path(out / "00001.tar").unlink()
     embed(args)
     assert {p.name for p in out.glob("*.tar") if p.stat().st_mtime_ns != before[p.name]} == {"00001.tar"}
-    with pytest.raises(ValueError, match="made otherwise .*tokens 20 there, 21 now"):
+    with pytest.raises(ValueError, match=r"made otherwise .*tokens 20 there, 21 now"):
         embed(Embed(config.shards, str(out), str(tiny_t5), tokens=21, compute="float32", dtype="float32"))
     assert not list(out.glob("*.part"))
 

@@ -28,7 +28,7 @@ def test_the_crop_is_the_largest_square_shifted_by_at_most_a_tenth_and_never_out
     for i in range(300):
         left, upper, right, lower = shifted_center_box(width, height, 0.1, generator(0, Draw.CROP, i))
         assert right - left == lower - upper == side
-        assert 0 <= left and right <= width and 0 <= upper and lower <= height
+        assert left >= 0 and right <= width and upper >= 0 and lower <= height
         assert abs(left - (width - side) / 2) <= 0.1 * side + 0.5
         assert abs(upper - (height - side) / 2) <= 0.1 * side + 0.5
         lefts.add(left)
@@ -40,7 +40,9 @@ def test_pixels_are_those_of_crop_then_resize():
     image = noise_image(150, 90)
     rng = generator(3, Draw.CROP, 5)
     left, upper, right, lower = shifted_center_box(150, 90, 0.1, generator(3, Draw.CROP, 5))
-    expected = np.asarray(image.crop((left, upper, right, lower)).resize((64, 64), Image.BICUBIC, reducing_gap=None))
+    expected = np.asarray(
+        image.crop((left, upper, right, lower)).resize((64, 64), Image.Resampling.BICUBIC, reducing_gap=None)
+    )
     found = preprocess(encoded(image), 64, 0.1, rng)
     assert found.shape == (3, 64, 64) and found.dtype == np.uint8
     assert (found == expected.transpose(2, 0, 1)).all()

@@ -1,8 +1,8 @@
 """Checkpoints: RUN_DIR/checkpoints/step-NNNNNNNN, one file a rank and a manifest, whole or not there at all.
 
 A rank's file holds its part of the fp32 masters, of their average and of the optimizer's moments. The masters of all
-ranks, one after another, are the parameters in the manifest's order, flat, with some padding at the end. There is nothing
-else to keep: every random draw and the place in the data follow from the step.
+ranks, one after another, are the parameters in the manifest's order, flat, with some padding at the end. There is
+nothing else to keep: every random draw and the place in the data follow from the step.
 """
 
 import json
@@ -30,8 +30,15 @@ if TYPE_CHECKING:  # the engine takes seconds to import, and check_resumable has
 MANIFEST = "manifest.json"
 # What decides the order of the samples and the layout of the files; a run can't change these on its way.
 IDENTITY = (
-    "seed", "global_batch", "diffusion_steps", "model", "optim.name", "data.streams", "data.phases", "data.shuffle_block",
-)  # fmt: skip
+    "seed",
+    "global_batch",
+    "diffusion_steps",
+    "model",
+    "optim.name",
+    "data.streams",
+    "data.phases",
+    "data.shuffle_block",
+)
 
 
 def save(run_dir: Path, step: int, engine: "Engine", ema: "EMA", config: Config, samples: int) -> None:
@@ -128,7 +135,8 @@ def check_resumable(config: Config, samples: int, ranks: int) -> None:
             there, here = _get(manifest["config"], key), _get(now, key)
             if there != here:
                 raise ValueError(
-                    f"'{folder}' was trained with {key}={there}, now it is {here}: set it back, or choose another run_dir"
+                    f"'{folder}' was trained with {key}={there}, now it is {here}: "
+                    "set it back, or choose another run_dir"
                 )
 
 

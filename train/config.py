@@ -86,7 +86,8 @@ def accumulation(config: Config, ranks: int) -> int:
             else f"no micro_batch fits {ranks} ranks; take a number of ranks that divides {config.global_batch}"
         )
         raise ValueError(
-            f"global_batch={config.global_batch} is not a multiple of {ranks} ranks x micro_batch={config.micro_batch}: {remedy}"
+            f"global_batch={config.global_batch} is not a multiple of {ranks} ranks x "
+            f"micro_batch={config.micro_batch}: {remedy}"
         )
     return whole
 
@@ -125,12 +126,13 @@ def check(config: Config) -> None:
     optim = config.optim
     if not 0 < optim.lr_end <= optim.lr_start <= optim.lr_peak:
         raise ValueError(
-            f"optim.lr_end={optim.lr_end} <= optim.lr_start={optim.lr_start} <= optim.lr_peak={optim.lr_peak} does not hold: "
-            "OneCycle rises from the start to the peak and falls to the end"
+            f"optim.lr_end={optim.lr_end} <= optim.lr_start={optim.lr_start} <= optim.lr_peak={optim.lr_peak} "
+            "does not hold: OneCycle rises from the start to the peak and falls to the end"
         )
     if not 1 < optim.warmup_steps < config.steps:
         raise ValueError(
-            f"optim.warmup_steps={optim.warmup_steps} must lie between 2 and steps={config.steps} - 1: change one of them"
+            f"optim.warmup_steps={optim.warmup_steps} must lie between 2 and steps={config.steps} - 1: "
+            "change one of them"
         )
     if not 1 <= config.data.streams <= config.global_batch:
         raise ValueError(

@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from model.unet import UNet
 from train.config import Config, OptimConfig, accumulation
 
 
@@ -43,9 +44,15 @@ def one_cycle(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int)
     By default torch would cycle Adam's beta1 with the learning rate too; the card says nothing of it, so it stays.
     """
     return OneCycleLR(
-        optimizer, max_lr=config.lr_peak, total_steps=steps, pct_start=config.warmup_steps / steps, anneal_strategy="cos",
-        div_factor=config.lr_peak / config.lr_start, final_div_factor=config.lr_start / config.lr_end, cycle_momentum=False,
-    )  # fmt: skip
+        optimizer,
+        max_lr=config.lr_peak,
+        total_steps=steps,
+        pct_start=config.warmup_steps / steps,
+        anneal_strategy="cos",
+        div_factor=config.lr_peak / config.lr_start,
+        final_div_factor=config.lr_start / config.lr_end,
+        cycle_momentum=False,
+    )
 
 
 @dataclass(slots=True)
@@ -57,7 +64,7 @@ class Engine:
     base_optimizer: torch.optim.Optimizer
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> UNet:
         """The UNet in the weights' working precision."""
         return self.engine.module
 
@@ -75,16 +82,16 @@ class Engine:
 
     def lr(self) -> float:
         """The learning rate that the next step will use."""
-        return self.scheduler.get_last_lr()[0]
+        return float(self.scheduler.get_last_lr()[0])
 
     @property
     def master(self) -> Tensor:
-        """This rank's part of the fp32 masters: the parameters in order, flat, padded at the end, cut into equal parts."""
+        """This rank's part of the fp32 masters, which are the parameters in order, flat, padded and cut equally."""
         return self.engine.optimizer.single_partition_of_fp32_groups[0]
 
     @property
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's state for this rank's part, by bitsandbytes' or torch's own names; empty before the first step."""
+        """The optimizer's state for this rank's part, by its library's own names; empty before the first step."""
         state = self.base_optimizer.state.get(self.master, {})
         return {name: torch.as_tensor(value) for name, value in state.items()}
 
@@ -109,7 +116,7 @@ class Engine:
         self.engine.global_steps = step
 
 
-def build_engine(unet: nn.Module, config: Config, ranks: int) -> Engine:
+def build_engine(unet: UNet, config: Config, ranks: int) -> Engine:
     """Wrap the net, placed on its device, for training."""
     bf16 = config.precision == "bf16"
     base = optimizer(list(unet.parameters()), config.optim)

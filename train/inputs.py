@@ -49,14 +49,18 @@ def describe(config: Config, ranks: int) -> str:
     except ValueError as error:
         data, epochs, text = f"none usable yet: {error}", "", "-"
     accumulate, optim = accumulation(config, ranks), config.optim
+    variance = "learned" if config.model.learn_sigma else "fixed"
     lines = {
         "run": config.run_dir,
-        "global batch": f"{ranks} ranks x {config.micro_batch} micro batch x {accumulate} accumulation = {config.global_batch}",
+        "global batch": f"{ranks} ranks x {config.micro_batch} micro batch x {accumulate} accumulation "
+        f"= {config.global_batch}",
         "model": f"{parameters(config):,} parameters, {config.model.image_size} px, {config.precision}",
-        "diffusion": f"{config.diffusion_steps} steps, cosine betas, {'learned' if config.model.learn_sigma else 'fixed'} variance",
+        "diffusion": f"{config.diffusion_steps} steps, cosine betas, {variance} variance",
         "steps": f"{config.steps:,}, {config.steps * config.global_batch:,} images{epochs}",
-        "lr": f"{optim.lr_start:g} -> {optim.lr_peak:g} in {optim.warmup_steps:,} steps -> {optim.lr_end:g}, OneCycle cosine",
-        "optimizer": f"{optim.name}, ZeRO-1, betas {tuple(optim.betas)}, decay {optim.weight_decay:g}, clip {optim.grad_clip:g}",
+        "lr": f"{optim.lr_start:g} -> {optim.lr_peak:g} in {optim.warmup_steps:,} steps -> {optim.lr_end:g}, "
+        "OneCycle cosine",
+        "optimizer": f"{optim.name}, ZeRO-1, betas {tuple(optim.betas)}, decay {optim.weight_decay:g}, "
+        f"clip {optim.grad_clip:g}",
         "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one",
         "data": data,
         "embeddings": text,

@@ -25,7 +25,7 @@ def sample(
     Shapes: text_emb [N, L, D]; empty [L, D], the embedding of the empty caption.
     guidance_scale: 1 follows the prompt as trained, above it exaggerates (Ho & Salimans 2022, with their 1 + w).
     """
-    config, n, device = unet.config, len(text_emb), unet.out[2].weight.device
+    config, n, device = unet.config, len(text_emb), next(unet.parameters()).device
     shape = (config.in_channels, config.image_size, config.image_size)
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(n)]
     x_t = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)

@@ -41,7 +41,8 @@ class Show:
         self.bar.set_postfix(shown | ({"bad": sum(bad.values())} if bad else {}))
         if bad and metrics["bad_samples"]:
             self.bar.write(
-                f"step {step}: {metrics['bad_samples']:.0f} samples skipped on all ranks; on rank 0 since the start: {bad}"
+                f"step {step}: {metrics['bad_samples']:.0f} samples skipped on all ranks; "
+                f"on rank 0 since the start: {bad}"
             )
 
     def samples(self, step: int, unet: UNet) -> None:

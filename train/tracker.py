@@ -22,16 +22,21 @@ class Tracker:
         aside = self.path.with_suffix(".part")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, self.path)
-        self._file = open(self.path, "a", buffering=1, encoding="utf-8")
+        self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in close()
         # Online one run goes on under its id; an offline run can't be resumed, so each start is a run of one group.
         id_file = run_dir / "wandb_id"
         online = config.wandb.mode == "online"
         if online and not id_file.exists():
             id_file.write_text(wandb.util.generate_id())
         self._run = wandb.init(
-            project=config.wandb.project, mode=config.wandb.mode, dir=run_dir, config=asdict(config), group=run_dir.name,  # type: ignore[arg-type]
-            id=id_file.read_text() if online else None, resume="allow" if online else None,
-        )  # fmt: skip
+            project=config.wandb.project,
+            mode=config.wandb.mode,
+            dir=run_dir,
+            config=asdict(config),
+            group=run_dir.name,
+            id=id_file.read_text() if online else None,
+            resume="allow" if online else None,
+        )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -1,0 +1,93 @@
+"""The configurations: what the card says stands in if_i_xl, and mistakes are told in words."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from train.config import Config, accumulation, check
+from train.inputs import parameters
+
+
+def load(repo: Path, *overrides: str) -> Config:
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", list(overrides)))
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "batch", "steps", "ranks"),
+    [
+        ("if_i_xl", 4_304_695_110, 3072, 2_420_000, 512),
+        ("if_i_l", 935_365_830, 3200, 3_000_000, 400),
+        ("if_i_m", 371_605_830, 3072, 2_500_000, 128),
+    ],
+)
+def test_the_released_sizes_are_as_the_card_says(repo, name, count, batch, steps, ranks):
+    config = load(repo, f"+experiment={name}")
+    assert parameters(config) == count
+    assert (config.global_batch, config.steps, config.diffusion_steps) == (batch, steps, 1000)
+    assert accumulation(config, ranks) == 1
+    optim, data = config.optim, config.data
+    assert (optim.name, config.precision) == ("adamw8bit", "bf16")
+    assert (optim.lr_start, optim.lr_peak, optim.lr_end, optim.warmup_steps) == (2e-6, 5e-5, 5e-9, 10_000)
+    assert (data.tokens, data.cond_drop_prob, data.crop_shift) == (77, 0.1, 0.1)
+    assert (config.model.image_size, config.model.encoder_dim, config.model.att_pool_heads) == (64, 4096, 64)
+    assert data.streams % ranks == 0, "each shard is read by one rank"
+
+
+def test_every_experiment_composes(repo):
+    for path in (repo / "conf" / "experiment").glob("*.yaml"):
+        load(repo, f"+experiment={path.stem}")
+
+
+def test_the_schedule_is_the_cards(repo):
+    from train.engine import one_cycle
+
+    config = load(repo, "+experiment=if_i_xl", "steps=5000", "optim.warmup_steps=100")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.9, 0.999))
+    scheduler = one_cycle(optimizer, config.optim, config.steps)
+    lrs = []
+    for _ in range(config.steps):
+        lrs.append(scheduler.get_last_lr()[0])
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+        optimizer.step()
+        scheduler.step()
+    assert math.isclose(lrs[0], 2e-6, rel_tol=1e-9)
+    assert math.isclose(lrs[99], 5e-5, rel_tol=1e-9) and max(lrs) == lrs[99]
+    assert math.isclose(lrs[-1], 5e-9, rel_tol=1e-6)
+    half = (5e-5 + 5e-9) / 2
+    assert math.isclose(lrs[99 + 2450], half, rel_tol=1e-2), "half way down the cosine"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps=100", r"optim.warmup_steps=10000 must lie between 2 and steps=100 - 1"),
+        ("precision=fp8", "precision=fp8 must be one of bf16, fp32"),
+        ("optim.name=sgd", "optim.name=sgd must be one of adamw8bit, adamw"),
+        ("data.cond_drop_prob=1.5", "data.cond_drop_prob=1.5 must lie between 0 and 1"),
+        ("optim.lr_start=1e-3", r"optim.lr_start=0.001 <= optim.lr_peak=5e-05 does not hold"),
+        ("data.streams=4000", "data.streams=4000 must lie between 1 and global_batch=3072"),
+        ("micro_batch=0", "micro_batch=0 must be at least 1"),
+    ],
+)
+def test_values_that_clash_are_named(repo, override, message):
+    with pytest.raises(ValueError, match=message):
+        load(repo, "+experiment=if_i_xl", override)
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_one_that_fits(repo):
+    config = load(repo, "+experiment=if_i_xl")
+    with pytest.raises(ValueError, match=r"3072 is not a multiple of 100 ranks x micro_batch=6: no micro_batch fits"):
+        accumulation(config, 100)
+    with pytest.raises(ValueError, match=r"micro_batch=8 would fit 384 ranks"):
+        accumulation(load(repo, "+experiment=if_i_xl", "micro_batch=7"), 384)

@@ -1,0 +1,197 @@
+"""Real trainings: the deepspeed launcher, ZeRO-1, AdamW8bit; small scenes and a small net."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from data import demo
+from data.embed import Embed, embed
+from data.shards import find_shards
+from data.tars import read_shard, write_shard
+from data.tiny_t5 import TinyT5, write_tiny_t5
+from model.unet import UNet, UNetConfig
+from train.checkpoint import complete, load_weights
+
+STEPS, SAVE_EVERY = 6, 3
+SMALL = f"""
+    +experiment=smoke steps={STEPS} global_batch=8 micro_batch=4 save_every={SAVE_EVERY} log_every=1
+    optim.lr_peak=1e-3 optim.warmup_steps=2 model.image_size=32 model.channel_mult=[1,2] model.attention_resolutions=[16]
+    data.tokens=16 data.workers=1 sample.every=0 sample.steps=2 sample.prompts=4
+""".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    demo.main([f"out={folder / 'shards'}", "samples=96", "shard_size=24"])
+    write_tiny_t5(TinyT5(out=str(folder / "t5")))
+    embed(Embed(str(folder / "shards"), str(folder / "text"), str(folder / "t5"), 16, "float32", "float32"))
+    return folder
+
+
+def launch(repo: Path, data: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    """Run train/main.py from another folder, as a user might, through the launcher when there are several ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = str(repo / "train" / "main.py")
+    launcher = Path(sys.executable).with_name("deepspeed")
+    program = [sys.executable, script]
+    if ranks > 1:
+        program = [sys.executable, str(launcher), "--num_gpus", str(ranks), "--master_port", str(port), script]
+    given = {o.split("=")[0] for o in overrides}
+    program += [o for o in SMALL if o.split("=")[0] not in given]
+    command = [*program, f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
+    command = [o for o in command if o.split("=")[0] not in given] + list(overrides)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(command, cwd=run_dir.parent, env=environment, capture_output=True, text=True, timeout=420)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(repo, data, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "two"
+    done = launch(repo, data, run_dir, "wandb.mode=offline", ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for what in ("curves", "samples", "checkpoint"):
+        assert f"{what:10}  {run_dir}" in done.stdout, "it says where everything lies"
+    return run_dir
+
+
+def test_a_run_leaves_curves_samples_and_checkpoints(two_ranks):
+    lines = metrics(two_ranks)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for name in ("loss", "mse", "vb", "lr", "grad_norm", "images_per_second", "data_wait_share", "bad_samples"):
+        assert all(np.isfinite(line[name]) for line in lines), name
+    assert {f"mse_q{i}" for i in range(4)} <= set().union(*lines)
+    assert abs(lines[0]["mse"] - 1) < 0.15, (
+        "the zero-initialised net predicts no noise: the error is the noise's variance"
+    )
+    assert lines[0]["lr"] == pytest.approx(1e-4) and lines[1]["lr"] == pytest.approx(1e-3)
+    assert lines[-1]["lr"] == pytest.approx(1e-6)
+    for name in ("loss.png", "lr.png", f"samples/step-{STEPS:08d}.png"):
+        assert Image.open(two_ranks / name).size[0] > 300
+    assert list(two_ranks.glob("wandb/offline-run-*/*.wandb"))
+    assert [path.name for path in complete(two_ranks)] == ["step-00000003", "step-00000006"]
+    assert not list(two_ranks.rglob("*.part"))
+
+
+def test_one_rank_gives_the_same_curve_as_two(repo, data, two_ranks, tmp_path):
+    done = launch(repo, data, tmp_path / "one", "wandb.mode=disabled")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(metrics(tmp_path / "one"), metrics(two_ranks), strict=True):
+        for name in ("loss", "mse", "vb"):
+            assert one[name] == pytest.approx(two[name], rel=2e-3), (one["step"], name)
+        assert one["step"] > 2 or one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+
+
+def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
+    run_dir = tmp_path / "again"
+    shutil.copytree(two_ranks, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
+    # What a start that died beyond its last checkpoint leaves: later metrics, half a line, half a checkpoint.
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    (run_dir / "checkpoints" / "step-00000006.part").mkdir()
+    done = launch(repo, data, run_dir, "wandb.mode=disabled", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = ("step", "loss", "mse", "vb", "lr", "grad_norm")
+    assert [[line[n] for n in names] for line in metrics(run_dir)] == [
+        [line[n] for n in names] for line in metrics(two_ranks)
+    ]
+    for rank in range(2):
+        file = f"checkpoints/step-00000006/rank-{rank:05d}.safetensors"
+        before, after = load_file(two_ranks / file), load_file(run_dir / file)
+        assert {"master", "ema", "moments.state1", "moments.absmax2"} <= set(before)
+        assert before["moments.state1"].dtype == torch.uint8, "8-bit moments"
+        for name, value in before.items():
+            assert torch.equal(value, after[name]), name
+
+
+def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
+    unet = UNet(UNetConfig(**json.loads((complete(two_ranks)[-1] / "manifest.json").read_text())["config"]["model"]))
+    for name in ("ema", "master"):
+        weights = load_weights(complete(two_ranks)[-1], name)
+        unet.load_state_dict(weights, strict=True)
+        assert weights["out.2.weight"].abs().max() > 0, "the zero-initialised layer has moved"
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        load_weights(two_ranks / "checkpoints")
+
+
+def test_a_damaged_checkpoint_is_passed_over(two_ranks, tmp_path):
+    run_dir = tmp_path / "damaged"
+    shutil.copytree(two_ranks, run_dir)
+    (run_dir / "checkpoints" / "step-00000006" / "rank-00001.safetensors").write_bytes(b"half")
+    assert [path.name for path in complete(run_dir)] == ["step-00000003"]
+
+
+def test_bad_images_are_skipped_counted_and_reported_and_too_many_stop_the_run(repo, data, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    shard = find_shards(broken / "shards")[0].path
+    samples = [
+        (key, members | {"jpg": members["jpg"][:200]}) for key, members in read_shard(shard, {"jpg", "txt", "json"})
+    ]
+    write_shard(shard, samples)
+    done = launch(repo, broken, tmp_path / "few", "data.max_bad_share=1", "wandb.mode=disabled", "steps=12")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sum(line["bad_samples"] for line in metrics(tmp_path / "few")) == 24, "a quarter of the one epoch seen"
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "few"))
+    assert "unreadable image" in done.stdout + done.stderr
+    done = launch(repo, broken, tmp_path / "many", "wandb.mode=disabled")
+    assert done.returncode == 2
+    assert "more than data.max_bad_share=0.05" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+model.typo=1"], "typo"),
+        (["model.typo=1"], "Key 'typo' not in 'UNetConfig'"),
+        (["global_batch=9"], "global_batch=9 is not a multiple of 1 ranks x micro_batch=4"),
+        (["model.num_head_channels=33"], "num_head_channels=33"),
+        (["model.encoder_dim=128"], "64 wide"),
+        (["data.shards=nowhere"], "no folder 'nowhere'"),
+    ],
+)
+def test_mistakes_end_before_training_in_one_line(repo, data, tmp_path, overrides, message):
+    done = launch(repo, data, tmp_path / "run", "wandb.mode=disabled", *overrides)
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(repo, data, two_ranks, tmp_path):
+    run_dir = tmp_path / "other"
+    shutil.copytree(two_ranks, run_dir)
+    done = launch(repo, data, run_dir, "wandb.mode=disabled")
+    assert done.returncode == 2 and "was written by 2 ranks, this run has 1: start 2 ranks" in done.stderr
+
+
+def test_dry_run_says_what_would_run_and_leaves(repo, data, tmp_path):
+    done = launch(repo, data, tmp_path / "run", "dry_run=true")
+    assert done.returncode == 0
+    for words in (
+        "1 ranks x 4 micro batch x 2 accumulation = 8",
+        "4 shards, 96 samples",
+        "16 x 64 float32",
+        "parameters",
+    ):
+        assert words in done.stdout
+    assert not (tmp_path / "run").exists()
