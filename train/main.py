@@ -19,6 +19,7 @@ from model.unet import check as check_unet  # noqa: E402
 from train.checkpoint import check_resumable  # noqa: E402
 from train.config import Config, accumulation, check  # noqa: E402
 from train.inputs import describe, find_inputs  # noqa: E402
+from train.tracker import check_login  # noqa: E402
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -38,6 +39,8 @@ def main(composed: DictConfig) -> None:
         accumulation(config, ranks)
         inputs = find_inputs(config)
         check_resumable(config, inputs.samples, ranks)
+        if rank == 0:
+            check_login(config.wandb.mode)
     except ValueError as error:
         leave(error, rank)
 

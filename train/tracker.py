@@ -10,6 +10,15 @@ import wandb
 from train.config import Config
 
 
+def check_login(mode: str) -> None:
+    """Raises: ValueError if runs shall be sent to W&B and no one is logged in on this machine."""
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise ValueError(
+            "wandb.mode=online, but nobody is logged in: run `wandb login`, or set WANDB_API_KEY, "
+            "or choose wandb.mode=offline or wandb.mode=disabled"
+        )
+
+
 class Tracker:
     """Writes one line a log step to RUN_DIR/metrics.jsonl and the same to W&B; only rank 0 has one.
 
