@@ -36,7 +36,7 @@ def test_the_released_sizes_are_as_the_card_says(repo, name, count, batch, steps
     assert (config.global_batch, config.steps, config.diffusion_steps) == (batch, steps, 1000)
     assert accumulation(config, ranks) == 1
     optim, data = config.optim, config.data
-    assert (optim.name, config.precision) == ("adamw8bit", "bf16")
+    assert (optim.name, config.precision, config.model.activation) == ("adamw8bit", "bf16", "gelu_3bit")
     assert (optim.lr_start, optim.lr_peak, optim.lr_end, optim.warmup_steps) == (2e-6, 5e-5, 5e-9, 10_000)
     assert (data.tokens, data.cond_drop_prob, data.crop_shift) == (77, 0.1, 0.1)
     assert (config.model.image_size, config.model.encoder_dim, config.model.att_pool_heads) == (64, 4096, 64)

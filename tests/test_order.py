@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import Order
+from data.order import Block, Order
 
 
 def visits(order: Order, positions: range) -> list[int]:
@@ -51,6 +51,14 @@ def test_epochs_and_seeds_differ_and_neighbours_part():
     # Two samples that lie next to each other in a shard come, in the median, further apart than a whole batch.
     place = np.argsort(first)
     assert np.median(np.abs(np.diff(place))) > 16
+
+
+def test_shards_and_blocks_are_permuted_anew():
+    order = Order(0, [50] * 20, 16, 4, 2, 64)
+    lines = {tuple(order._line(epoch)[0]) for epoch in range(4)}
+    assert len(lines) == 4 and all(sorted(line) == list(range(20)) for line in lines)
+    shuffles = {tuple(order.rows(Block(epoch, stream, 0))[2]) for epoch in range(3) for stream in range(8)}
+    assert len(shuffles) == 24
 
 
 def test_numbers_that_cannot_be_are_refused():

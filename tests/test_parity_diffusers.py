@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from model.unet import UNet, UNetConfig
 from model.weights import diffusers_config, from_diffusers, to_diffusers
 
+# 64 channels at least: with one channel a group, a norm would wipe out the biases before it and their gradients.
 SHAPES = {
     "as released": UNetConfig(
         image_size=32,
-        model_channels=32,
+        model_channels=64,
         channel_mult=[1, 2, 3],
         num_res_blocks=2,
         attention_resolutions=[16, 8],
@@ -24,13 +25,13 @@ SHAPES = {
         image_size=16,
         in_channels=1,
         out_channels=1,
-        model_channels=32,
+        model_channels=64,
         channel_mult=[1, 1, 2, 2],
         num_res_blocks=1,
         attention_resolutions=[8],
         num_head_channels=32,
         encoder_dim=40,
-        encoder_channels=32,
+        encoder_channels=64,
         att_pool_heads=8,
     ),
     "attention at every level, text not projected": UNetConfig(
@@ -106,6 +107,7 @@ def compare(ours: UNet, theirs: UNet2DConditionModel, args: tuple[Tensor, Tensor
     assert max(off.values()) < 1e-4, max(off.items(), key=lambda item: item[1])
 
 
+@pytest.mark.parametrize("pair", list(SHAPES)[1:], indirect=True)
 def test_bf16_is_near_fp32(pair):
     ours, _ = pair
     args = inputs(ours.config)

@@ -10,8 +10,9 @@ from train.engine import Engine
 
 
 class EMA:
-    """average <- decay x average + (1 - decay) x masters, after each step.
+    """average <- d x average + (1 - d) x masters after each step, with d = min(decay, (1 + step) / (10 + step)).
 
+    The smaller d at first lets a short run forget its random start; at 0.9999 it is over after 90,000 steps.
     In bf16 a decay of 0.9999 would not move: its steps lie below the format's resolution.
     """
 
@@ -20,9 +21,9 @@ class EMA:
         self.average: Tensor = engine.master.detach().clone()
 
     @torch.no_grad()
-    def update(self, engine: Engine) -> None:
-        """Take in the masters of the step just made."""
-        self.average.lerp_(engine.master, 1.0 - self.decay)
+    def update(self, engine: Engine, step: int) -> None:
+        """Take in the masters of the step just made, the first being step 1."""
+        self.average.lerp_(engine.master, 1.0 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextmanager
     def in_place_of_weights(self, engine: Engine) -> Iterator[None]:

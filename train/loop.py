@@ -68,7 +68,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             engine.backward((losses["loss"] * weight).mean())
             meters.add(losses, t, weight, batch)
             engine.step()
-        ema.update(engine)
+        ema.update(engine, step)
         meters.add_step(engine.grad_norm())
 
         last = step == config.steps
