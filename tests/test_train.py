@@ -104,6 +104,17 @@ def test_one_rank_gives_the_same_curve_as_two(repo, data, two_ranks, tmp_path):
         assert one["step"] > 2 or one["loss"] == pytest.approx(two["loss"], rel=1e-6)
 
 
+def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):
+    done = launch(repo, data, tmp_path / "bf16", "wandb.mode=disabled", "precision=bf16", "steps=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for low, full in list(zip(metrics(tmp_path / "bf16"), metrics(two_ranks), strict=False))[:2]:
+        assert low["loss"] == pytest.approx(full["loss"], rel=0.03)
+    state = load_file(complete(tmp_path / "bf16")[-1] / "rank-00000.safetensors")
+    assert state["master"].dtype == state["ema"].dtype == torch.float32
+    finer = state["master"].bfloat16().float() != state["master"]
+    assert finer.float().mean() > 0.5, "the masters are finer than bf16"
+
+
 def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
     run_dir = tmp_path / "again"
     shutil.copytree(two_ranks, run_dir)

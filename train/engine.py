@@ -68,6 +68,10 @@ class Engine:
         """The UNet in the weights' working precision."""
         return self.engine.module
 
+    def __call__(self, x: Tensor, timesteps: Tensor, text_emb: Tensor) -> Tensor:
+        """The UNet's forward."""
+        return self.engine(x, timesteps, text_emb)
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro batch's loss."""
         self.engine.backward(loss)

@@ -32,12 +32,14 @@ class TooManyBad(RuntimeError):
 def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> None:
     """Train to config.steps, going on from the latest checkpoint of config.run_dir.
 
-    Raises: RuntimeError when more samples than data.max_bad_share cannot be read.
+    Raises: TooManyBad when more samples than data.max_bad_share cannot be read.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    engine = build_engine(UNet(config.model).to(device), config, ranks)
+    with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
+        unet = UNet(config.model)
+    engine = build_engine(unet, config, ranks)
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
     first_step = resume(run_dir, engine, ema)
@@ -48,7 +50,6 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
     meters = Meters(device, config.diffusion_steps)
     show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
-    dtype = engine.model.dtype
 
     for step in range(first_step + 1, config.steps + 1):
         lr = engine.lr()
@@ -63,7 +64,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             )
             weight = batch.weight.to(device)
             x_t = diffusion.q_sample(x_start, t, noise)
-            output = engine.model(x_t.to(dtype), t, batch.text_emb.to(device, dtype))
+            output = engine(x_t, t, batch.text_emb.to(device, non_blocking=True))
             losses = training_losses(diffusion, output, x_start, x_t, t, noise)
             engine.backward((losses["loss"] * weight).mean())
             meters.add(losses, t, weight, batch)
