@@ -10,12 +10,6 @@ ifeq ($(PYTHON),)
 PYTHON := python3
 endif
 
-# What DeepSpeed compiles its op with: c++, or whichever of the usual two is there.
-ifeq ($(origin CXX),default)
-CXX := $(or $(firstword $(foreach c,c++ g++ clang++,$(if $(shell command -v $c),$c))),c++)
-endif
-export CXX
-
 .PHONY: help install smoke test test-slow lint
 .DELETE_ON_ERROR:
 
@@ -26,7 +20,7 @@ help:
 	@echo 'make lint       install, check style (ruff) and types (mypy)'
 	@echo 'make install    make .venv with every package pinned by constraints.txt'
 	@echo
-	@echo 'PYTHON=/path/to/python3.11 picks the Python (found: $(PYTHON)); CXX the C++ compiler (found: $(CXX)).'
+	@echo 'PYTHON=/path/to/python3.11 picks the Python (found: $(PYTHON)).'
 
 install: .venv/installed
 

@@ -115,6 +115,16 @@ def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):
     assert finer.float().mean() > 0.5, "the masters are finer than bf16"
 
 
+def test_nothing_is_compiled_and_a_lock_left_by_a_killed_compilation_holds_nobody_up(repo, data, tmp_path, monkeypatch):
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    done = launch(repo, data, tmp_path / "run", "wandb.mode=disabled", "steps=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in lock.parent.iterdir()] == ["lock"]
+
+
 def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
     run_dir = tmp_path / "again"
     shutil.copytree(two_ranks, run_dir)

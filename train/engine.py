@@ -28,6 +28,9 @@ def init_distributed() -> tuple[int, int, torch.device]:
     elif "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each take every core stand in each other's way.
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
+    # DeepSpeed would compile an all-reduce for inference that no training calls: half a minute at the first start, and
+    # if that is killed it leaves a lock on which every later start waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)
     return dist.get_rank(), dist.get_world_size(), device
 
