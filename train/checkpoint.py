@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def _together(action: Callable[[], None], where: Path) -> None:
     problem = ""
     try:
         action()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         problem = f"rank {dist.get_rank()}: {error}"
     problems: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(problems, problem)

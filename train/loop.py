@@ -79,11 +79,11 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
                 show.log(step, metrics | {"lr": lr}, meters.bad)
             if metrics["bad_samples"] > config.data.max_bad_share * metrics["samples"]:
                 raise TooManyBad(step, metrics, config.data.max_bad_share, meters.bad)
+        if step % config.save_every == 0 or last:
+            save(run_dir, step, engine, ema, config, inputs.samples)
         if last or (config.sample.every and step % config.sample.every == 0):
             with ema.in_place_of_weights(engine):
                 if show:
                     show.samples(step, engine.model)
-        if step % config.save_every == 0 or last:
-            save(run_dir, step, engine, ema, config, inputs.samples)
     if show:
         show.close()

@@ -39,7 +39,7 @@ def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path) -
         ax.axis("off")
     for ax, image, caption in zip(axes.flat, images, captions, strict=False):
         ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-        ax.set_title("\n".join(textwrap.wrap(caption, 22)[:4]), fontsize=7, y=-0.05, va="top")
+        ax.set_title("\n".join(textwrap.wrap(caption, 22)[:4]), fontsize=7, y=-0.05, va="top", parse_math=False)
     figure.suptitle(title, fontsize=9)
     _save(figure, path)
 
