@@ -1,0 +1,154 @@
+"""A checkpoint as a folder that diffusers' IFPipeline loads: `python -m train.export checkpoint=RUN_DIR out=DIR`."""
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import IFPipeline, UNet2DConditionModel
+from omegaconf import MISSING
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import T5EncoderModel
+
+from data.cli import parse
+from data.encoder import TextEncoder
+from data.text import TextMeta
+from model.unet import UNetConfig
+from model.weights import diffusers_config, to_diffusers
+from train.checkpoint import load_weights, read_manifest
+from train.pretrained import find_checkpoint
+from train.sample import make_scheduler
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+IF_TOKENS = 77  # IFPipeline pads every prompt to this, whatever its tokenizer says
+
+
+@dataclass
+class Export:
+    """Writes a checkpoint as a folder that diffusers' IFPipeline loads.
+
+    checkpoint: a run's folder, for its latest, or a step's folder. weights: ema or master. dtype: float32, float16 or
+    bfloat16, of the UNet. encoder: the T5 that the captions were embedded with, by name or folder; none by default.
+    """
+
+    checkpoint: str = MISSING
+    out: str = MISSING
+    weights: str = "ema"
+    dtype: str = "float32"
+    encoder: str = ""
+
+
+def export(args: Export, shard_size: str = "10GB") -> None:
+    """Write the folder aside, then rename.
+
+    Raises: ValueError for what cannot be read, does not fit IFPipeline or is there already; OSError if it cannot be
+    written.
+    """
+    out = Path(args.out)
+    for name, value, known in (("weights", args.weights, ("ema", "master")), ("dtype", args.dtype, tuple(DTYPES))):
+        if value not in known:
+            raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
+    if out.exists():
+        raise ValueError(f"'{out}' is there already: choose another out=, or delete it")
+    checkpoint = find_checkpoint(args.checkpoint)
+    try:
+        manifest = read_manifest(checkpoint)
+        run = manifest["config"]
+        config, timesteps = UNetConfig(**run["model"]), run["diffusion_steps"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the manifest in '{checkpoint}' is not one of this version ({error!r})") from None
+
+    encoder = load_encoder(args.encoder, run) if args.encoder else None
+    pipeline = IFPipeline(
+        tokenizer=encoder.tokenizer if encoder else None,
+        # In float32 whatever args.dtype: loaded without a dtype, the UNet becomes float32 and the encoder what it was
+        # saved in, and IFPipeline fails when they differ.
+        text_encoder=encoder.model.float() if encoder else None,
+        unet=build_unet(load_weights(checkpoint, args.weights), config, DTYPES[args.dtype]),
+        scheduler=make_scheduler(timesteps, config.learn_sigma),
+        safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+    aside = out.with_name(out.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(aside, max_shard_size=shard_size)
+        # safetensors makes files that only their owner may read; a model is for others too.
+        for file in aside.rglob("*.safetensors"):
+            file.chmod((aside / "model_index.json").stat().st_mode)
+        os.replace(aside, out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"'{out}' could not be written ({error}): make space, or choose another out=") from None
+    variance = "learned" if config.learn_sigma else "fixed"
+    text = "prompts or prompt_embeds" if encoder else "prompt_embeds alone"
+    print(f"{out}: an IFPipeline for {text}; {args.weights} weights of step {manifest['step']} in {args.dtype}, "
+          f"{config.image_size} px, {timesteps} diffusion steps, {variance} variance")  # fmt: skip
+
+
+def build_unet(weights: dict[str, Tensor], config: UNetConfig, dtype: torch.dtype) -> UNet2DConditionModel:
+    """diffusers' net with these weights.
+
+    A net without a learned variance gets its output channels all the same, all zero: IFPipeline splits them off
+    whether there are any or not.
+    Raises: ValueError if diffusers cannot express the net, or a weight is not finite in the dtype.
+    """
+    if not config.learn_sigma:
+        config = replace(config, out_channels=2 * config.in_channels)
+        idle = {name: torch.zeros_like(weights[name]) for name in ("out.2.weight", "out.2.bias")}
+        weights = weights | {name: torch.cat([weights[name], zeros]) for name, zeros in idle.items()}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**diffusers_config(config))
+    # Copied one by one: weights that are cut from one piece of memory would count as one, and never be sharded.
+    state = {name: value.to(dtype, copy=True) for name, value in to_diffusers(weights, config).items()}
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} is not finite in {dtype}: choose another dtype, or an earlier checkpoint")
+    unet.load_state_dict(state, strict=True, assign=True)
+    return unet
+
+
+def load_encoder(name: str, run: dict) -> TextEncoder:
+    """The encoder, once it is certain that IFPipeline will do with it what the training did.
+
+    run: the config of the checkpoint's manifest.
+    Raises: ValueError.
+    """
+    tokens, dim, folder = run["data"]["tokens"], run["model"]["encoder_dim"], run["data"]["text"]
+    without = "export without encoder= and give the pipeline prompt_embeds"
+    if tokens != IF_TOKENS:
+        raise ValueError(
+            f"IFPipeline pads prompts to {IF_TOKENS} tokens, this net was trained with {tokens}: {without}"
+        )
+    try:
+        meta = TextMeta.read(folder)
+    except ValueError:
+        meta = None
+        print(f"'{folder}' is not here: cannot check that the captions were embedded with '{name}'")
+    # In the precision of the training, so that the hashes can be compared.
+    encoder = TextEncoder(name, tokens, meta.compute if meta else "float32", torch.device("cpu"))
+    if not isinstance(encoder.model, T5EncoderModel):
+        raise ValueError(f"'{name}' is a {type(encoder.model).__name__}, IFPipeline takes a T5 alone: {without}")
+    if encoder.dim != dim:
+        raise ValueError(f"'{name}' is {encoder.dim} wide, the net takes {dim}: name the encoder it was trained with")
+    if meta:
+        now = encoder.meta(meta.dtype)
+        if (now.weights_sha256, now.tokenizer_sha256) != (meta.weights_sha256, meta.tokenizer_sha256):
+            raise ValueError(
+                f"'{name}' is another encoder than the one that '{folder}' was embedded with ({meta.encoder}): "
+                f"name that one, or {without}"
+            )
+    return encoder
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        export(parse(Export, argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
