@@ -4,7 +4,7 @@ import logging
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class RawSample:
     name: str
     image: bytes = b""
     embedding: bytes = b""
+    caption: bytes = b""
     problem: str = ""
 
 
@@ -61,8 +62,8 @@ class ShardCursor:
 
     def __init__(self, shard: Shard, text_folder: str) -> None:
         self.shard, self.row = shard, 0
-        self._images = read_shard(shard.path, set(IMAGE_EXTENSIONS))
-        self._texts = read_shard(sidecar(shard, text_folder), {"npy"})
+        self._images = _until_damaged(shard.path, {*IMAGE_EXTENSIONS, "txt"})
+        self._texts = _until_damaged(sidecar(shard, text_folder), {"npy"})
         self._text = next(self._texts, None)
 
     def read(self, row: int) -> RawSample:
@@ -73,12 +74,7 @@ class ShardCursor:
 
     def _next(self) -> RawSample:
         self.row += 1
-        try:
-            found = next(self._images, None)
-        except (OSError, tarfile.TarError) as error:
-            logger.warning("%s: cannot be read on from sample %d: %s", self.shard.path, self.row - 1, error)
-            found = None
-            self._images = iter(())
+        found = next(self._images, None)
         if found is None:
             return RawSample(f"{self.shard.path.name}[{self.row - 1}]", problem="shard ended early")
         key, members = found
@@ -90,7 +86,15 @@ class ShardCursor:
             self._text = next(self._texts, None)
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), b"")
         problem = "no image" if not image else "no embedding" if not embedding else ""
-        return RawSample(name, image, embedding, problem)
+        return RawSample(name, image, embedding, members.get("txt", b""), problem)
+
+
+def _until_damaged(path: Path, extensions: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a tar up to where it can no longer be read, which is logged."""
+    try:
+        yield from read_shard(path, extensions)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        logger.warning("%s cannot be read any further: %s", path, str(error).splitlines()[0])
 
 
 class BlockReader:
@@ -181,12 +185,19 @@ def micro_batches(dataset: MicroBatches, workers: int, pin_memory: bool) -> Iter
 
 
 def stored_prompts(shards: list[Shard], text_folder: str, meta: TextMeta, n: int) -> list[tuple[str, np.ndarray]]:
-    """n captions taken evenly from the shards with their embeddings [tokens, dim]: prompts that need no encoder."""
-    every = [(shard, row) for shard in shards for row in range(shard.count)]
+    """At most n captions, taken evenly from the shards, with their embeddings [tokens, dim]: no encoder is needed.
+
+    Raises: ValueError if none of the samples looked at can be read.
+    """
+    ends = np.cumsum([shard.count for shard in shards])
     prompts = []
-    for shard, row in every[:: max(1, len(every) // n)][:n]:
-        key, texts = next(islice(read_shard(shard.path, {"txt"}), row, None))
-        for sidecar_key, members in read_shard(sidecar(shard, text_folder), {"npy"}):
-            if sidecar_key == key:
-                prompts.append((texts["txt"].decode("utf-8", "replace"), from_bytes(members["npy"], meta)))
+    for place in np.unique(np.arange(n) * int(ends[-1]) // n).tolist():
+        at = int(np.searchsorted(ends, place, side="right"))
+        raw = ShardCursor(shards[at], text_folder).read(place - int(ends[at]) + shards[at].count)
+        if not raw.problem:
+            prompts.append((raw.caption.decode("utf-8", "replace"), from_bytes(raw.embedding, meta)))
+    if not prompts:
+        raise ValueError(
+            f"none of {n} samples, taken evenly from {len(shards)} shards, can be read: look at the shards"
+        )
     return prompts

@@ -91,7 +91,10 @@ def from_bytes(data: bytes, meta: TextMeta) -> np.ndarray:
 
     Raises: ValueError if it is of another shape or dtype, or not finite.
     """
-    embedding = np.load(io.BytesIO(data), allow_pickle=False)
+    try:
+        embedding = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError("embedding not readable") from error
     if embedding.shape != (meta.tokens, meta.dim) or embedding.dtype.name != meta.dtype:
         raise ValueError("embedding of another shape or dtype")
     if not np.isfinite(embedding).all():

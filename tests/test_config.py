@@ -78,6 +78,9 @@ def test_the_schedule_is_the_cards(repo):
         ("optim.lr_start=1e-3", r"optim.lr_start=0.001 <= optim.lr_peak=5e-05 does not hold"),
         ("data.streams=4000", "data.streams=4000 must lie between 1 and global_batch=3072"),
         ("micro_batch=0", "micro_batch=0 must be at least 1"),
+        ("seed=-1", "seed=-1 must be at least 0"),
+        ("sample.prompts=0", "sample.prompts=0 must be at least 1"),
+        ("sample.steps=2000", "sample.steps=2000 must be at most diffusion_steps=1000"),
     ],
 )
 def test_values_that_clash_are_named(repo, override, message):

@@ -134,6 +134,22 @@ def test_a_truncated_shard_costs_its_own_samples_alone(config, caplog):
     assert "00001.tar" in caplog.text
 
 
+@pytest.mark.parametrize("damage", ["cut", "text", "twice"])
+def test_a_damaged_sidecar_costs_its_own_samples_alone(config, damage):
+    path = Path(config.text) / "00001.tar"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "text":
+        path.write_text("this is no tar")
+    else:
+        whole = path.read_bytes()
+        first = whole[:1024]  # the first member, header and data: its key comes twice
+        path.write_bytes(first + whole)
+    _, _, visit, weight, bad = read(config, range(25))
+    assert len(bad) > 0 and {int(v) % 50 for v in visit[weight == 0]} <= set(range(13, 26))
+    assert {reason for _, reason in bad} == {"no embedding"}
+
+
 def test_an_embedding_that_is_missing_or_not_finite_is_bad(config):
     path = Path(config.text) / "00000.tar"
     rows = list(read_shard(path, {"npy"}))
@@ -153,7 +169,7 @@ def test_a_pickled_embedding_is_never_loaded(config):
 
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ValueError, match="embedding not readable"):
         from_bytes(buffer.getvalue(), TextMeta.read(config.text))
 
 

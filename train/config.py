@@ -123,6 +123,22 @@ def check(config: Config) -> None:
     ):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}={share} must lie between 0 and 1")
+    at_least: tuple[tuple[str, float, int], ...] = (
+        ("seed", config.seed, 0),
+        ("data.workers", config.data.workers, 0),
+        ("data.phases", config.data.phases, 1),
+        ("data.shuffle_block", config.data.shuffle_block, 1),
+        ("data.crop_shift", config.data.crop_shift, 0),
+        ("sample.every", config.sample.every, 0),
+        ("sample.prompts", config.sample.prompts, 1),
+        ("sample.steps", config.sample.steps, 1),
+        ("optim.grad_clip", config.optim.grad_clip, 0),
+    )
+    for name, number, least in at_least:
+        if number < least:
+            raise ValueError(f"{name}={number} must be at least {least}")
+    if config.sample.steps > config.diffusion_steps:
+        raise ValueError(f"sample.steps={config.sample.steps} must be at most diffusion_steps={config.diffusion_steps}")
     optim = config.optim
     if not 0 < optim.lr_end <= optim.lr_start <= optim.lr_peak:
         raise ValueError(
