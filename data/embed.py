@@ -36,12 +36,16 @@ def embed(args: Embed) -> None:
     """Raises: ValueError if the folder holds embeddings that were made otherwise, or the encoder does not fit."""
     if args.dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={args.dtype} must be float16 or float32")
+    for name, value in (("tokens", args.tokens), ("batch", args.batch)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     shards, out = find_shards(args.shards), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = TextEncoder(args.encoder, args.tokens, args.compute, device)
     meta = encoder.meta(args.dtype)
     _check_same(meta, out)
-    out.mkdir(parents=True, exist_ok=True)
+    empty = to_bytes(_stored(encoder([""])[0], args.dtype, ""))
     # The meta file comes first, so that a folder begun with one encoder is never gone on with by another.
     meta.write(out)
     # The stats file is written last, so a sidecar without one was cut short.
@@ -51,7 +55,7 @@ def embed(args: Embed) -> None:
         for shard in missing:
             without += _embed_shard(shard, out, encoder, args, bar)
     aside = out / (EMPTY + ".part")
-    aside.write_bytes(to_bytes(_stored(encoder([""])[0], args.dtype, "")))
+    aside.write_bytes(empty)
     os.replace(aside, out / EMPTY)
     print(f"{out}: {len(shards)} shards of embeddings, {meta.tokens} x {meta.dim} {meta.dtype}, {len(missing)} new")
     if without:
@@ -99,5 +103,5 @@ def _stored(states: np.ndarray, dtype: str, caption: str) -> np.ndarray:
 if __name__ == "__main__":
     try:
         embed(parse(Embed))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -5,6 +5,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from webdataset.tariterators import base_plus_ext
+
 from data.tars import stats_path
 
 
@@ -44,6 +46,8 @@ def _count(path: Path) -> int:
             ) from None
     try:
         with tarfile.open(path) as tar:
-            return len({member.name.split(".")[0] for member in tar if member.isreg()})
+            return len({base_plus_ext(member.name)[0] for member in tar if member.isreg()} - {None})
     except tarfile.TarError as error:
-        raise ValueError(f"'{path}' is not a readable tar ({error}): remove it or make it anew") from None
+        raise ValueError(
+            f"'{path}' is not a readable tar ({str(error).splitlines()[0]}): remove it or make it anew"
+        ) from None

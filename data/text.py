@@ -19,7 +19,6 @@ class TextMeta:
     """Everything that decides a stored embedding; lies as meta.json beside the sidecar shards.
 
     tokens, dim: an embedding is [tokens, dim].  dtype: as stored.  compute: as the encoder ran.
-    shards: samples per sidecar that is whole.
     """
 
     encoder: str

@@ -27,6 +27,8 @@ class TinyT5:
 
 def write_tiny_t5(args: TinyT5) -> None:
     """Write the folder aside, then rename; one that is there is left as it is."""
+    if args.dim < 16 or args.dim % 16:
+        raise SystemExit(f"dim={args.dim} must be a multiple of 16, the width of a head")
     out = Path(args.out)
     if out.exists():
         print(f"{out} is there already")

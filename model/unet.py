@@ -14,7 +14,7 @@ from model.embeddings import AttentionPooling, timestep_embedding
 
 @dataclass(slots=True)
 class UNetConfig:
-    """The shape of the net; the defaults are IF-I-XL.
+    """The shape of the net; the defaults are IF-I-XL with the exact GELU.
 
     image_size: pixels, only to tell which levels the attention_resolutions (pixels too) mean.
     out_channels: in_channels for the noise alone, twice that with the learned variance.
@@ -80,7 +80,7 @@ class Stage(nn.ModuleList):
 class UNet(nn.Module):
     """The net of the config, its parameters named as in the released weights.
 
-    x: [N, in_channels, H, W] in [-1, 1]; timesteps: [N]; text: [N, L, encoder_dim], or what encode_text made of it.
+    x: [N, in_channels, H, W] in [-1, 1]; timesteps: [N]; text_emb: [N, L, encoder_dim], or what encode_text made of it.
     Returns [N, out_channels, H, W] in the parameters' dtype: the noise, then the variance's place between its bounds.
     Raises: ValueError for a config or an input whose numbers don't fit together.
     Source: DeepFloyd IF's UNetModel, from guided-diffusion.
@@ -158,9 +158,8 @@ class UNet(nn.Module):
         states = self.encoder_proj(text_emb).transpose(1, 2).contiguous()
         return TextState(states, self.encoder_pooling(text_emb))
 
-    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor | TextState) -> Tensor:
-        if not isinstance(text, TextState):
-            text = self.encode_text(text)
+    def forward(self, x: Tensor, timesteps: Tensor, text_emb: Tensor | TextState) -> Tensor:
+        text = text_emb if isinstance(text_emb, TextState) else self.encode_text(text_emb)
         self._check_input(x, timesteps, text)
         emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(self.dtype))
         emb = self.emb_activation(emb + text.pooled)

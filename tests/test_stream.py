@@ -1,6 +1,7 @@
 """The stream: the same batches on any number of ranks and workers, from any step, and bad samples left out."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,14 @@ def test_counts_come_from_stats_or_from_the_tar(config):
     for shard in shards:
         stats_path(shard.path).unlink()
     assert [shard.count for shard in find_shards(config.shards)] == [13, 13, 13, 11]
+
+
+def test_a_tar_of_a_folder_is_counted_by_its_samples(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for n in range(3):
+            for extension in ("jpg", "txt"):
+                tar.addfile(tarfile.TarInfo(f"./some.folder/{n}.{extension}"))
+    assert [shard.count for shard in find_shards(tmp_path)] == [3]
 
 
 def test_prompts_are_captions_with_their_own_embeddings(config):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -39,7 +40,9 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(repo: Path, data: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
+def launch(
+    repo: Path, data: Path, run_dir: Path, *overrides: str, ranks: int = 1, file_size: tuple[int, int] | None = None
+) -> subprocess.CompletedProcess:
     """Run train/main.py from another folder, as a user might, through the launcher when there are several ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -60,7 +63,14 @@ def launch(repo: Path, data: Path, run_dir: Path, *overrides: str, ranks: int = 
         "NETRC": os.devnull,
     }
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    return subprocess.run(command, cwd=run_dir.parent, env=environment, capture_output=True, text=True, timeout=420)
+
+    def limit() -> None:
+        if file_size:
+            resource.setrlimit(resource.RLIMIT_FSIZE, file_size)
+
+    return subprocess.run(
+        command, cwd=run_dir.parent, env=environment, capture_output=True, text=True, timeout=420, preexec_fn=limit
+    )
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -176,9 +186,9 @@ def test_bad_images_are_counted_reported_and_add_nothing_and_too_many_stop_the_r
     for line in metrics(tmp_path / "all"):
         assert (line["bad_samples"], line["loss"], line["grad_norm"]) == (8, 0, 0)
     assert "unreadable image" in done.stdout + done.stderr
-    done = launch(repo, broken, tmp_path / "many", "wandb.mode=disabled")
+    done = launch(repo, broken, tmp_path / "many", "wandb.mode=disabled", "data.max_bad_share=0.02")
     assert done.returncode == 2
-    assert "more than data.max_bad_share=0.05" in done.stderr and "Traceback" not in done.stderr
+    assert "more than data.max_bad_share=0.02" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -205,6 +215,18 @@ def test_a_checkpoint_of_another_run_is_refused(repo, data, two_ranks, tmp_path)
     shutil.copytree(two_ranks, run_dir)
     done = launch(repo, data, run_dir, "wandb.mode=disabled")
     assert done.returncode == 2 and "was written by 2 ranks, this run has 1: start 2 ranks" in done.stderr
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(repo, data, two_ranks, tmp_path):
+    run_dir = tmp_path / "full"
+    shutil.copytree(two_ranks, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
+    size = (run_dir / "checkpoints" / "step-00000003" / "rank-00000.safetensors").stat().st_size
+    limit = (size // 2, size // 2)
+    done = launch(repo, data, run_dir, "wandb.mode=disabled", ranks=2, file_size=limit)
+    assert done.returncode != 0
+    assert "could not be written" in done.stderr and "the one before is intact" in done.stderr
+    assert [path.name for path in complete(run_dir)] == ["step-00000003"]
 
 
 def test_dry_run_says_what_would_run_and_leaves(repo, data, tmp_path):

@@ -5,6 +5,7 @@ ranks, one after another, are the parameters in the manifest's order, flat, with
 nothing else to keep: every random draw and the place in the data follow from the step.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.shards import Shard
 from data.tars import write_json
 from train.config import Config
 
@@ -63,7 +65,9 @@ def save(run_dir: Path, step: int, engine: "Engine", ema: "EMA", config: Config,
                 "ranks": ranks,
                 "samples": samples,
                 "parameters": {name: list(p.shape) for name, p in engine.model.named_parameters()},
-                "files": {path.name: path.stat().st_size for path in sorted(aside.glob("*.safetensors"))},
+                # By name: a rank whose file is not here wrote to a disk of its own.
+                "files": {_file(r): (aside / _file(r)).stat().st_size for r in range(ranks)},
+                "schedule_step": engine.schedule_step,
                 "config": asdict(config),
             },
         )
@@ -140,13 +144,31 @@ def check_resumable(config: Config, samples: int, ranks: int) -> None:
                 )
 
 
+def check_same_everywhere(config: Config, shards: list[Shard]) -> None:
+    """Make sure that all ranks see the same shards and the same latest checkpoint; a collective call.
+
+    Raises: ValueError on all ranks if run_dir or data.shards is not shared between the nodes.
+    """
+    seen = (
+        [folder.name for folder in complete(Path(config.run_dir))[-1:]],
+        hashlib.sha256(repr([(shard.path.name, shard.count) for shard in shards]).encode()).hexdigest(),
+    )
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, seen)
+    for what, i in ((f"run_dir={config.run_dir} (its latest checkpoint)", 0), (f"data.shards={config.data.shards}", 1)):
+        other = [rank for rank, theirs in enumerate(everywhere) if theirs[i] != everywhere[0][i]]
+        if other:
+            raise ValueError(f"rank {other[0]} sees another {what} than rank 0: put it on storage that all nodes share")
+
+
 def resume(run_dir: Path, engine: "Engine", ema: "EMA") -> int:
     """Go on from the latest whole checkpoint; returns its step, 0 if there is none."""
     for folder in complete(run_dir)[-1:]:
-        step: int = read_manifest(folder)["step"]
+        manifest = read_manifest(folder)
+        step: int = manifest["step"]
         state = load_file(folder / _file(dist.get_rank()))
         moments = {name.removeprefix("moments."): value for name, value in state.items() if name.startswith("moments.")}
-        engine.restore(step, state["master"], moments)
+        engine.restore(step, manifest["schedule_step"], state["master"], moments)
         ema.average.copy_(state["ema"])
         return step
     return 0

@@ -35,6 +35,11 @@ def init_distributed() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def leave_group() -> None:
+    """Leave the process group in order."""
+    dist.destroy_process_group()
+
+
 def optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW with 8-bit or 32-bit states; decoupled weight decay on every parameter."""
     adamw = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "adamw": torch.optim.AdamW}[config.name]
@@ -106,7 +111,12 @@ class Engine:
         """Make the weights of all ranks those of the masters."""
         self.engine.optimizer.update_lp_params()
 
-    def restore(self, step: int, master: Tensor, moments: dict[str, Tensor]) -> None:
+    @property
+    def schedule_step(self) -> int:
+        """Steps of the schedule; fewer than those of the run where DeepSpeed skipped some for overflow."""
+        return int(self.scheduler.last_epoch)
+
+    def restore(self, step: int, schedule_step: int, master: Tensor, moments: dict[str, Tensor]) -> None:
         """Go on from a step with these masters and moments."""
         self.master.data.copy_(master)
         self.push_master()
@@ -118,7 +128,7 @@ class Engine:
         if state:
             self.base_optimizer.state[self.master] = state
         # OneCycle with the horizon of this run's configuration; its own state dict would bring back the old one.
-        self.scheduler.last_epoch = step - 1
+        self.scheduler.last_epoch = schedule_step - 1
         self.scheduler.step()
         self.engine.global_steps = step
 

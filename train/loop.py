@@ -18,13 +18,16 @@ from train.meters import Meters
 from train.noise import draw_t_and_noise
 from train.show import Show
 
+# A share is judged over no fewer samples than this, so that a few bad ones in a small run do not end it.
+MIN_SEEN = 500
+
 
 class TooManyBad(RuntimeError):
     """So many samples could not be read that going on would train on something else."""
 
-    def __init__(self, step: int, metrics: dict[str, float], limit: float, reasons: dict[str, int]) -> None:
+    def __init__(self, step: int, bad: float, seen: float, limit: float, reasons: dict[str, int]) -> None:
         super().__init__(
-            f"step {step}: {metrics['bad_samples']:.0f} of the last {metrics['samples']:.0f} samples could not be read "
+            f"step {step}: {bad:.0f} of the last {seen:.0f} samples could not be read "
             f"(here: {reasons}), more than data.max_bad_share={limit}: mend the shards, or raise the limit"
         )
 
@@ -51,6 +54,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     meters = Meters(device, config.diffusion_steps)
     show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
 
+    seen = bad = 0.0
     for step in range(first_step + 1, config.steps + 1):
         lr = engine.lr()
         for _ in range(accumulation(config, ranks)):
@@ -77,8 +81,11 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             metrics = meters.read()
             if show:
                 show.log(step, metrics | {"lr": lr}, meters.bad)
-            if metrics["bad_samples"] > config.data.max_bad_share * metrics["samples"]:
-                raise TooManyBad(step, metrics, config.data.max_bad_share, meters.bad)
+            seen, bad = seen + metrics["samples"], bad + metrics["bad_samples"]
+            if bad > config.data.max_bad_share * max(seen, MIN_SEEN):
+                raise TooManyBad(step, bad, seen, config.data.max_bad_share, meters.bad)
+            if seen >= MIN_SEEN:
+                seen = bad = 0
         if step % config.save_every == 0 or last:
             save(run_dir, step, engine, ema, config, inputs.samples)
         if last or (config.sample.every and step % config.sample.every == 0):

@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from model.unet import check as check_unet  # noqa: E402
-from train.checkpoint import check_resumable  # noqa: E402
+from train.checkpoint import check_resumable, check_same_everywhere  # noqa: E402
 from train.config import Config, accumulation, check  # noqa: E402
 from train.inputs import describe, find_inputs  # noqa: E402
 from train.tracker import check_login  # noqa: E402
@@ -45,13 +45,19 @@ def main(composed: DictConfig) -> None:
         leave(error, rank)
 
     # Imported here: the engine takes seconds to import, and a mistake above is to be told at once.
-    from train.engine import init_distributed
+    from train.engine import init_distributed, leave_group
     from train.loop import TooManyBad, train
 
     try:
-        train(config, inputs, *init_distributed())
-    except TooManyBad as error:
+        rank, ranks, device = init_distributed()
+        check_same_everywhere(config, inputs.shards)
+    except ValueError as error:
         leave(error, rank)
+    try:
+        train(config, inputs, rank, ranks, device)
+    except (TooManyBad, OSError) as error:
+        leave(error, rank)
+    leave_group()
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -66,8 +72,8 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def leave(error: Exception, rank: int) -> NoReturn:
-    """End this process for a mistake that all ranks have found."""
-    if rank == 0:
+    """End this process for a mistake; those of the user are found by all ranks, and told by the first."""
+    if rank == 0 or isinstance(error, OSError):
         print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
