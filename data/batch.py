@@ -22,9 +22,9 @@ class Batch:
     weight: Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
 
-    def x_start(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The images in [-1, 1], [N, 3, H, W], on the device."""
-        return self.pixels.to(device, non_blocking=True).to(dtype) / 127.5 - 1.0
+    def x_start(self, device: torch.device) -> Tensor:
+        """The images in [-1, 1], [N, 3, H, W] float32, on the device."""
+        return self.pixels.to(device, non_blocking=True).float() / 127.5 - 1.0
 
     def pin_memory(self) -> "Batch":
         """Page-locked copies; DataLoader calls this by name."""

@@ -18,7 +18,6 @@ class Draw(IntEnum):
     DROPOUT = 3
     TIMESTEP = 4
     NOISE = 5
-    SAMPLING = 6
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

@@ -194,8 +194,10 @@ def stored_prompts(shards: list[Shard], text_folder: str, meta: TextMeta, n: int
     for place in np.unique(np.arange(n) * int(ends[-1]) // n).tolist():
         at = int(np.searchsorted(ends, place, side="right"))
         raw = ShardCursor(shards[at], text_folder).read(place - int(ends[at]) + shards[at].count)
-        if not raw.problem:
+        try:
             prompts.append((raw.caption.decode("utf-8", "replace"), from_bytes(raw.embedding, meta)))
+        except ValueError as problem:
+            logger.warning("%s cannot serve as a prompt: %s", raw.name, raw.problem or problem)
     if not prompts:
         raise ValueError(
             f"none of {n} samples, taken evenly from {len(shards)} shards, can be read: look at the shards"

@@ -353,4 +353,6 @@ def foreign(base) -> None:
 def test_the_released_sizes_can_be_expressed():
     for channels in (192, 320, 704):
         with torch.device("meta"):
-            UNet2DConditionModel(**diffusers_config(UNetConfig(model_channels=channels, encoder_channels=4 * channels)))
+            config = UNetConfig(model_channels=channels, encoder_channels=4 * channels)
+            theirs, ours = UNet2DConditionModel(**diffusers_config(config)), UNet(config)
+        assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())

@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
 from data import demo
 from data.embed import Embed, embed
-from data.shards import find_shards
+from data.shards import Shard, find_shards
 from data.tars import read_shard, write_shard
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.unet import UNet, UNetConfig
-from train.checkpoint import complete, load_weights
+from train.checkpoint import check_same_everywhere, complete, load_weights
+from train.config import Config
 
 STEPS, SAVE_EVERY = 6, 3
 SMALL = f"""
@@ -40,13 +42,17 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(
     repo: Path, data: Path, run_dir: Path, *overrides: str, ranks: int = 1, file_size: tuple[int, int] | None = None
 ) -> subprocess.CompletedProcess:
     """Run train/main.py from another folder, as a user might, through the launcher when there are several ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = str(repo / "train" / "main.py")
     launcher = Path(sys.executable).with_name("deepspeed")
     program = [sys.executable, script]
@@ -227,6 +233,28 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(re
     assert done.returncode != 0
     assert "could not be written" in done.stderr and "the one before is intact" in done.stderr
     assert [path.name for path in complete(run_dir)] == ["step-00000003"]
+
+
+def say_what_is_seen(rank: int, port: int, cases: list, told: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for number, (folders, counts) in enumerate(cases):
+        said = "nothing"
+        try:
+            check_same_everywhere(Config(run_dir=folders[rank]), [Shard(Path("0.tar"), counts[rank])])
+        except ValueError as error:
+            said = str(error)
+        Path(told, f"{number}-{rank}").write_text(said)
+    dist.destroy_process_group()
+
+
+def test_ranks_that_see_different_disks_are_told(two_ranks, tmp_path):
+    run, empty = str(two_ranks), str(tmp_path / "another disk")
+    cases = [((run, run), (5, 5)), ((run, empty), (5, 5)), ((run, run), (5, 4))]
+    torch.multiprocessing.spawn(say_what_is_seen, (free_port(), cases, str(tmp_path)), nprocs=2)
+    expected = ["nothing", "rank 1 sees another run_dir=", "rank 1 sees another data.shards="]
+    for number, words in enumerate(expected):
+        for rank in range(2):
+            assert (tmp_path / f"{number}-{rank}").read_text().startswith(words)
 
 
 def test_dry_run_says_what_would_run_and_leaves(repo, data, tmp_path):

@@ -35,11 +35,6 @@ def init_distributed() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def leave_group() -> None:
-    """Leave the process group in order."""
-    dist.destroy_process_group()
-
-
 def optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW with 8-bit or 32-bit states; decoupled weight decay on every parameter."""
     adamw = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "adamw": torch.optim.AdamW}[config.name]

@@ -12,6 +12,7 @@ sys.path[0] = str(ROOT)
 sys.argv = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
 
 import hydra  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
@@ -45,7 +46,7 @@ def main(composed: DictConfig) -> None:
         leave(error, rank)
 
     # Imported here: the engine takes seconds to import, and a mistake above is to be told at once.
-    from train.engine import init_distributed, leave_group
+    from train.engine import init_distributed
     from train.loop import TooManyBad, train
 
     try:
@@ -57,7 +58,7 @@ def main(composed: DictConfig) -> None:
         train(config, inputs, rank, ranks, device)
     except (TooManyBad, OSError) as error:
         leave(error, rank)
-    leave_group()
+    dist.destroy_process_group()
 
 
 def to_config(composed: DictConfig) -> Config:

@@ -20,8 +20,9 @@ def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
         for name in names:
             points = np.array([(m["step"], m[name]) for m in metrics if name in m])
             if len(points):
-                line = axes.plot(points[:, 0], points[:, 1], alpha=0.35 if len(points) > 50 else 1, label=name)[0]
-                if len(points) > 50:
+                smooth = name != "lr" and len(points) > 50
+                line = axes.plot(points[:, 0], points[:, 1], alpha=0.35 if smooth else 1, label=name)[0]
+                if smooth:
                     axes.plot(points[:, 0], _smooth(points[:, 1]), color=line.get_color(), label=f"{name}, smoothed")
         axes.set(xlabel="step", ylabel=" / ".join(names), yscale="log" if log_scale else "linear")
         axes.grid(alpha=0.3)
