@@ -10,13 +10,15 @@ ifeq ($(PYTHON),)
 PYTHON := python3
 endif
 
-.PHONY: help install smoke test test-slow lint
+.PHONY: help install smoke test test-slow bench gpu-bench lint
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make smoke      install, make demo data, embed it, train on it with two ranks (on the CPU)'
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  install, run the tests that take minutes'
+	@echo 'make bench      install, count bytes and time the net against its peers (half an hour)'
+	@echo 'make gpu-bench  install, time training steps of M, L and XL on a GPU'
 	@echo 'make lint       install, check style (ruff) and types (mypy)'
 	@echo 'make install    make .venv with every package pinned by constraints.txt'
 	@echo
@@ -39,6 +41,19 @@ test: install
 
 test-slow: install
 	.venv/bin/python -m pytest -q -m slow tests
+
+# The original net, as its authors published it: an opponent here, and nothing that the project needs.
+.bench/installed: | install
+	.venv/bin/python -m pip install --disable-pip-version-check -q --no-deps --target .bench deepfloyd-if==1.0.1
+	@touch $@
+
+bench: .bench/installed
+	PYTHONPATH=.bench .venv/bin/python -m tests.benchmarks.unet_memory
+	PYTHONPATH=.bench .venv/bin/python -m tests.benchmarks.unet_speed
+	.venv/bin/python -m tests.benchmarks.fewbit_training
+
+gpu-bench: install
+	.venv/bin/python -m tests.benchmarks.gpu
 
 lint: install
 	.venv/bin/ruff check .

@@ -5,6 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks import group_norm, zero_init
+from model.recompute import call, recompute
+
+
+class Projection(nn.Conv1d):
+    """A linear layer on [N, L, channels] whose weight has the shape of the released net's 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.squeeze(2), self.bias)
 
 
 class AttentionBlock(nn.Module):
@@ -14,26 +25,32 @@ class AttentionBlock(nn.Module):
     Source: guided-diffusion's AttentionBlock, with the text keys as in DeepFloyd IF.
     """
 
-    def __init__(self, channels: int, num_head_channels: int, encoder_channels: int) -> None:
+    def __init__(self, channels: int, num_head_channels: int, encoder_channels: int, memory: str = "keep") -> None:
         super().__init__()
+        self.run = recompute if memory == "recompute_cheap" else call
         self.num_heads = channels // num_head_channels
         self.norm = group_norm(channels)
-        self.qkv = nn.Conv1d(channels, channels * 3, 1)
-        self.encoder_kv = nn.Conv1d(encoder_channels, channels * 2, 1)
+        self.qkv = Projection(channels, channels * 3)
+        self.encoder_kv = Projection(encoder_channels, channels * 2)
         self.norm_encoder = group_norm(encoder_channels)
-        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+        self.proj_out = zero_init(Projection(channels, channels))
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        # The rows of both projections are grouped by head: all of head 0's q, k, v, then head 1's.
-        q, k, v = self._heads(self.qkv(self.norm(x).flatten(2)), 3)
-        text_k, text_v = self._heads(self.encoder_kv(self.norm_encoder(text)), 2)
-        # On the CPU only contiguous q, k, v take SDPA's flash path.
-        k = torch.cat([text_k, k], dim=2).contiguous()
-        v = torch.cat([text_v, v], dim=2).contiguous()
-        h = F.scaled_dot_product_attention(q.contiguous(), k, v)
-        h = self.proj_out(h.transpose(2, 3).flatten(1, 2))
-        return x + h.view_as(x)
+        # The columns of both projections are grouped by head: all of head 0's q, k, v, then head 1's.
+        q, k, v = self._heads(self.run(self._project, x.flatten(2), self.norm, self.qkv), 3)
+        text_k, text_v = self._heads(self.run(self._project, text, self.norm_encoder, self.encoder_kv), 2)
+        k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
+        # A copy of q, for a view would keep the k and v of the projection for backward too.
+        q, k, v = (part.transpose(1, 2) for part in (q.contiguous(), k, v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.proj_out(h.transpose(1, 2).flatten(2))
+        return x + h.transpose(1, 2).view_as(x)
+
+    @staticmethod
+    def _project(x: Tensor, norm: nn.GroupNorm, projection: Projection) -> Tensor:
+        """[N, in_channels, L] -> [N, L, out_channels]"""
+        return projection(norm(x).transpose(1, 2))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[N, heads * parts * ch, L] -> `parts` times [N, heads, L, ch]."""
-        return x.unflatten(1, (self.num_heads, parts, -1)).transpose(3, 4).unbind(2)
+        """[N, L, heads * parts * ch] -> `parts` times [N, L, heads, ch], views."""
+        return x.unflatten(2, (self.num_heads, parts, -1)).unbind(3)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.activations import make_activation
+from model.recompute import call, recompute
 
 NORM_GROUPS = 32
 M = TypeVar("M", bound=nn.Module)
@@ -24,22 +25,41 @@ def zero_init(module: M) -> M:
     return module
 
 
+def scale_shift_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift, in one pass over x: each sample's scale and shift join the norm's own.
+
+    x: [N, channels, H, W]; scale, shift: [N, channels].
+    """
+    weight = norm.weight * (1 + scale)
+    bias = torch.addcmul(shift, norm.bias, 1 + scale)
+    samples_as_groups = x.reshape(1, -1, *x.shape[2:])
+    groups = x.shape[0] * norm.num_groups
+    return F.group_norm(samples_as_groups, groups, weight.flatten(), bias.flatten(), norm.eps).view_as(x)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions, the second scaled and shifted by the embedding, beside a shortcut.
 
-    x: [N, in_channels, H, W]; emb: [N, emb_channels], already activated.
+    x: [N, in_channels, H, W], or its first channels, with the rest in skip; emb: [N, emb_channels], already activated.
     resample: 'down' halves and 'up' doubles H and W, 'none' keeps them.
     Source: guided-diffusion's ResBlock with scale-shift norm and resblock_updown.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_channels: int, activation: str, resample: str = "none"
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        activation: str,
+        resample: str = "none",
+        memory: str = "keep",
     ) -> None:
         super().__init__()
+        self.run = recompute if memory == "recompute_cheap" else call
         self.resample = resample
         self.in_layers = nn.Sequential(
             group_norm(in_channels),
-            make_activation(activation),
+            make_activation(activation, memory),
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         # The activation of the embedding is the same for all blocks, so the UNet applies it once; the place stays
@@ -47,20 +67,34 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(emb_channels, 2 * out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels),
-            make_activation(activation),
+            make_activation(activation, memory),
             nn.Identity(),  # where the released net has its dropout of 0
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        parts = (x,) if skip is None else (x, skip)
+        if self.run is call:
+            parts = (_join(*parts),)
+        h = self.run(self._in, *parts)
+        h = self.run(self._out, h, self.emb_layers(emb))
+        if isinstance(self.skip_connection, nn.Identity):
+            return self._resample(_join(*parts)) + h
+        return self.run(self._shortcut, *parts) + h
+
+    def _in(self, *parts: Tensor) -> Tensor:
         norm, act, conv = self.in_layers
-        h = conv(self._resample(act(norm(x))))
-        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+        return conv(self._resample(act(norm(_join(*parts)))))
+
+    def _out(self, h: Tensor, scale_shift: Tensor) -> Tensor:
         norm, act, _, conv = self.out_layers
-        h = conv(act(torch.addcmul(shift, norm(h), 1 + scale)))
-        return self.skip_connection(self._resample(x)) + h
+        scale, shift = scale_shift.chunk(2, dim=1)
+        return conv(act(scale_shift_norm(norm, h, scale, shift)))  # type: ignore[arg-type]
+
+    def _shortcut(self, *parts: Tensor) -> Tensor:
+        return self.skip_connection(_join(*parts))
 
     def _resample(self, x: Tensor) -> Tensor:
         if self.resample == "down":
@@ -68,3 +102,7 @@ class ResBlock(nn.Module):
         if self.resample == "up":
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         return x
+
+
+def _join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]

@@ -115,36 +115,38 @@ def decode(codes: Tensor, levels: Tensor) -> Tensor:
 
 class _FewBitGELU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, levels: Tensor, borders: list[float], bits: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(levels, *pack(encode(x, borders), bits))
-        ctx.bits = bits
+    def forward(ctx, x: Tensor, levels: Tensor, borders: list[float], bits: int, packed: bool) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(levels, *(pack(encode(x, borders), bits) if packed else [x]))
+        ctx.borders, ctx.bits, ctx.packed = borders, bits, packed
         return F.gelu(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 f"a GELU of {ctx.bits} bits has no second derivative: it keeps only the rounded first one; "
                 "use activation='gelu', or backward without create_graph"
             )
-        levels, *packed = ctx.saved_tensors
-        codes = unpack(packed, ctx.bits, grad.numel())
-        return grad * decode(codes, levels.to(grad.dtype)).view(grad.shape), None, None, None
+        levels, *kept = ctx.saved_tensors
+        codes = unpack(kept, ctx.bits, grad.numel()) if ctx.packed else encode(kept[0], ctx.borders)
+        return grad * decode(codes, levels.to(grad.dtype)).view(grad.shape), None, None, None, None
 
 
 class FewBitGELU(nn.Module):
     """Exact GELU forward, its derivative rounded to one of 2^bits levels; floats of any dtype and shape.
 
-    bits: 1 to 4. Refuses double backward with a RuntimeError.
+    bits: 1 to 4.  packed: keep the bits; without, the input is kept and rounded in backward, the same but for the time:
+    where the input is computed again anyway, nothing is gained by packing.
+    Refuses double backward with a RuntimeError.
     """
 
     levels: Tensor
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, packed: bool = True) -> None:
         super().__init__()
         if not 1 <= bits <= MAX_BITS:
             raise ValueError(f"bits={bits}: must be from 1 to {MAX_BITS}")
-        self.bits = bits
+        self.bits, self.packed = bits, packed
         self.borders = best_steps(bits)[0]
         self.register_buffer("levels", torch.empty(0), persistent=False)
         self._fill()
@@ -152,7 +154,7 @@ class FewBitGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return F.gelu(x)
-        return _FewBitGELU.apply(x, self.levels, self.borders, self.bits)
+        return _FewBitGELU.apply(x, self.levels, self.borders, self.bits, self.packed)
 
     def _fill(self) -> None:
         self.levels = torch.tensor(best_steps(self.bits)[1], dtype=torch.float32, device=self.levels.device)

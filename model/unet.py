@@ -10,6 +10,7 @@ from model.activations import ACTIVATIONS, make_activation
 from model.attention import AttentionBlock
 from model.blocks import NORM_GROUPS, ResBlock, group_norm, zero_init
 from model.embeddings import AttentionPooling, timestep_embedding
+from model.recompute import MEMORY, call, recompute
 
 
 @dataclass(slots=True)
@@ -19,6 +20,7 @@ class UNetConfig:
     image_size: pixels, only to tell which levels the attention_resolutions (pixels too) mean.
     out_channels: in_channels for the noise alone, twice that with the learned variance.
     encoder_dim: width of the text states; encoder_channels: their width inside, 4 x model_channels as released.
+    memory: what is kept for backward, see model.recompute; the same gradients with each.
     """
 
     image_size: int = 64
@@ -33,6 +35,7 @@ class UNetConfig:
     encoder_channels: int = 2816
     att_pool_heads: int = 64
     activation: str = "gelu"
+    memory: str = "keep"
 
     @property
     def learn_sigma(self) -> bool:
@@ -64,16 +67,21 @@ class TextState(NamedTuple):
 
 
 class Stage(nn.ModuleList):
-    """Layers that run one after another, each given what its kind needs."""
+    """Layers that run one after another, each given what its kind needs; the first also takes the skip, if any."""
 
-    def forward(self, h: Tensor, emb: Tensor, states: Tensor) -> Tensor:
+    def __init__(self, layers: list[nn.Module], memory: str) -> None:
+        super().__init__(layers)
+        self.run = recompute if memory == "recompute_blocks" else call
+
+    def forward(self, h: Tensor, emb: Tensor, states: Tensor, *skip: Tensor) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
-                h = layer(h, emb)
+                h = self.run(layer, h, emb, *skip)
             elif isinstance(layer, AttentionBlock):
-                h = layer(h, states)
+                h = self.run(layer, h, states)
             else:
                 h = layer(h)
+            skip = ()
         return h
 
 
@@ -90,7 +98,7 @@ class UNet(nn.Module):
         super().__init__()
         check(config)
         self.config = config
-        emb, act, widths = config.time_embed_dim, config.activation, config.widths
+        emb, act, memory, widths = config.time_embed_dim, config.activation, config.memory, config.widths
         last = len(widths) - 1
 
         self.time_embed = nn.Sequential(
@@ -107,37 +115,44 @@ class UNet(nn.Module):
         )
 
         def attention(channels: int) -> AttentionBlock:
-            return AttentionBlock(channels, config.num_head_channels, config.encoder_channels)
+            return AttentionBlock(channels, config.num_head_channels, config.encoder_channels, memory)
+
+        def res(in_channels: int, out_channels: int, resample: str = "none") -> ResBlock:
+            return ResBlock(in_channels, out_channels, emb, act, resample, memory)
+
+        def stage(*layers: nn.Module) -> Stage:
+            return Stage(list(layers), memory)
 
         ch = widths[0]
-        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(config.in_channels, ch, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([stage(nn.Conv2d(config.in_channels, ch, 3, padding=1))])
         skips = [ch]
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                block = Stage([ResBlock(ch, width, emb, act)])
+                block = stage(res(ch, width))
                 if config.attention_levels[level]:
                     block.append(attention(width))
                 self.input_blocks.append(block)
                 skips.append(ch := width)
             if level < last:
-                self.input_blocks.append(Stage([ResBlock(ch, ch, emb, act, "down")]))
+                self.input_blocks.append(stage(res(ch, ch, "down")))
                 skips.append(ch)
 
-        self.middle_block = Stage([ResBlock(ch, ch, emb, act), attention(ch), ResBlock(ch, ch, emb, act)])
+        self.middle_block = stage(res(ch, ch), attention(ch), res(ch, ch))
 
         self.output_blocks = nn.ModuleList()
         for level in range(last, -1, -1):
             for i in range(config.num_res_blocks + 1):
-                block = Stage([ResBlock(ch + skips.pop(), widths[level], emb, act)])
+                block = stage(res(ch + skips.pop(), widths[level]))
                 ch = widths[level]
                 if config.attention_levels[level]:
                     block.append(attention(ch))
                 if level and i == config.num_res_blocks:
-                    block.append(ResBlock(ch, ch, emb, act, "up"))
+                    block.append(res(ch, ch, "up"))
                 self.output_blocks.append(block)
 
+        self.run = call if memory == "keep" else recompute
         self.out = nn.Sequential(
-            group_norm(ch), make_activation(act), zero_init(nn.Conv2d(ch, config.out_channels, 3, padding=1))
+            group_norm(ch), make_activation(act, memory), zero_init(nn.Conv2d(ch, config.out_channels, 3, padding=1))
         )
 
     @property
@@ -171,8 +186,8 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, text.states)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, text.states)
-        return self.out(h)
+            h = block(h, emb, text.states, skips.pop())
+        return self.run(self.out, h)
 
     def _check_input(self, x: Tensor, timesteps: Tensor, text: TextState) -> None:
         multiple = 2 ** (len(self.config.channel_mult) - 1)
@@ -234,3 +249,5 @@ def check(config: UNetConfig) -> None:
         raise ValueError(f"encoder_dim={config.encoder_dim}, not divisible by att_pool_heads={config.att_pool_heads}")
     if config.activation not in ACTIVATIONS:
         raise ValueError(f"activation='{config.activation}': known are {', '.join(ACTIVATIONS)}")
+    if config.memory not in MEMORY:
+        raise ValueError(f"memory='{config.memory}': known are {', '.join(MEMORY)}")

@@ -1,0 +1,42 @@
+"""Bytes that autograd keeps of one image between forward and backward, without parameters: a table in Markdown.
+
+python -m tests.benchmarks.unet_memory [34M M XL]. Fake tensors have sizes and no contents, so any net fits.
+"""
+
+import sys
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+from launch.kept_bytes import kept_bytes
+from tests.benchmarks.nets import DIFFUSERS, ORIGINAL, OURS, build, inputs, size
+
+
+def per_image(name: str, size_name: str, dtype: torch.dtype) -> float:
+    """Bytes kept for one image, the mean over a batch of 4."""
+    config, batch = size(size_name), 4
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode():
+            net, args = build(name, config), inputs(config, batch)
+            return kept_bytes(lambda: net(*args), net, *args) / batch
+    finally:
+        torch.set_default_dtype(before)
+
+
+def main(sizes: list[str]) -> None:
+    """Print a table for each size and precision."""
+    for size_name in sizes:
+        for dtype in (torch.float32, torch.bfloat16):
+            rows = [(name, per_image(name, size_name, dtype)) for name in (ORIGINAL, DIFFUSERS, *OURS)]
+            peer = dict(rows)[DIFFUSERS]
+            print(
+                f"\n| {size_name}, {str(dtype).removeprefix('torch.')} | MB an image | of diffusers' |\n|---|---:|---:|"
+            )
+            for name, kept in rows:
+                print(f"| {name} | {kept / 1e6:,.1f} | {kept / peer:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["34M", "M", "XL"])

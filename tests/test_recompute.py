@@ -1,0 +1,115 @@
+"""What is kept for backward: the same gradients to the bit, and fewer bytes."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from launch.kept_bytes import kept_bytes
+from model.recompute import MEMORY
+from model.unet import UNet, UNetConfig
+from tests.benchmarks.nets import DIFFUSERS, OURS
+from tests.benchmarks.unet_memory import per_image
+
+ACTIVATIONS = ("gelu", "gelu_3bit")
+
+
+def net(**changes: object) -> UNet:
+    torch.manual_seed(0)
+    shape = {
+        "image_size": 16,
+        "model_channels": 32,
+        "channel_mult": [1, 2, 3],
+        "num_res_blocks": 1,
+        "attention_resolutions": [8, 4],
+        "num_head_channels": 16,
+        "encoder_dim": 24,
+        "encoder_channels": 64,
+        "att_pool_heads": 4,
+    }
+    unet = UNet(UNetConfig(**{**shape, **changes}))
+    for parameter in unet.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 3, 16, 16, generator=generator), torch.randn(2, 5, 24, generator=generator)
+    return x.to(dtype), torch.tensor([3, 440]), text.to(dtype)
+
+
+def gradients(unet: UNet, args: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    args = (args[0].requires_grad_(), args[1], args[2].requires_grad_())
+    out = unet(*args)
+    out.float().square().mean().backward()
+    named = {name: p.grad for name, p in unet.named_parameters()}
+    return named | {"out": out.detach(), "x": args[0].grad, "text_emb": args[2].grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("memory", MEMORY[1:])
+def test_the_same_gradients_to_the_bit(memory, activation, dtype):
+    expected = gradients(net(activation=activation).to(dtype), inputs(dtype))
+    found = gradients(net(activation=activation, memory=memory).to(dtype), inputs(dtype))
+    assert min(value.abs().max() for value in expected.values()) > 0
+    assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
+
+
+def test_rounding_the_slope_makes_a_difference_that_the_test_above_would_see():
+    exact, rounded = (gradients(net(activation=a), inputs())["input_blocks.0.0.weight"] for a in ACTIVATIONS)
+    assert not torch.equal(exact, rounded)
+
+
+def kept(activation: str, memory: str, fake: bool = False) -> int:
+    if fake:
+        with FakeTensorMode():
+            return kept(activation, memory)
+    unet, args = net(activation=activation, memory=memory), inputs()
+    return kept_bytes(lambda: unet(*args), unet, *args)
+
+
+def test_each_choice_keeps_less():
+    exact, few_bit, cheap, blocks = (
+        kept("gelu", "keep"), kept("gelu_3bit", "keep"), *(kept("gelu_3bit", m) for m in MEMORY[1:])
+    )  # fmt: skip
+    assert few_bit < 0.8 * exact and cheap < 0.6 * few_bit and blocks < 0.5 * cheap
+    # An activation that is done again leaves nothing behind; that of the time embedding isn't.
+    assert kept("gelu", "recompute_cheap") == pytest.approx(cheap, rel=1e-3)
+
+
+def test_bytes_of_the_m_size_against_diffusers():
+    peer, exact, few_bit, cheap = (
+        per_image(name, "M", torch.bfloat16) for name in (DIFFUSERS, *list(OURS)[:3])
+    )  # fmt: skip
+    assert exact < 0.85 * peer and few_bit <= 0.7 * peer and cheap <= 0.35 * peer
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_fake_tensors_tell_the_bytes_of_real_ones(memory):
+    assert kept("gelu_3bit", memory, fake=True) == kept("gelu_3bit", memory)
+
+
+def test_bytes_of_a_known_graph():
+    x, weight = torch.randn(10, 7), nn.Linear(7, 5)
+    # tanh keeps its result; the linear layer keeps its input, which isn't counted.
+    assert kept_bytes(lambda: torch.tanh(weight(x)).sum(), weight, x) == 10 * 5 * 4
+    with torch.no_grad():
+        assert kept_bytes(lambda: torch.tanh(weight(x)).sum(), weight, x) == 0
+
+
+@pytest.mark.parametrize("memory", MEMORY[1:])
+def test_compiles_whole_without_recompiling(memory):
+    unet = net(memory=memory)
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    args = inputs()
+    torch.testing.assert_close(compiled(*args), unet(*args), rtol=1e-4, atol=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(args[0] + 1, args[1] + 1, args[2]).mean().backward()
+    assert all(p.grad is not None for p in unet.parameters())
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match="memory='blocks': known are keep, recompute_cheap, recompute_blocks"):
+        net(memory="blocks")
