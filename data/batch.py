@@ -1,5 +1,6 @@
 """What crosses from the stream into the training: one micro batch."""
 
+import mmap
 from dataclasses import dataclass, field
 
 import torch
@@ -22,12 +23,29 @@ class Batch:
     weight: Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
 
+    @staticmethod
+    def shared(n: int, image_size: int, text_shape: tuple[int, ...], text_dtype: torch.dtype) -> "Batch":
+        """A batch of zeros in memory that processes forked from this one write to as well."""
+        # A mapping for each tensor: it needs no room in /dev/shm, and nobody has to remove it.
+        return Batch(
+            _shared_zeros((n, 3, image_size, image_size), torch.uint8),
+            _shared_zeros((n, *text_shape), text_dtype),
+            _shared_zeros((n,), torch.int64),
+            _shared_zeros((n,), torch.float32),
+        )
+
     def x_start(self, device: torch.device) -> Tensor:
         """The images in [-1, 1], [N, 3, H, W] float32, on the device."""
         return self.pixels.to(device, non_blocking=True).float() / 127.5 - 1.0
 
-    def pin_memory(self) -> "Batch":
-        """Page-locked copies; DataLoader calls this by name."""
-        return Batch(
-            self.pixels.pin_memory(), self.text_emb.pin_memory(), self.visit, self.weight.pin_memory(), self.bad
+    def copy(self, pin_memory: bool) -> "Batch":
+        """A copy in memory of its own, page-locked if asked for."""
+        pixels, text_emb, visit, weight = (
+            t.pin_memory() if pin_memory else t.clone() for t in (self.pixels, self.text_emb, self.visit, self.weight)
         )
+        return Batch(pixels, text_emb, visit, weight, self.bad)
+
+
+def _shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    size = torch.empty(shape, dtype=dtype, device="meta").nbytes
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)

@@ -1,0 +1,104 @@
+"""The list of bad samples: short, whole lines, over restarts, and never a reason to stop."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.quarantine import Quarantine
+
+
+def listed(run_dir: Path, rank: int = 0) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "quarantine" / f"rank_{rank:05d}.jsonl").read_text().splitlines()]
+
+
+def bad(*numbers: int) -> list[tuple[str, str]]:
+    return [(f"00000.tar:{n:09d}", "corrupt image") for n in numbers]
+
+
+def test_each_bad_sample_is_a_line_at_once(tmp_path):
+    quarantine = Quarantine(tmp_path, 3)
+    quarantine.add(7, [("00001.tar:000010005", "too many pixels"), ("00002.tar:\udcff é", "no image")])
+    assert listed(tmp_path, 3) == [
+        {"step": 7, "sample": "00001.tar:000010005", "reason": "too many pixels"},
+        {"step": 7, "sample": "00002.tar:\udcff é", "reason": "no image"},
+    ]
+    quarantine.add(8, bad(1))
+    assert listed(tmp_path, 3)[-1]["step"] == 8
+
+
+def test_a_good_run_touches_no_disk(tmp_path):
+    quarantine = Quarantine(tmp_path / "run", 0)
+    for step in range(100):
+        quarantine.add(step, [])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_list_is_bounded_over_restarts(tmp_path, caplog):
+    for start in range(4):
+        quarantine = Quarantine(tmp_path, 0, limit=10)
+        for step in range(2):
+            quarantine.add(step, bad(start * 2 + step, 99))
+    assert len(listed(tmp_path)) == 10
+    assert [line["sample"][-1] for line in listed(tmp_path)[::2]] == list("01234")
+    assert caplog.text.count("only counted from here on") == 1
+    Quarantine(tmp_path, 1, limit=10).add(0, bad(*range(25)))
+    assert len(listed(tmp_path, 1)) == 10
+    Quarantine(tmp_path, 2).add(0, [("x" * 10**6, "no image")] * 1500)
+    assert len(listed(tmp_path, 2)) == 1000
+    assert (tmp_path / "quarantine" / "rank_00002.jsonl").stat().st_size < 400_000
+
+
+def test_a_list_above_the_limit_is_left_as_it_is(tmp_path):
+    Quarantine(tmp_path, 0, limit=10).add(0, bad(*range(10)))
+    Quarantine(tmp_path, 0, limit=5).add(1, bad(*range(10)))
+    assert len(listed(tmp_path)) == 10
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 4, "sam', b"\xff\xfe", b"{"])
+def test_a_torn_last_line_is_taken_away(tmp_path, torn):
+    Quarantine(tmp_path, 0).add(1, bad(1, 2))
+    path = tmp_path / "quarantine" / "rank_00000.jsonl"
+    path.write_bytes(path.read_bytes() + torn)
+    Quarantine(tmp_path, 0).add(5, bad(3))
+    assert [line["step"] for line in listed(tmp_path)] == [1, 1, 5]
+    path.write_bytes(torn)
+    Quarantine(tmp_path, 0).add(6, bad(4))
+    assert [line["step"] for line in listed(tmp_path)] == [6]
+
+
+def test_a_folder_that_cannot_be_written_is_told_once(tmp_path, caplog):
+    (tmp_path / "quarantine").write_text("a file where the folder should be")
+    quarantine = Quarantine(tmp_path, 0)
+    for step in range(5):
+        quarantine.add(step, bad(step))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "cannot be written" in caplog.text
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from data.quarantine import Quarantine
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+quarantine = Quarantine(Path(sys.argv[1]), 0)
+quarantine.add(0, [("first", "no image")])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+for step in range(1, 6):
+    quarantine.add(step, [(f"sample {step}", "no image")])
+print("went on")
+"""
+
+
+def test_a_disk_that_fills_up_does_not_end_the_run(tmp_path, repo):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=repo, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "went on\n", done.stderr
+    assert done.stderr.count("cannot be written") == 1
+    # What the full disk tore off is mended by the next start.
+    Quarantine(tmp_path, 0).add(9, bad(9))
+    assert [line["step"] for line in listed(tmp_path)][-1] == 9 and listed(tmp_path)[0]["sample"] == "first"
