@@ -1,6 +1,5 @@
 """Captions of shards to sidecar shards of text embeddings: `python -m data.embed shards=DIR out=DIR encoder=NAME`."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,9 @@ from tqdm import tqdm
 from data.cli import parse
 from data.encoder import TextEncoder
 from data.shards import Shard, find_shards
+from data.sources import write_whole
 from data.tars import read_shard, stats_path, write_shard
-from data.text import EMPTY, META, TextMeta, sidecar, to_bytes
+from data.text import DTYPES, EMPTY, META, TextMeta, sidecar, to_bytes
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Embed:
 
 def embed(args: Embed) -> None:
     """Raises: ValueError if the folder holds embeddings that were made otherwise, or the encoder does not fit."""
-    if args.dtype not in ("float16", "float32"):
-        raise ValueError(f"dtype={args.dtype} must be float16 or float32")
+    if args.dtype not in DTYPES:
+        raise ValueError(f"dtype={args.dtype} must be {' or '.join(DTYPES)}")
     for name, value in (("tokens", args.tokens), ("batch", args.batch)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -49,14 +49,12 @@ def embed(args: Embed) -> None:
     # The meta file comes first, so that a folder begun with one encoder is never gone on with by another.
     meta.write(out)
     # The stats file is written last, so a sidecar without one was cut short.
-    missing = [shard for shard in shards if not stats_path(sidecar(shard, out)).exists()]
+    missing = [shard for shard in shards if not stats_path(Path(sidecar(shard, out))).exists()]
     without = 0
     with tqdm(total=sum(shard.count for shard in missing), unit="caption", desc="embed") as bar:
         for shard in missing:
             without += _embed_shard(shard, out, encoder, args, bar)
-    aside = out / (EMPTY + ".part")
-    aside.write_bytes(empty)
-    os.replace(aside, out / EMPTY)
+    write_whole(str(out / EMPTY), empty)
     print(f"{out}: {len(shards)} shards of embeddings, {meta.tokens} x {meta.dim} {meta.dtype}, {len(missing)} new")
     if without:
         print(f"{without} samples have no caption and so no embedding; the training will skip them")
@@ -79,7 +77,7 @@ def _check_same(meta: TextMeta, out: Path) -> None:
 
 def _embed_shard(shard: Shard, out: Path, encoder: TextEncoder, args: Embed, bar: tqdm) -> int:
     """Write one sidecar; returns how many samples had no caption."""
-    samples = list(read_shard(shard.path, {"txt"}))
+    samples = list(read_shard(shard.location, {"txt"}))
     captions = [(key, texts["txt"].decode("utf-8", "replace")) for key, texts in samples if "txt" in texts]
     written = []
     for start in range(0, len(captions), args.batch):
@@ -87,7 +85,7 @@ def _embed_shard(shard: Shard, out: Path, encoder: TextEncoder, args: Embed, bar
         for (key, caption), states in zip(part, encoder([caption for _, caption in part]), strict=True):
             written.append((key, {"npy": to_bytes(_stored(states, args.dtype, caption))}))
         bar.update(len(part))
-    write_shard(sidecar(shard, out), written)
+    write_shard(Path(sidecar(shard, out)), written)
     return len(samples) - len(captions)
 
 

@@ -21,7 +21,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def samples(folder: Path) -> list[dict[str, bytes]]:
-    return [members for shard in find_shards(folder) for _, members in read_shard(shard.path, MEMBERS)]
+    return [members for shard in find_shards(folder) for _, members in read_shard(shard.location, MEMBERS)]
 
 
 def write(folder: Path, **arguments: int) -> Path:
@@ -68,7 +68,7 @@ def test_fewer_samples_are_the_first_ones_of_more(tmp_path: Path) -> None:
 
 def test_shards_are_laid_out_like_img2datasets(tmp_path: Path) -> None:
     folder = write(tmp_path / "d", samples=20, shard_size=8)
-    assert [(shard.path.name, shard.count) for shard in find_shards(folder)] == [
+    assert [(shard.name, shard.count) for shard in find_shards(folder)] == [
         ("00000.tar", 8),
         ("00001.tar", 8),
         ("00002.tar", 4),

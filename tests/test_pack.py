@@ -39,7 +39,7 @@ def run(source: Path, out: Path, shard_size: int = 1000) -> None:
 
 
 def samples(folder: Path) -> list[tuple[str, dict[str, bytes]]]:
-    return [sample for shard in find_shards(folder) for sample in read_shard(shard.path, MEMBERS)]
+    return [sample for shard in find_shards(folder) for sample in read_shard(shard.location, MEMBERS)]
 
 
 def captions(folder: Path) -> list[str]:
@@ -93,12 +93,13 @@ def test_faults_are_counted_by_reason_and_named(
     run(album, tmp_path / "out")
     said = capsys.readouterr().out
     assert "5 of 11 pictures packed in 1 shards" in said
-    assert "3 skipped, unreadable image: aa_cut.jpg, ab_text.jpg, ae_webp.jpg" in said
+    assert "1 skipped, truncated image: aa_cut.jpg" in said
+    assert "2 skipped, not a JPEG or PNG: ab_text.jpg, ae_webp.jpg" in said
     assert "1 skipped, no .txt beside it: ac_alone.jpg" in said
     assert "1 skipped, empty caption: ad_blank.jpg" in said
     assert "1 skipped, caption is not UTF-8: af_latin.jpg" in said
     stats = json.loads(stats_path(tmp_path / "out/00000.tar").read_text())
-    assert (stats["count"], stats["successes"], stats["status_dict"]["unreadable image"]) == (11, 5, 3)
+    assert (stats["count"], stats["successes"], stats["status_dict"]["not a JPEG or PNG"]) == (11, 5, 2)
     # A rerun finds all done and says the same again.
     run(album, tmp_path / "out")
     assert capsys.readouterr().out == said
@@ -242,7 +243,7 @@ def test_img2datasets_own_shards_are_read_as_they_are() -> None:
         pytest.skip(f"no {folder}: set IF_SHARED to the folder with data/fluent")
     shards = find_shards(folder)
     assert sum(shard.count for shard in shards) == 1563
-    found = dict(read_shard(shards[0].path, {"jpg", "txt", "json"}))
+    found = dict(read_shard(shards[0].location, {"jpg", "txt", "json"}))
     assert len(found) == shards[0].count == 100
     for key, members in found.items():
         facts = json.loads(members["json"])

@@ -1,16 +1,24 @@
 """The stream: the same batches on any number of ranks and workers, from any step, and bad samples left out."""
 
+import itertools
 import json
+import os
+import re
+import signal
 import tarfile
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from data.config import DataConfig, DatasetConfig, find_datasets
+from data.cursor import ShardUnreadable
+from data.draws import Draw, Draws
 from data.embed import Embed, embed
 from data.shards import find_shards
-from data.stream import DataConfig, MicroBatches, micro_batches, stored_prompts
+from data.stream import MicroBatches, micro_batches, stored_prompts
 from data.tars import read_shard, stats_path, write_shard
 from data.text import TextMeta, check_sidecars, from_bytes, read_empty, to_bytes
 
@@ -59,10 +67,10 @@ def read(
     config: DataConfig, steps: range, ranks: int = 1, micro_batch: int = 4, workers: int = 0, global_batch: int = 16
 ):
     """pixels, text_emb, visit of whole steps, with the ranks' parts put together in order; and the bad samples."""
-    shards, meta = find_shards(config.shards), TextMeta.read(config.text)
+    datasets, meta = find_datasets(config), TextMeta.read(config.text)
     parts, bad = [], []
     for rank in range(ranks):
-        data = MicroBatches(config, shards, meta, 8, 0, global_batch, micro_batch, rank, ranks, steps.start)
+        data = MicroBatches(config, datasets, meta, 8, 0, global_batch, micro_batch, rank, ranks, steps.start)
         batches = micro_batches(data, workers, pin_memory=False)
         per_step = global_batch // ranks // micro_batch
         got = [next(batches) for _ in range(len(steps) * per_step)]
@@ -81,11 +89,85 @@ def test_ranks_workers_and_micro_batches_change_nothing(config, ranks, micro_bat
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("unreadable", ["skip", "fail"])
+def test_embeddings_that_vanish_are_bad_samples_or_the_end(config, unreadable):
+    # One block over all shards: when the sidecars go, most of them have not been read yet.
+    config.streams, config.phases, config.shuffle_block, config.unreadable_shard = 1, 1, 50, unreadable
+    data = MicroBatches(config, find_datasets(config), TextMeta.read(config.text), 8, 0, 10, 1, 0, 1, 0)
+    batches = micro_batches(data, 0, pin_memory=False)
+    assert next(batches).bad == []
+    for sidecar in Path(config.text).glob("*.tar"):
+        sidecar.unlink()
+    if unreadable == "fail":
+        with pytest.raises(ShardUnreadable, match=r"the embedding of 0000\d.tar:.*data.unreadable_shard=skip"):
+            list(itertools.islice(batches, 40))
+    else:
+        reasons = {reason for batch in itertools.islice(batches, 40) for _, reason in batch.bad}
+        assert reasons == {"embeddings unreadable"}
+
+
+def test_a_mixture_has_its_shares_and_the_samples_of_each(config, tmp_path, pictures):
+    other = write_dataset(tmp_path / "other", pictures[:20], per_shard=7)
+    config.mixture = {
+        "large": DatasetConfig(config.shards, config.text, 3.0),
+        "small": DatasetConfig(other.shards, other.text, 1.0),
+    }
+    whole = read(config, range(8))
+    assert torch.equal(whole[2] % 2, read(config, range(8), 2, 4, 2)[2] % 2)
+    assert (whole[2] % 2).sum(1).tolist() == [4] * 8, "four of sixteen are of the small one"
+    assert whole[4] == []
+    number = whole[1][:, :, 0, 0]
+    small = number[whole[2] % 2 == 1]
+    assert sorted(small[:20].tolist()) == list(range(20)), "each of its samples once an epoch"
+    assert set(number[whole[2] % 2 == 0].tolist()) == set(range(50))
+    resumed = read(config, range(5, 8), workers=2)
+    assert all(torch.equal(a[5:], b) for a, b in zip(whole[:4], resumed[:4], strict=True))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resume_goes_on_with_the_very_next_sample(config, workers):
     whole, rest = read(config, range(12)), read(config, range(7, 12), workers=workers)
     for a, b in zip(whole[:4], rest[:4], strict=True):
         assert torch.equal(a[7:], b)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch", "workers"), [(1, 4, 3), (4, 2, 0), (2, 8, 1)])
+def test_a_resume_with_other_ranks_and_workers_goes_on_with_the_very_next_sample(config, ranks, micro_batch, workers):
+    whole, rest = read(config, range(9), 2, 4, 2), read(config, range(5, 9), ranks, micro_batch, workers)
+    for a, b in zip(whole[:4], rest[:4], strict=True):
+        assert torch.equal(a[5:], b)
+
+
+def test_killed_workers_cost_no_sample_and_bring_none_twice(config, caplog):
+    expected = read(config, range(50))[2].flatten().tolist()
+    data = MicroBatches(config, find_datasets(config), TextMeta.read(config.text), 8, 0, 16, 4, rank=0, ranks=1, step=0)
+    state = torch.get_rng_state()
+    others = set(active_children())
+    batches, visits = micro_batches(data, 2, pin_memory=False), []
+    for number in range(200):
+        if number in (0, 61, 120):
+            worker = sorted(set(active_children()) - others, key=lambda process: process.pid)[number % 2]
+            os.kill(worker.pid, signal.SIGKILL)
+        if number == 61:
+            worker.join()  # the trainer is told while it does something else, and goes on
+        visits += next(batches).visit.tolist()
+    assert visits == expected
+    assert torch.equal(state, torch.get_rng_state()), "the trainer's own draws stay the same"
+    assert caplog.text.count("was killed by SIGKILL before micro batch") == 3
+    assert re.search(r"before micro batch \d+ \(step \d+, 0000\d.tar", caplog.text)
+
+
+def test_the_draws_of_a_visit_are_its_own_and_as_random_as_they_should_be():
+    draws = Draws(3, Draw.CROP)
+    first = [draws.at(visit).random(8).tolist() for visit in range(500)]
+    assert first[::-1] == [draws.at(visit).random(8).tolist() for visit in reversed(range(500))], "in any order"
+    assert first[7] != Draws(4, Draw.CROP).at(7).random(8).tolist() != Draws(3, Draw.DROPOUT).at(7).random(8).tolist()
+    values = np.array(first)
+    assert len(np.unique(values)) == values.size, "visits don't share numbers"
+    assert abs(values.mean() - 0.5) < 4 * np.sqrt(1 / 12 / values.size)
+    assert (
+        np.abs(np.corrcoef(values.T) - np.eye(8)).max() < 0.2 and np.abs(np.corrcoef(values[:8]) - np.eye(8)).max() < 1
+    )
 
 
 def test_each_sample_comes_once_an_epoch_with_its_own_picture_and_caption(config, pictures):
@@ -123,7 +205,7 @@ def test_bad_samples_are_left_out_and_named(tmp_path, pictures):
     assert {int(v) % 50 for v in visit[weight == 0]} == {7, 20}
     assert (weight == 0).sum() == 16, "both in each of 8 epochs"
     assert {name for name, _ in bad} == {"00000.tar:000000007", "00001.tar:000000020"}
-    assert {reason for _, reason in bad} == {"unreadable image"}
+    assert {reason for _, reason in bad} == {"not a JPEG or PNG", "truncated image"}
 
 
 def test_a_truncated_shard_costs_its_own_samples_alone(config, caplog):
@@ -178,7 +260,7 @@ def test_counts_come_from_stats_or_from_the_tar(config):
     shards = find_shards(config.shards)
     assert [shard.count for shard in shards] == [13, 13, 13, 11]
     for shard in shards:
-        stats_path(shard.path).unlink()
+        stats_path(Path(shard.location)).unlink()
     assert [shard.count for shard in find_shards(config.shards)] == [13, 13, 13, 11]
 
 
@@ -191,7 +273,7 @@ def test_a_tar_of_a_folder_is_counted_by_its_samples(tmp_path):
 
 
 def test_prompts_are_captions_with_their_own_embeddings(config):
-    prompts = stored_prompts(find_shards(config.shards), config.text, TextMeta.read(config.text), 5)
+    prompts = stored_prompts(find_datasets(config), TextMeta.read(config.text), 5)
     assert [caption for caption, _ in prompts] == [f"caption {n}" for n in (0, 10, 20, 30, 40)]
     assert [emb[0, 0] for _, emb in prompts] == [0, 10, 20, 30, 40]
 
@@ -233,8 +315,8 @@ def test_embeddings_are_the_encoders_states_padding_included(config, tiny_t5, tm
     assert (meta.tokens, meta.dim, meta.dtype) == (20, 64, "float32")
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_t5), T5EncoderModel.from_pretrained(tiny_t5)
     for shard in find_shards(config.shards):
-        captions = list(read_shard(shard.path, {"txt"}))
-        stored = list(read_shard(out / shard.path.name, {"npy"}))
+        captions = list(read_shard(shard.location, {"txt"}))
+        stored = list(read_shard(out / shard.name, {"npy"}))
         assert [key for key, _ in stored] == [key for key, _ in captions]
         for (_, texts), (_, members) in list(zip(captions, stored, strict=True))[:3]:
             check_states(tokenizer, model, texts["txt"].decode(), from_bytes(members["npy"], meta))
@@ -270,4 +352,5 @@ def test_real_shards_of_img2dataset_are_taken_as_they_are(shared):
         pytest.skip(f"no img2dataset shards in {folder}")
     shards = find_shards(folder)
     assert sum(shard.count for shard in shards) == 1563
-    assert [len(list(read_shard(shard.path, {"jpg"}))) for shard in shards[:2]] == [shard.count for shard in shards[:2]]
+    for shard in shards[:2]:
+        assert len(list(read_shard(shard.location, {"jpg"}))) == shard.count

@@ -17,11 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data import demo
+from data.config import Dataset
 from data.embed import Embed, embed
+from data.index import Index, index
 from data.shards import Shard, find_shards
 from data.tars import read_shard, write_shard
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.unet import UNet, UNetConfig
+from tests.faulty_server import serving
 from train.checkpoint import check_same_everywhere, complete, load_weights
 from train.config import Config
 
@@ -131,6 +134,18 @@ def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):
     assert finer.float().mean() > 0.5, "the masters are finer than bf16"
 
 
+@pytest.mark.slow
+def test_a_compiled_net_follows_the_eager_one(repo, data, two_ranks, tmp_path):
+    done = launch(
+        repo, data, tmp_path / "compiled", "wandb.mode=disabled", "compile=true", "model.activation=gelu_3bit"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(repo, data, tmp_path / "eager", "wandb.mode=disabled", "model.activation=gelu_3bit")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, eager in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager"), strict=True):
+        assert ours["loss"] == pytest.approx(eager["loss"], rel=2e-3)
+
+
 def test_nothing_is_compiled_and_a_lock_left_by_a_killed_compilation_holds_nobody_up(repo, data, tmp_path, monkeypatch):
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
@@ -149,7 +164,8 @@ def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
     (run_dir / "checkpoints" / "step-00000006.part").mkdir()
-    done = launch(repo, data, run_dir, "wandb.mode=disabled", ranks=2)
+    # What is kept for backward may change on the way: it makes no difference to a single bit.
+    done = launch(repo, data, run_dir, "wandb.mode=disabled", "model.memory=recompute_cheap", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     names = ("step", "loss", "mse", "vb", "lr", "grad_norm")
     assert [[line[n] for n in names] for line in metrics(run_dir)] == [
@@ -164,6 +180,37 @@ def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
             assert torch.equal(value, after[name]), name
 
 
+def test_a_run_over_http_through_failures_is_the_one_from_disk(repo, data, two_ranks, tmp_path):
+    shutil.copytree(data / "shards", tmp_path / "shards")
+    index(Index(str(tmp_path / "shards"), workers=1))
+    files = {f"shards/{p.name}": p.read_bytes() for p in (tmp_path / "shards").iterdir()}
+    with serving(files | {f"text/{p.name}": p.read_bytes() for p in (data / "text").iterdir()}) as server:
+        server.faults = ["500", "", "cut", "", "503", "reset", "short", "refuse"]
+        where = (f"data.shards={server.url}/shards", f"data.text={server.url}/text")
+        done = launch(repo, data, tmp_path / "remote", "wandb.mode=disabled", *where, ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not server.faults, "all of them befell the run"
+    names = ("step", "loss", "mse", "vb", "grad_norm", "bad_samples")
+    curves = [[[line[n] for n in names] for line in metrics(run)] for run in (tmp_path / "remote", two_ranks)]
+    assert curves[0] == curves[1]
+
+
+def test_a_shard_that_stays_unreadable_ends_the_run_or_is_passed_over(repo, data, tmp_path):
+    gone = tmp_path / "gone"
+    shutil.copytree(data, gone)
+    index(Index(str(gone / "shards"), workers=1))
+    shard = gone / "shards/00001.tar"
+    shard.write_bytes(shard.read_bytes()[:-5000])  # another size than the index says
+    steps = ("wandb.mode=disabled", "steps=3", "global_batch=32", "data.max_bad_share=1")
+    done = launch(repo, gone, tmp_path / "fail", *steps, "data.unreadable_shard=fail")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "00001.tar cannot be read: it has" in done.stderr and "data.unreadable_shard=skip" in done.stderr
+    done = launch(repo, gone, tmp_path / "skip", *steps)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sum(line["bad_samples"] for line in metrics(tmp_path / "skip")) == 24, "those of the shard, once an epoch"
+    assert "shard unreadable" in (tmp_path / "skip/quarantine/rank_00000.jsonl").read_text()
+
+
 def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
     unet = UNet(UNetConfig(**json.loads((complete(two_ranks)[-1] / "manifest.json").read_text())["config"]["model"]))
     for name in ("ema", "master"):
@@ -172,6 +219,22 @@ def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
         assert weights["out.2.weight"].abs().max() > 0, "the zero-initialised layer has moved"
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         load_weights(two_ranks / "checkpoints")
+
+
+def test_a_run_begins_from_the_weights_of_another_in_full_precision(repo, data, two_ranks, tmp_path):
+    weights, run_dir = load_weights(complete(two_ranks)[-1]), tmp_path / "tuned"
+    # A rate of nearly nothing: what is saved after the first steps is what was begun with.
+    still = ("optim.lr_start=1e-12", "optim.lr_peak=1e-12", "optim.lr_end=1e-12", "precision=bf16")
+    begin = ("wandb.mode=disabled", "steps=3", f"init_from={two_ranks}", *still)
+    done = launch(repo, data, run_dir, *begin, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in ("master", "ema"):
+        for name, value in load_weights(complete(run_dir)[-1], kind).items():
+            torch.testing.assert_close(value, weights[name], rtol=1e-6, atol=1e-9)
+    assert metrics(run_dir)[0]["mse"] < metrics(two_ranks)[0]["mse"] - 0.02
+    # Once there is a checkpoint, the run goes on from that.
+    done = launch(repo, data, run_dir, *begin[:1], "steps=4", "init_from=nowhere", *still, ranks=2)
+    assert done.returncode == 0 and metrics(run_dir)[-1]["step"] == 4, done.stderr[-3000:]
 
 
 def test_a_damaged_checkpoint_is_passed_over(two_ranks, tmp_path):
@@ -185,13 +248,16 @@ def test_bad_images_are_counted_reported_and_add_nothing_and_too_many_stop_the_r
     broken = tmp_path / "broken"
     shutil.copytree(data, broken)
     for shard in find_shards(broken / "shards"):
-        samples = list(read_shard(shard.path, {"jpg", "txt", "json"}))
-        write_shard(shard.path, [(key, members | {"jpg": members["jpg"][:200]}) for key, members in samples])
+        samples = list(read_shard(shard.location, {"jpg", "txt", "json"}))
+        write_shard(Path(shard.location), [(key, members | {"jpg": members["jpg"][:200]}) for key, members in samples])
     done = launch(repo, broken, tmp_path / "all", "data.max_bad_share=1", "wandb.mode=disabled", "steps=3")
     assert done.returncode == 0, done.stderr[-3000:]
     for line in metrics(tmp_path / "all"):
         assert (line["bad_samples"], line["loss"], line["grad_norm"]) == (8, 0, 0)
-    assert "unreadable image" in done.stdout + done.stderr
+    assert "truncated image" in done.stdout + done.stderr
+    listed = [json.loads(line) for line in (tmp_path / "all/quarantine/rank_00000.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in listed] == [1] * 8 + [2] * 8 + [3] * 8
+    assert {line["reason"] for line in listed} == {"truncated image"}
     done = launch(repo, broken, tmp_path / "many", "wandb.mode=disabled", "data.max_bad_share=0.02")
     assert done.returncode == 2
     assert "more than data.max_bad_share=0.02" in done.stderr and "Traceback" not in done.stderr
@@ -206,6 +272,7 @@ def test_bad_images_are_counted_reported_and_add_nothing_and_too_many_stop_the_r
         (["model.num_head_channels=33"], "num_head_channels=33"),
         (["model.encoder_dim=128"], "64 wide"),
         (["data.shards=nowhere"], "no folder 'nowhere'"),
+        (["init_from=nowhere"], "no weights at 'nowhere'"),
         (["wandb.mode=online"], "run `wandb login`"),
     ],
 )
@@ -240,7 +307,7 @@ def say_what_is_seen(rank: int, port: int, cases: list, told: str) -> None:
     for number, (folders, counts) in enumerate(cases):
         said = "nothing"
         try:
-            check_same_everywhere(Config(run_dir=folders[rank]), [Shard(Path("0.tar"), counts[rank])])
+            check_same_everywhere(Config(run_dir=folders[rank]), [Dataset([Shard("0.tar", counts[rank])], "")])
         except ValueError as error:
             said = str(error)
         Path(told, f"{number}-{rank}").write_text(said)

@@ -1,0 +1,112 @@
+"""Show a dataset before it is trained on: `python -m data.inspect shards=DIR out=REPORT.html [text=DIR]`."""
+
+from collections import Counter
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from omegaconf import MISSING
+
+from data.cli import parse
+from data.contact_sheet import contact_sheet
+from data.findings import Eye, Findings, look
+from data.inspect_page import Summary, page
+from data.shards import Shard, find_shards, shard_bytes
+from data.sources import write_whole
+from data.text import TextMeta, check_sidecars
+
+
+@dataclass
+class Inspect:
+    """Shows what is in the shards, what is wrong with it, and samples as the network sees them.
+
+    out: an .html file, or a .png for the pictures alone.  text: the embeddings, to be looked at too.
+    samples: how many to look at, taken evenly; 0 for all.  image_size, crop_shift, seed: as the training has them.
+    """
+
+    shards: str = MISSING
+    out: str = MISSING
+    text: str = ""
+    samples: int = 2000
+    image_size: int = 64
+    crop_shift: float = 0.1
+    seed: int = 0
+
+
+def inspect(args: Inspect) -> Findings:
+    """Look, print the main numbers and write the report.
+
+    Raises: ValueError if a number can't be, or there is nothing to look at; OSError.
+    """
+    out = Path(args.out)
+    if out.suffix.lower() not in (".html", ".png"):
+        raise ValueError(f"out={args.out} must end in .html for the whole report, or in .png for the pictures alone")
+    for name, value, least in (
+        ("samples", args.samples, 0),
+        ("image_size", args.image_size, 1),
+        ("seed", args.seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if not args.crop_shift >= 0:
+        raise ValueError(f"crop_shift={args.crop_shift} must be at least 0")
+    shards = find_shards(args.shards)
+    meta = TextMeta.read(args.text) if args.text else None
+    summary = Summary(args.shards, shards, _bytes(shards), args.text, meta, _sidecar_fault(shards, args.text, meta))
+    found = look(shards, args.samples, Eye(args.image_size, args.crop_shift, args.seed), args.text, meta)
+    for line in _lines(summary, found):
+        print(line)
+    if out.suffix.lower() == ".html":
+        report = page(summary, found, args.image_size).encode()
+    else:
+        picture = BytesIO()
+        contact_sheet(found.tiles).save(picture, "PNG")
+        report = picture.getvalue()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(str(out), report)
+    print(f"written: {out}")
+    return found
+
+
+def _bytes(shards: list[Shard]) -> int:
+    return sum(shard_bytes(shard.location) if shard.size is None else shard.size for shard in shards)
+
+
+def _sidecar_fault(shards: list[Shard], text: str, meta: TextMeta | None) -> str:
+    try:
+        if meta:
+            check_sidecars(shards, text, meta.tokens, meta.dim)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _lines(summary: Summary, found: Findings) -> list[str]:
+    """What is printed: the numbers that decide whether to train on this."""
+    lines = [summary.size(), f"looked at {summary.share(found)}"]
+    if found.sizes:
+        sides = np.repeat([min(size) for size in found.sizes], list(found.sizes.values()))
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.kinds.most_common(4))
+        lines.append(f"images: {kinds}; shorter side {sides.min()} to {sides.max()} px, median {np.median(sides):.0f}")
+    if found.captions:
+        letters, repeated = [len(caption) for caption in found.captions], len(found.captions) - len(set(found.captions))
+        lines.append(
+            f"captions: {min(letters)} to {max(letters)} characters, median {np.median(letters):.0f}; "
+            f"{found.without_caption:,} missing or empty, {repeated:,} repeat another"
+        )
+    if summary.meta:
+        lines.append(f"embeddings: {summary.meta.tokens} x {summary.meta.dim} {summary.meta.dtype}")
+    reasons = Counter(reason for _, reason in found.bad).most_common()
+    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "none"
+    lines.append(f"bad samples: {told}")
+    return lines + [line for line in (summary.sidecar_fault,) if line]
+
+
+if __name__ == "__main__":
+    try:
+        inspect(parse(Inspect))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: no report was written") from None
