@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.shards import Shard
+from data.config import Dataset
 from data.tars import write_json
 from train.config import Config
 
@@ -40,10 +40,11 @@ IDENTITY = (
     "data.streams",
     "data.phases",
     "data.shuffle_block",
+    "data.mixture",
 )
 
 
-def save(run_dir: Path, step: int, engine: "Engine", ema: "EMA", config: Config, samples: int) -> None:
+def save(run_dir: Path, step: int, engine: "Engine", ema: "EMA", config: Config, samples: list[int]) -> None:
     """Write a checkpoint aside from all ranks, then rename it; a collective call.
 
     Raises: OSError on all ranks if one of them could not write; the checkpoint before is untouched.
@@ -116,7 +117,7 @@ def read_manifest(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
-def check_resumable(config: Config, samples: int, ranks: int) -> None:
+def check_resumable(config: Config, samples: list[int], ranks: int) -> None:
     """Make sure that the run can go on from its latest checkpoint, if it has one.
 
     Raises: ValueError if that belongs to another run, other data or another number of ranks.
@@ -130,7 +131,7 @@ def check_resumable(config: Config, samples: int, ranks: int) -> None:
             )
         if manifest["samples"] != samples:
             raise ValueError(
-                f"'{folder}' was trained on {manifest['samples']:,} samples, data.shards now has {samples:,}: "
+                f"'{folder}' was trained on {manifest['samples']} samples, data.shards now has {samples}: "
                 "give it the same shards, or begin anew in another run_dir"
             )
         if manifest["step"] > config.steps:
@@ -144,14 +145,16 @@ def check_resumable(config: Config, samples: int, ranks: int) -> None:
                 )
 
 
-def check_same_everywhere(config: Config, shards: list[Shard]) -> None:
+def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
     """Make sure that all ranks see the same shards and the same latest checkpoint; a collective call.
 
     Raises: ValueError on all ranks if run_dir or data.shards is not shared between the nodes.
     """
     seen = (
         [folder.name for folder in complete(Path(config.run_dir))[-1:]],
-        hashlib.sha256(repr([(shard.path.name, shard.count) for shard in shards]).encode()).hexdigest(),
+        hashlib.sha256(
+            repr([(shard.name, shard.count) for dataset in datasets for shard in dataset.shards]).encode()
+        ).hexdigest(),
     )
     everywhere: list = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, seen)
@@ -175,6 +178,10 @@ def resume(run_dir: Path, engine: "Engine", ema: "EMA") -> int:
 
 
 def _get(config: dict, key: str) -> object:
+    if key == "model":  # how its memory is spent changes nothing that is kept
+        return {name: value for name, value in config["model"].items() if name != "memory"}
+    if key == "data.mixture":  # where the datasets lie may change
+        return {name: dataset["weight"] for name, dataset in config["data"]["mixture"].items()}
     for part in key.split("."):
         config = config[part]
     return config

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from data.stream import DataConfig
+from data.config import DataConfig
+from data.mixture import share_out
 from model.unet import UNetConfig
 
 
@@ -51,15 +52,21 @@ class Config:
 
     micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks.
     diffusion_steps: T.  precision: 'bf16' or 'fp32'.  *_every: in optimizer steps.
+    init_from: weights to begin with, as train.pretrained takes them; none: random ones. Of no effect where run_dir
+    has a checkpoint to go on from.
+    compile: torch.compile for the net, which takes minutes at the start; meant for GPUs, where it fuses what lies
+    between convolutions.
     """
 
     run_dir: str = "runs/run"
+    init_from: str = ""
     seed: int = 0
     steps: int = 2_420_000
     global_batch: int = 3072
     micro_batch: int = 6
     diffusion_steps: int = 1000
     precision: str = "bf16"
+    compile: bool = False
     ema_decay: float = 0.9999
     log_every: int = 50
     save_every: int = 1000
@@ -113,6 +120,7 @@ def check(config: Config) -> None:
         ("precision", config.precision, ("bf16", "fp32")),
         ("optim.name", config.optim.name, ("adamw8bit", "adamw")),
         ("wandb.mode", config.wandb.mode, ("online", "offline", "disabled")),
+        ("data.unreadable_shard", config.data.unreadable_shard, ("skip", "fail")),
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value} must be one of {', '.join(allowed)}")
@@ -150,6 +158,7 @@ def check(config: Config) -> None:
             f"optim.warmup_steps={optim.warmup_steps} must lie between 2 and steps={config.steps} - 1: "
             "change one of them"
         )
+    share_out(config.global_batch, [dataset.weight for dataset in config.data.datasets()])
     if not 1 <= config.data.streams <= config.global_batch:
         raise ValueError(
             f"data.streams={config.data.streams} must lie between 1 and global_batch={config.global_batch}"

@@ -102,6 +102,23 @@ class Engine:
         state = self.base_optimizer.state.get(self.master, {})
         return {name: torch.as_tensor(value) for name, value in state.items()}
 
+    def set_weights(self, weights: dict[str, Tensor] | None) -> None:
+        """Make the masters of all ranks, in fp32, and the weights those of a state dict; a collective call.
+
+        weights: needed on rank 0 alone.
+        """
+        size, flat = self.master.numel(), torch.empty(0)
+        if weights:
+            flat = torch.cat([weights[name].float().flatten() for name, _ in self.model.named_parameters()])
+        for rank in range(dist.get_world_size()):
+            part = torch.zeros_like(self.master)
+            own = flat[rank * size : (rank + 1) * size]
+            part[: own.numel()] = own
+            dist.broadcast(part, src=0)
+            if rank == dist.get_rank():
+                self.master.data.copy_(part)
+        self.push_master()
+
     def push_master(self) -> None:
         """Make the weights of all ranks those of the masters."""
         self.engine.optimizer.update_lp_params()

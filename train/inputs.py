@@ -1,34 +1,54 @@
 """What a run needs from outside, looked for before any training, and the run in words."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from data.shards import Shard, find_shards
+from data.config import Dataset, find_datasets
+from data.mixture import share_out
 from data.text import TextMeta, check_sidecars, read_empty
 from model.unet import UNet
+from train.checkpoint import complete
 from train.config import Config, accumulation
+from train.pretrained import load_pretrained
 
 
 @dataclass(slots=True)
 class Inputs:
-    """The shards of a run and the meta of their embeddings."""
+    """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin with, if any."""
 
-    shards: list[Shard]
+    datasets: list[Dataset]
     meta: TextMeta
+    weights: dict[str, Tensor] | None = None
 
     @property
-    def samples(self) -> int:
-        """Samples in the dataset."""
-        return sum(shard.count for shard in self.shards)
+    def samples(self) -> list[int]:
+        """Samples in each dataset."""
+        return [dataset.samples for dataset in self.datasets]
 
 
-def find_inputs(config: Config) -> Inputs:
-    """Raises: ValueError if shards or embeddings are missing or don't fit the model."""
-    shards = find_shards(config.data.shards)
-    meta = check_sidecars(shards, config.data.text, config.data.tokens, config.model.encoder_dim)
-    read_empty(config.data.text, meta)
-    return Inputs(shards, meta)
+def begins_from_weights(config: Config) -> bool:
+    """Whether the run has weights to begin with, and no checkpoint to go on from."""
+    return bool(config.init_from) and not complete(Path(config.run_dir))
+
+
+def find_inputs(config: Config, rank: int) -> Inputs:
+    """Raises: ValueError if shards, embeddings or weights are missing or don't fit the model."""
+    datasets = find_datasets(config.data)
+    metas = [check_sidecars(d.shards, d.text, config.data.tokens, config.model.encoder_dim) for d in datasets]
+    for dataset, meta in zip(datasets, metas, strict=True):
+        if meta != metas[0]:
+            raise ValueError(
+                f"the embeddings in '{dataset.text}' were made otherwise than those in '{datasets[0].text}': "
+                "embed the captions of both with one encoder and its settings (meta.json)"
+            )
+        read_empty(dataset.text, meta)
+    weights = None
+    if rank == 0 and begins_from_weights(config):
+        weights = load_pretrained(config.init_from, config.model)
+    return Inputs(datasets, metas[0], weights)
 
 
 def parameters(config: Config) -> int:
@@ -40,14 +60,18 @@ def parameters(config: Config) -> int:
 def describe(config: Config, ranks: int) -> str:
     """The resolved run in a few lines; data that is not there is said, not raised."""
     try:
-        inputs = find_inputs(config)
-        data = f"{len(inputs.shards)} shards, {inputs.samples:,} samples in {config.data.shards}"
-        epochs = f", {config.steps * config.global_batch / inputs.samples:.2f} epochs"
-        text = (
-            f"{inputs.meta.encoder}, {inputs.meta.tokens} x {inputs.meta.dim} {inputs.meta.dtype} in {config.data.text}"
+        inputs = find_inputs(config, rank=0)
+        sizes = share_out(config.global_batch, [dataset.weight for dataset in inputs.datasets])
+        data = "; ".join(
+            f"{len(found.shards)} shards, {found.samples:,} samples in {told.shards}, "
+            f"{size} of a batch, {config.steps * size / found.samples:.2f} epochs"
+            for found, told, size in zip(inputs.datasets, config.data.datasets(), sizes, strict=True)
+        )
+        text = f"{inputs.meta.encoder}, {inputs.meta.tokens} x {inputs.meta.dim} {inputs.meta.dtype} in " + ", ".join(
+            dataset.text for dataset in inputs.datasets
         )
     except ValueError as error:
-        data, epochs, text = f"none usable yet: {error}", "", "-"
+        data, text = f"none usable yet: {error}", "-"
     accumulate, optim = accumulation(config, ranks), config.optim
     variance = "learned" if config.model.learn_sigma else "fixed"
     lines = {
@@ -55,8 +79,9 @@ def describe(config: Config, ranks: int) -> str:
         "global batch": f"{ranks} ranks x {config.micro_batch} micro batch x {accumulate} accumulation "
         f"= {config.global_batch}",
         "model": f"{parameters(config):,} parameters, {config.model.image_size} px, {config.precision}",
+        "begins with": config.init_from or "random weights",
         "diffusion": f"{config.diffusion_steps} steps, cosine betas, {variance} variance",
-        "steps": f"{config.steps:,}, {config.steps * config.global_batch:,} images{epochs}",
+        "steps": f"{config.steps:,}, {config.steps * config.global_batch:,} images",
         "lr": f"{optim.lr_start:g} -> {optim.lr_peak:g} in {optim.warmup_steps:,} steps -> {optim.lr_end:g}, "
         "OneCycle cosine",
         "optimizer": f"{optim.name}, ZeRO-1, betas {tuple(optim.betas)}, decay {optim.weight_decay:g}, "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from data.quarantine import Quarantine
 from data.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
@@ -13,7 +14,7 @@ from train.checkpoint import resume, save
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import build_engine
-from train.inputs import Inputs
+from train.inputs import Inputs, begins_from_weights
 from train.meters import Meters
 from train.noise import draw_t_and_noise
 from train.show import Show
@@ -42,16 +43,21 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     torch.manual_seed(config.seed)
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
         unet = UNet(config.model)
+    if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
+        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     engine = build_engine(unet, config, ranks)
+    if begins_from_weights(config):
+        engine.set_weights(inputs.weights)
+        inputs.weights = None
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
     first_step = resume(run_dir, engine, ema)
     stream = MicroBatches(
-        config.data, inputs.shards, inputs.meta, config.model.image_size, config.seed, config.global_batch,
+        config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
         config.micro_batch, rank, ranks, first_step,
     )  # fmt: skip
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
-    meters = Meters(device, config.diffusion_steps)
+    meters, quarantine = Meters(device, config.diffusion_steps), Quarantine(run_dir, rank)
     show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
 
     seen = bad = 0.0
@@ -72,6 +78,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             losses = training_losses(diffusion, output, x_start, x_t, t, noise)
             engine.backward((losses["loss"] * weight).mean())
             meters.add(losses, t, weight, batch)
+            quarantine.add(step, batch.bad)
             engine.step()
         ema.update(engine, step)
         meters.add_step(engine.grad_norm())

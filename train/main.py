@@ -16,11 +16,16 @@ import torch.distributed as dist  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
+from data.cursor import ShardUnreadable  # noqa: E402
+from data.workers import LoaderDied  # noqa: E402
 from model.unet import check as check_unet  # noqa: E402
 from train.checkpoint import check_resumable, check_same_everywhere  # noqa: E402
 from train.config import Config, accumulation, check  # noqa: E402
 from train.inputs import describe, find_inputs  # noqa: E402
 from train.tracker import check_login  # noqa: E402
+
+# Not found by all ranks, so the one that meets it tells.
+OF_ONE_RANK = (OSError, LoaderDied, ShardUnreadable)
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -38,7 +43,7 @@ def main(composed: DictConfig) -> None:
                 print(describe(config, ranks))
             return
         accumulation(config, ranks)
-        inputs = find_inputs(config)
+        inputs = find_inputs(config, rank)
         check_resumable(config, inputs.samples, ranks)
         if rank == 0:
             check_login(config.wandb.mode)
@@ -51,12 +56,12 @@ def main(composed: DictConfig) -> None:
 
     try:
         rank, ranks, device = init_distributed()
-        check_same_everywhere(config, inputs.shards)
+        check_same_everywhere(config, inputs.datasets)
     except ValueError as error:
         leave(error, rank)
     try:
         train(config, inputs, rank, ranks, device)
-    except (TooManyBad, OSError) as error:
+    except (TooManyBad, *OF_ONE_RANK) as error:
         leave(error, rank)
     dist.destroy_process_group()
 
@@ -74,8 +79,11 @@ def to_config(composed: DictConfig) -> Config:
 
 def leave(error: Exception, rank: int) -> NoReturn:
     """End this process for a mistake; those of the user are found by all ranks, and told by the first."""
-    if rank == 0 or isinstance(error, OSError):
-        print(f"error: {error}", file=sys.stderr)
+    if rank == 0 or isinstance(error, OF_ONE_RANK):
+        # What a loader worker raised comes with the worker's traceback before it.
+        text = str(error)
+        text = text.strip().splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+        print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -16,6 +16,8 @@ def make_scheduler(timesteps: int, learn_sigma: bool) -> DDPMScheduler:
     )  # fmt: skip
 
 
+# A compiled net would be compiled anew for these shapes, longer than the sampling takes.
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def sample(
     unet: UNet, scheduler: DDPMScheduler, text_emb: Tensor, empty: Tensor, guidance_scale: float, steps: int, seed: int

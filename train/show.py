@@ -22,10 +22,10 @@ class Show:
     def __init__(self, config: Config, inputs: Inputs, run_dir: Path, step: int, device: torch.device) -> None:
         self.config, self.run_dir = config, run_dir
         self.tracker = Tracker(config, run_dir, step)
-        prompts = stored_prompts(inputs.shards, config.data.text, inputs.meta, config.sample.prompts)
+        prompts = stored_prompts(inputs.datasets, inputs.meta, config.sample.prompts)
         self.captions = [caption for caption, _ in prompts]
         self.text_emb = torch.stack([torch.from_numpy(emb) for _, emb in prompts]).to(device)
-        self.empty = torch.from_numpy(read_empty(config.data.text, inputs.meta)).to(device)
+        self.empty = torch.from_numpy(read_empty(inputs.datasets[0].text, inputs.meta)).to(device)
         self.bar = tqdm(total=config.steps, initial=step, unit="step", desc=run_dir.name, smoothing=0.05)
 
     def log(self, step: int, metrics: dict[str, float], bad: dict[str, int]) -> None:
@@ -42,7 +42,7 @@ class Show:
         if bad and metrics["bad_samples"]:
             self.bar.write(
                 f"step {step}: {metrics['bad_samples']:.0f} samples skipped on all ranks; "
-                f"on rank 0 since the start: {bad}"
+                f"on rank 0 since the start: {bad}; named in {self.run_dir / 'quarantine'}"
             )
 
     def samples(self, step: int, unet: UNet) -> None:
