@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data.config import Dataset
 from data.tars import write_json
+from data.text import TextMeta
 from train.config import Config
 
 if TYPE_CHECKING:  # the engine takes seconds to import, and check_resumable has no need of it
@@ -44,9 +45,12 @@ IDENTITY = (
 )
 
 
-def save(run_dir: Path, step: int, engine: "Engine", ema: "EMA", config: Config, samples: list[int]) -> None:
+def save(
+    run_dir: Path, step: int, engine: "Engine", ema: "EMA", config: Config, samples: list[int], meta: TextMeta
+) -> None:
     """Write a checkpoint aside from all ranks, then rename it; a collective call.
 
+    meta: of the embeddings that the run trains on; whoever samples from the checkpoint reads it there.
     Raises: OSError on all ranks if one of them could not write; the checkpoint before is untouched.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -65,6 +69,7 @@ def save(run_dir: Path, step: int, engine: "Engine", ema: "EMA", config: Config,
                 "step": step,
                 "ranks": ranks,
                 "samples": samples,
+                "text": asdict(meta),
                 "parameters": {name: list(p.shape) for name, p in engine.model.named_parameters()},
                 # By name: a rank whose file is not here wrote to a disk of its own.
                 "files": {_file(r): (aside / _file(r)).stat().st_size for r in range(ranks)},

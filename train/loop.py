@@ -94,7 +94,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             if seen >= MIN_SEEN:
                 seen = bad = 0
         if step % config.save_every == 0 or last:
-            save(run_dir, step, engine, ema, config, inputs.samples)
+            save(run_dir, step, engine, ema, config, inputs.samples, inputs.meta)
         if last or (config.sample.every and step % config.sample.every == 0):
             with ema.in_place_of_weights(engine):
                 if show:
