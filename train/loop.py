@@ -17,6 +17,7 @@ from train.engine import build_engine
 from train.inputs import Inputs, begins_from_weights
 from train.meters import Meters
 from train.noise import draw_t_and_noise
+from train.preempt import Consent, mark_done
 from train.show import Show
 
 # A share is judged over no fewer samples than this, so that a few bad ones in a small run do not end it.
@@ -33,8 +34,8 @@ class TooManyBad(RuntimeError):
         )
 
 
-def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> None:
-    """Train to config.steps, going on from the latest checkpoint of config.run_dir.
+def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> bool:
+    """Train to config.steps, going on from the latest checkpoint of config.run_dir; False if asked to leave before.
 
     Raises: TooManyBad when more samples than data.max_bad_share cannot be read.
     """
@@ -52,6 +53,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
     first_step = resume(run_dir, engine, ema)
+    consent = Consent()  # before the loader workers are forked, so that a signal to them is no end either
     stream = MicroBatches(
         config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
         config.micro_batch, rank, ranks, first_step,
@@ -59,6 +61,9 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
     meters, quarantine = Meters(device, config.diffusion_steps), Quarantine(run_dir, rank)
     show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
+    last = first_step == config.steps
+    if show and not last:
+        (run_dir / "done").unlink(missing_ok=True)
 
     seen = bad = 0.0
     for step in range(first_step + 1, config.steps + 1):
@@ -83,7 +88,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         ema.update(engine, step)
         meters.add_step(engine.grad_norm())
 
-        last = step == config.steps
+        last, stop = step == config.steps, consent.stop()
         if step % config.log_every == 0 or last:
             metrics = meters.read()
             if show:
@@ -93,11 +98,16 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
                 raise TooManyBad(step, bad, seen, config.data.max_bad_share, meters.bad)
             if seen >= MIN_SEEN:
                 seen = bad = 0
-        if step % config.save_every == 0 or last:
+        if step % config.save_every == 0 or last or stop:
             save(run_dir, step, engine, ema, config, inputs.samples, inputs.meta)
         if last or (config.sample.every and step % config.sample.every == 0):
             with ema.in_place_of_weights(engine):
                 if show:
                     show.samples(step, engine.model)
+        if stop:
+            break
     if show:
         show.close()
+        if last:
+            mark_done(run_dir, config.steps)
+    return last

@@ -22,6 +22,7 @@ from model.unet import check as check_unet  # noqa: E402
 from train.checkpoint import check_resumable, check_same_everywhere  # noqa: E402
 from train.config import Config, accumulation, check  # noqa: E402
 from train.inputs import describe, find_inputs  # noqa: E402
+from train.preempt import REQUEUE, listen  # noqa: E402
 from train.tracker import check_login  # noqa: E402
 
 # Not found by all ranks, so the one that meets it tells.
@@ -32,7 +33,8 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(composed: DictConfig) -> None:
-    """Exit status 2, and one line from rank 0, for what the user can mend."""
+    """Exit status 2, and one line from rank 0, for what the user can mend; 75 when asked to leave before the end."""
+    listen()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config = to_config(composed)
@@ -60,10 +62,13 @@ def main(composed: DictConfig) -> None:
     except ValueError as error:
         leave(error, rank)
     try:
-        train(config, inputs, rank, ranks, device)
+        finished = train(config, inputs, rank, ranks, device)
     except (TooManyBad, *OF_ONE_RANK) as error:
         leave(error, rank)
+    dist.barrier()  # a launcher ends the others as soon as one has left
     dist.destroy_process_group()
+    if not finished:
+        sys.exit(REQUEUE)
 
 
 def to_config(composed: DictConfig) -> Config:
