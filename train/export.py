@@ -19,7 +19,7 @@ from model.unet import UNetConfig
 from model.weights import diffusers_config, to_diffusers
 from train.checkpoint import load_weights, read_manifest
 from train.pretrained import find_checkpoint
-from train.sample import make_scheduler
+from train.sampler import make_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IF_TOKENS = 77  # IFPipeline pads every prompt to this, whatever its tokenizer says
