@@ -18,7 +18,7 @@ from data.text import TextMeta
 from model.unet import UNetConfig
 from model.weights import diffusers_config, to_diffusers
 from train.checkpoint import load_weights, read_manifest
-from train.pretrained import find_checkpoint
+from train.pretrained import find_checkpoint, trained_meta
 from train.sampler import make_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -109,19 +109,6 @@ def build_unet(weights: dict[str, Tensor], config: UNetConfig, dtype: torch.dtyp
             raise ValueError(f"{name} is not finite in {dtype}: choose another dtype, or an earlier checkpoint")
     unet.load_state_dict(state, strict=True, assign=True)
     return unet
-
-
-def trained_meta(manifest: dict) -> TextMeta:
-    """What the captions of a checkpoint's training were embedded with, from its manifest.
-
-    Raises: ValueError if neither that nor the run's data.text says it.
-    """
-    if "text" not in manifest:  # of a version that did not write it
-        return TextMeta.read(manifest["config"]["data"]["text"])
-    try:
-        return TextMeta(**manifest["text"])
-    except TypeError as error:
-        raise ValueError(f"what the manifest says of the text encoder is not of this version ({error})") from None
 
 
 def load_t5(name: str, meta: TextMeta) -> TextEncoder:

@@ -66,12 +66,25 @@ def read_trained(path: str | Path) -> Trained:
     folder = find_checkpoint(path)
     try:
         manifest = read_manifest(folder)
-        run, text = manifest["config"], TextMeta(**manifest["text"])
+        run, text = manifest["config"], trained_meta(manifest)
         model, diffusion_steps, step = UNetConfig(**run["model"]), int(run["diffusion_steps"]), int(manifest["step"])
         check(model)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the manifest in '{folder}' is not one of this version ({error!r})") from None
     return Trained(folder, step, model, diffusion_steps, text, run)
+
+
+def trained_meta(manifest: dict) -> TextMeta:
+    """What the captions of a checkpoint's training were embedded with, from its manifest.
+
+    Raises: ValueError if neither that nor the run's data.text says it.
+    """
+    if "text" not in manifest:  # of a version that did not write it
+        return TextMeta.read(manifest["config"]["data"]["text"])
+    try:
+        return TextMeta(**manifest["text"])
+    except TypeError as error:
+        raise ValueError(f"what the manifest says of the text encoder is not of this version ({error})") from None
 
 
 def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:

@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.captions import clean
 from data.cli import parse
 from data.config import DataConfig, Dataset, find_datasets
-from data.encoder import TextEncoder
+from data.encoder import TextEncoder, load_encoder
 from data.stream import stored_prompts
 from data.tars import write_json
 from data.text import TextMeta, read_empty
@@ -193,7 +192,7 @@ def read_embeddings(path: Path, meta: TextMeta) -> Tensor:
 
 def warn_of_cut(encoder: TextEncoder, prompt: str) -> None:
     """Say what of a prompt is beyond the tokens that the net was trained with."""
-    ids = encoder.tokenizer(clean(prompt), add_special_tokens=False, verbose=False).input_ids
+    ids = encoder.tokenizer(encoder.clean(prompt), add_special_tokens=False, verbose=False).input_ids
     room = encoder.tokens - encoder.tokenizer.num_special_tokens_to_add()
     if len(ids) > room:
         kept, cut = encoder.tokenizer.decode(ids[:room]), encoder.tokenizer.decode(ids[room:])
@@ -202,23 +201,6 @@ def warn_of_cut(encoder: TextEncoder, prompt: str) -> None:
             f"kept: {kept!r}",
             file=sys.stderr,
         )
-
-
-def load_encoder(meta: TextMeta, name: str, device: torch.device) -> TextEncoder:
-    """The encoder that a training's embeddings were made by.  name: where it lies now, if not where it did.
-
-    Raises: ValueError if it cannot be loaded, or is another one.
-    """
-    try:
-        encoder = TextEncoder(name or meta.encoder, meta.tokens, meta.compute, device)
-    except ValueError as error:
-        raise ValueError(f"a prompt needs the training's encoder: {error}") from None
-    now = encoder.meta(meta.dtype)
-    if (now.weights_sha256, now.tokenizer_sha256) != (meta.weights_sha256, meta.tokenizer_sha256):
-        raise ValueError(
-            f"'{encoder.name}' is another encoder than that of the training, {meta.encoder}: name that one"
-        )
-    return encoder
 
 
 def write(args: Sample, trained: Trained, captions: list[str], seeds: list[int], images: np.ndarray) -> Path:
