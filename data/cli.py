@@ -25,11 +25,18 @@ def parse(schema: type[T], argv: list[str] | None = None) -> T:
             raise SystemExit(f"'{arg}' is not of the form key=value; known keys: {', '.join(names)}")
         if key.split(".")[0] not in names:
             raise SystemExit(f"no argument is called '{key}'; known: {', '.join(names)}")
+    # Text is taken as it stands: as YAML, `prompt="a cat: red"` would be a dict and `prompt=no` false.
+    texts = {f.name for f in fields(schema) if f.type in (str, str | None)}  # type: ignore[arg-type]
+    given = {key: text for key, _, text in (arg.partition("=") for arg in argv) if key in texts}
+    rest = [arg for arg in argv if arg.partition("=")[0] not in texts]
     try:
-        values = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_cli(argv))
+        values = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_cli(rest), dict.fromkeys(given, ""))
         missing = sorted(OmegaConf.missing_keys(values))
         if missing:
             raise SystemExit(f"missing: {', '.join(f'{name}=...' for name in missing)}")
-        return OmegaConf.to_object(values)  # type: ignore[return-value]
+        arguments: T = OmegaConf.to_object(values)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise SystemExit(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
+    for key, text in given.items():
+        setattr(arguments, key, text)
+    return arguments

@@ -139,7 +139,7 @@ def check(config: Config) -> None:
         ("data.crop_shift", config.data.crop_shift, 0),
         ("sample.every", config.sample.every, 0),
         ("sample.prompts", config.sample.prompts, 1),
-        ("sample.steps", config.sample.steps, 1),
+        ("sample.steps", config.sample.steps, 2),
         ("optim.grad_clip", config.optim.grad_clip, 0),
     )
     for name, number, least in at_least:

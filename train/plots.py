@@ -31,9 +31,9 @@ def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
     return paths
 
 
-def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path) -> None:
+def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path, columns: int = 8) -> None:
     """Samples with their captions below. images: [N, 3, H, W] uint8."""
-    columns = min(len(images), 8)
+    columns = min(len(images), columns)
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.5 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat:

@@ -1,15 +1,17 @@
 """Weights to begin from, under our names: a released file, a diffusers folder, or a checkpoint of this repository."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.unet import UNet, UNetConfig
+from data.text import TextMeta
+from model.unet import UNet, UNetConfig, check
 from model.weights import from_diffusers, to_diffusers
-from train.checkpoint import MANIFEST, complete, load_weights
+from train.checkpoint import MANIFEST, complete, load_weights, read_manifest
 
 SHOWN = 3
 
@@ -27,6 +29,62 @@ def find_checkpoint(path: str | Path) -> Path:
     raise ValueError(
         f"'{path}' has no whole checkpoint: name the folder of a run, or a step-NNNNNNNN folder in its checkpoints"
     )
+
+
+@dataclass(slots=True)
+class Trained:
+    """What a checkpoint says of itself.
+
+    run: the configuration it was trained with, as plain dicts.  text: of the embeddings it was trained on.
+    """
+
+    folder: Path
+    step: int
+    model: UNetConfig
+    diffusion_steps: int
+    text: TextMeta
+    run: dict
+
+    def load(self, weights: str, device: torch.device, dtype: torch.dtype = torch.float32) -> UNet:
+        """The net with its 'ema' or 'master' weights, for sampling.
+
+        Raises: ValueError if the checkpoint isn't whole, or its weights are of another net than it says.
+        """
+        with torch.device("meta"):
+            unet = UNet(self.model)
+        state = load_weights(self.folder, weights)
+        _check_fit(state, unet.state_dict(), self.folder)
+        unet.load_state_dict(state, strict=True, assign=True)
+        return unet.to(device, dtype).eval().requires_grad_(False)
+
+
+def read_trained(path: str | Path) -> Trained:
+    """A run's latest whole checkpoint, or the step's folder itself.
+
+    Raises: ValueError if there is none, or it is not of this version.
+    """
+    folder = find_checkpoint(path)
+    try:
+        manifest = read_manifest(folder)
+        run, text = manifest["config"], trained_meta(manifest)
+        model, diffusion_steps, step = UNetConfig(**run["model"]), int(run["diffusion_steps"]), int(manifest["step"])
+        check(model)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the manifest in '{folder}' is not one of this version ({error!r})") from None
+    return Trained(folder, step, model, diffusion_steps, text, run)
+
+
+def trained_meta(manifest: dict) -> TextMeta:
+    """What the captions of a checkpoint's training were embedded with, from its manifest.
+
+    Raises: ValueError if neither that nor the run's data.text says it.
+    """
+    if "text" not in manifest:  # of a version that did not write it
+        return TextMeta.read(manifest["config"]["data"]["text"])
+    try:
+        return TextMeta(**manifest["text"])
+    except TypeError as error:
+        raise ValueError(f"what the manifest says of the text encoder is not of this version ({error})") from None
 
 
 def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from train.checkpoint import complete
 from train.config import Config
 from train.inputs import Inputs
 from train.plots import plot_curves, plot_grid
-from train.sample import make_scheduler, sample
+from train.sampler import make_scheduler, sample
 from train.tracker import Tracker, read_metrics
 
 
@@ -49,7 +49,8 @@ class Show:
         """A grid for the fixed prompts and seeds."""
         c = self.config
         scheduler = make_scheduler(c.diffusion_steps, c.model.learn_sigma)
-        images = sample(unet, scheduler, self.text_emb, self.empty, c.sample.guidance_scale, c.sample.steps, c.seed)
+        seeds = [c.seed + i for i in range(len(self.captions))]
+        images = sample(unet, scheduler, self.text_emb, self.empty, c.sample.guidance_scale, c.sample.steps, seeds)
         path = self.run_dir / "samples" / f"step-{step:08d}.png"
         title = (
             f"step {step}, guidance {c.sample.guidance_scale:g}, {c.sample.steps} sampler steps, EMA {c.ema_decay:g}"

@@ -1,0 +1,331 @@
+"""train.sample: the pictures it writes, what they depend on and what not; the schedulers against closed forms."""
+
+import json
+import resource
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data import demo
+from data.config import DataConfig
+from data.embed import Embed, embed
+from data.encoder import TextEncoder
+from data.text import TextMeta, read_empty
+from data.tiny_t5 import TinyT5, write_tiny_t5
+from model.diffusion import Diffusion
+from model.unet import TextState, UNet
+from tests.test_export import NET, TIMESTEPS, random_net, write_run
+from train.pretrained import read_trained
+from train.sample import Sample, main, run
+from train.sampler import PRESETS, SCHEDULERS, make_scheduler, sample, set_steps
+
+QUICK = ["n=3", "steps=5", "guidance_scale=3"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A run with one checkpoint, its data, its encoder."""
+    base = tmp_path_factory.mktemp("sample")
+    demo.main([f"out={base / 'shards'}", "samples=24", "shard_size=12"])
+    write_tiny_t5(TinyT5(out=str(base / "t5"), dim=NET.encoder_dim))
+    embed(Embed(str(base / "shards"), str(base / "text"), str(base / "t5"), 77, "float32", "float32"))
+    write_run(base / "run", NET, base / "text")
+    path = base / "run" / "checkpoints" / "step-00000007" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["text"] = asdict(TextMeta.read(base / "text"))
+    manifest["config"] |= {
+        "data": asdict(DataConfig(str(base / "shards"), str(base / "text"))), "sample": {"prompts": 2},
+        "precision": "fp32", "run_dir": "runs/small",
+    }  # fmt: skip
+    path.write_text(json.dumps(manifest))
+    return base
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def draw(base: Path, *arguments: str) -> Path:
+    before = set(Path("samples").glob("*"))
+    main([f"checkpoint={base / 'run'}", *QUICK, *arguments])
+    (out,) = set(Path("samples").glob("*")) - before
+    return out
+
+
+def pixels(folder: Path) -> Tensor:
+    files = [image["file"] for image in json.loads((folder / "sample.json").read_text())["images"]]
+    return torch.stack([torch.from_numpy(np.asarray(Image.open(folder / file)).copy()).int() for file in files])
+
+
+def test_a_prompt_becomes_a_grid_and_single_images(base, capsys):
+    out = draw(base, "prompt=a cat: red, [two] # ${x}", "seed=5")
+    assert out == Path("samples/0001") and "samples/0001/grid.png" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {
+        "grid.png", "sample.json", "000-seed-5.png", "000-seed-6.png", "000-seed-7.png"
+    }  # fmt: skip
+    told = json.loads((out / "sample.json").read_text())
+    assert told["images"][1] == {"file": "000-seed-6.png", "caption": "a cat: red, [two] # ${x}", "seed": 6}
+    assert (told["step"], told["steps"], told["guidance_scale"], told["scheduler"]) == (7, "5", 3.0, "ddpm")
+    assert Image.open(out / "grid.png").size[0] > 300
+    images = pixels(out)
+    assert images.shape == (3, 16, 16, 3) and images.float().std() > 10
+    again = draw(base, "prompt=a cat: red, [two] # ${x}", "seed=5")
+    assert again == Path("samples/0002") and torch.equal(pixels(again), images)
+    assert not torch.equal(pixels(draw(base, "prompt=a dog", "seed=5")), images)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(base, scheduler):
+    at_once = pixels(draw(base, "prompt=a cat", f"scheduler={scheduler}", "n=5", "micro_batch=5"))
+    assert len(np.unique(at_once.numpy(), axis=0)) == 5, "each has a seed of its own"
+    for arguments, part in (("n=5 micro_batch=2", slice(0, 5)), ("n=1 seed=3", slice(3, 4))):
+        few = pixels(draw(base, "prompt=a cat", f"scheduler={scheduler}", *arguments.split()))
+        assert (few - at_once[part]).abs().max() <= 1, "rounding to a level of 255"
+        assert (few != at_once[part]).float().mean() < 1e-2
+
+
+def test_stored_embeddings_and_the_encoder_give_the_same_image(base):
+    prompt = "two red circles"
+    encoder = TextEncoder(str(base / "t5"), 77, "float32", torch.device("cpu"))
+    np.save("stored.npy", encoder([prompt, ""])[:1])
+    by_prompt = pixels(draw(base, f"prompt={prompt}"))
+    assert torch.equal(pixels(draw(base, "embeddings=stored.npy")), by_prompt)
+    np.save("one.npy", encoder([prompt, ""])[0].astype(np.float64))
+    assert torch.equal(pixels(draw(base, "embeddings=one.npy")), by_prompt)
+
+
+def test_without_a_prompt_the_captions_of_the_run_are_drawn(base):
+    out = draw(base, "n=2")
+    images = json.loads((out / "sample.json").read_text())["images"]
+    assert [image["seed"] for image in images] == [0, 1, 2, 3]
+    captions = [image["caption"] for image in images]
+    assert captions[0] == captions[1] != captions[2] == captions[3]
+    expected = pixels(draw(base, f"prompt={captions[2]}", "n=2", "seed=2"))
+    assert (pixels(out)[2:] - expected).abs().max() <= 1
+
+
+def test_the_empty_prompt_needs_no_encoder_and_is_not_guided(base):
+    stored = pixels(draw(base, "prompt="))
+    assert stored.float().std() > 10
+    assert (pixels(draw(base, "prompt=  ", f"encoder={base / 't5'}")) - stored).abs().max() <= 1
+    assert (pixels(draw(base, "prompt=", "guidance_scale=9")) - stored).abs().max() <= 1
+    assert (pixels(draw(base, "prompt=", "scheduler=ddim")) - pixels(
+        draw(base, "prompt=a cat", "guidance_scale=0", "scheduler=ddim")
+    )).abs().max() <= 1  # fmt: skip
+
+
+def test_what_is_beyond_the_tokens_is_named(base, capsys):
+    prompt = " ".join(["red"] * 200 + ["giraffe"])
+    draw(base, f"prompt={prompt}")
+    warning = capsys.readouterr().err
+    assert "of which the net takes 76; left out: 'red" in warning and "giraffe'; kept: 'red" in warning
+    draw(base, "prompt=a red circle")
+    assert "left out" not in capsys.readouterr().err
+
+
+def trained_net(base: Path) -> UNet:
+    return read_trained(base / "run").load("ema", torch.device("cpu"))
+
+
+def test_one_forward_a_step_and_one_projection_a_prompt(base, monkeypatch):
+    unet, calls = trained_net(base), []
+    monkeypatch.setattr(UNet, "forward", counted(UNet.forward, calls, "forward"))
+    monkeypatch.setattr(UNet, "encode_text", counted(UNet.encode_text, calls, "encode_text"))
+    empty = torch.from_numpy(read_empty(base / "text", TextMeta.read(base / "text")).copy())
+    text = torch.randn(3, 77, NET.encoder_dim)
+    scheduler = make_scheduler(TIMESTEPS, True)
+    sample(unet, scheduler, text, empty, 3.0, 5, [1, 2, 3])
+    assert [(name, n) for name, n in calls if name == "forward"] == [("forward", 6)] * 5
+    assert [(name, n) for name, n in calls if name != "forward"] == [("encode_text", 3), ("encode_text", 1)]
+    calls.clear()
+    sample(unet, scheduler, text, empty, 1.0, 5, [1, 2, 3])
+    assert calls == [("encode_text", 3)] + [("forward", 3)] * 5, "without guidance half of it"
+
+
+def counted(function, calls: list, name: str):
+    def call(self, x, *args):
+        calls.append((name, len(x)))
+        return function(self, x, *args)
+
+    return call
+
+
+def test_guidance_of_one_is_the_formula_at_one(base):
+    unet, empty = trained_net(base), torch.randn(77, NET.encoder_dim)
+    text, scheduler = torch.randn(2, 77, NET.encoder_dim), make_scheduler(TIMESTEPS, True)
+    plain = sample(unet, scheduler, text, empty, 1.0, 5, [1, 2]).int()
+    near = sample(unet, scheduler, text, empty, 1.0 + 1e-6, 5, [1, 2]).int()
+    assert (plain - near).abs().max() <= 1
+    assert (plain - sample(unet, scheduler, text, empty, 3.0, 5, [1, 2]).int()).abs().max() > 5
+
+
+class OneImage(nn.Module):
+    """The optimal noise predictor where the data is a single image: every sampler must end at that."""
+
+    def __init__(self, x_start: Tensor, timesteps: int) -> None:
+        super().__init__()
+        self.config, self.x_start, self.diffusion = NET, nn.Parameter(x_start), Diffusion(timesteps)
+
+    def encode_text(self, text_emb: Tensor) -> TextState:
+        return TextState(text_emb, text_emb)
+
+    def forward(self, x: Tensor, t: Tensor, text: TextState) -> Tensor:
+        signal, noise = (
+            v[t][:, None, None, None].double()
+            for v in (self.diffusion.sqrt_alphas_cumprod, self.diffusion.sqrt_one_minus_alphas_cumprod)
+        )
+        return torch.cat([(x - signal * self.x_start) / noise, torch.zeros_like(x)], 1)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [("ddpm", 1000), ("ddpm", 333), ("ddpm", 2), *(("ddpm", preset) for preset in PRESETS), ("ddim", 2), ("ddim", 50),
+     ("dpm++", 10), ("dpm++", 25)],
+)  # fmt: skip
+def test_every_scheduler_ends_at_the_only_image_there_is(scheduler, steps):
+    torch.manual_seed(0)
+    expected = torch.randint(0, 256, (3, 16, 16))
+    net = OneImage(expected / 127.5 - 1, 1000)
+    text = torch.zeros(2, 1, 1)
+    images = sample(net, make_scheduler(1000, True, scheduler), text, text[0], 5.0, steps, [1, 2])
+    assert (images.int() - expected).abs().max() <= 1
+
+
+class OneGaussian(nn.Module):
+    """The optimal predictor, of noise and of variance, where the data is N(0, sigma^2)."""
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        self.config, self.sigma, self.diffusion = NET, nn.Parameter(torch.tensor(sigma)), Diffusion(1000)
+        self.spacing: list[int] = []
+
+    def encode_text(self, text_emb: Tensor) -> TextState:
+        return TextState(text_emb, text_emb)
+
+    def forward(self, x: Tensor, timesteps: Tensor, text: TextState) -> Tensor:
+        t = int(timesteps[0])
+        alphas = self.diffusion.alphas_cumprod.double()
+        now, i = alphas[t], self.spacing.index(t)
+        before = alphas[self.spacing[i + 1]] if i + 1 < len(self.spacing) else torch.tensor(1.0)
+        total = now * self.sigma**2 + 1 - now
+        eps = x * ((1 - now).sqrt() / total)
+        alpha = now / before
+        # q(x_before | x_t) with x_start integrated out; its variance as the share between the bounds, in logarithms.
+        of_before = before * self.sigma**2 + 1 - before
+        variance = (1 - alpha) * of_before / total
+        low, high = ((1 - before) / (1 - now) * (1 - alpha)).clamp(min=1e-20).log(), (1 - alpha).log()
+        share = (variance.log() - low) / (high - low) * 2 - 1 if i + 1 < len(self.spacing) else torch.tensor(0.0)
+        return torch.cat([eps, share.expand_as(x)], 1)
+
+
+@pytest.mark.parametrize("steps", [10, 40, "smart27"])
+def test_the_learned_variance_makes_few_steps_keep_the_spread_of_the_data(steps):
+    """By the exact posterior variance each step is exact, so ten suffice; the fixed one is too narrow with as few."""
+    spread = {}
+    for learned in (True, False):
+        scheduler, net = make_scheduler(1000, learned), OneGaussian(0.3)
+        set_steps(scheduler, steps)
+        net.spacing = scheduler.timesteps.tolist()
+        text = torch.zeros(8, 1, 1)
+        images = sample(net, scheduler, text, text[0], 1.0, steps, list(range(8)))
+        spread[learned] = ((images.double() / 127.5 - 1) ** 2).mean().sqrt()
+    assert spread[True] == pytest.approx(0.3, rel=0.03)
+    assert spread[False] < spread[True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("checkpoint=absent", "'absent' has no whole checkpoint"),
+        ("checkpoint=damaged", "'damaged' has no whole checkpoint"),
+        ("checkpoint=foreign", "is not one of this version"),
+        ("checkpoint=other_net", "don't fit the net"),
+        ("checkpoint=no_encoder prompt=cat", "the encoder './gone/t5' cannot be loaded"),
+        ("checkpoint=no_data", "the data of the training, with its captions, is not here"),
+        ("checkpoint=no_data prompt=", "no embedding of the empty caption"),
+        ("checkpoint=re_embedded", "are others than those of the training"),
+        ("prompt=cat encoder=other_t5", "is another encoder than the one that"),
+        ("prompt=cat embeddings=x.npy", "choose one"),
+        ("embeddings=x.npy", "cannot be read as .npy"),
+        ("embeddings=narrow.npy", "is [77, 3], the net was trained on [77, 48]"),
+        ("embeddings=nan.npy", "not finite"),
+        ("embeddings=objects.npy", "cannot be read as .npy"),
+        ("embeddings=several.npz", "is not one array"),
+        ("scheduler=euler", "scheduler=euler must be one of ddpm, ddim, dpm++"),
+        ("steps=251", "must lie between 2 and the 250"),
+        ("steps=1", "must lie between 2 and the 250"),
+        ("steps=quick", "steps=quick must be a number or one of fast27"),
+        ("steps=fast27", "made for ddpm and 1000 diffusion steps, this is DDPMScheduler with 250"),
+        ("steps=60 scheduler=ddim", "steps=50 is the nearest"),
+        ("steps=250 scheduler=dpm++", "take fewer"),
+        ("guidance_scale=nan", "guidance_scale=nan must be"),
+        ("guidance_scale=-1", "guidance_scale=-1.0 must be"),
+        ("n=0", "n=0 must be at least 1"),
+        ("seed=-1", "seed=-1 must be at least 0"),
+        ("weights=raw", "weights=raw must be one of ema, master"),
+        ("out=taken", "'taken' is there already"),
+        ("out=taken/file/x", "could not be written"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(base, mistaken, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(mistaken)
+    before = set(mistaken.rglob("*"))
+    given = [] if "checkpoint=" in arguments else [f"checkpoint={base / 'run'}"]
+    with pytest.raises(SystemExit) as caught:
+        main([*given, *([] if "steps=" in arguments else ["steps=2"]), *arguments.split()])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert set(mistaken.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def mistaken(base, tmp_path_factory) -> Path:
+    """Runs, encoders and embeddings that must be refused."""
+    folder = tmp_path_factory.mktemp("mistaken")
+
+    def changed(name: str, change) -> Path:
+        shutil.copytree(base / "run", folder / name)
+        path = folder / name / "checkpoints" / "step-00000007" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+        return path.parent
+
+    (changed("damaged", lambda m: None) / "rank-00001.safetensors").write_bytes(b"half")
+    changed("foreign", lambda m: m["config"]["model"].update(depth=3))
+    changed("other_net", lambda m: m["config"]["model"].update(num_res_blocks=2))
+    changed("no_encoder", lambda m: m["text"].update(encoder="./gone/t5"))
+    changed("no_data", lambda m: m["config"]["data"].update(shards="gone", text="gone"))
+    changed("re_embedded", lambda m: m["text"].update(weights_sha256="0"))
+    write_tiny_t5(TinyT5(out=str(folder / "other_t5"), dim=NET.encoder_dim, seed=1))
+    np.save(folder / "narrow.npy", np.zeros((77, 3), np.float32))
+    np.save(folder / "nan.npy", np.full((77, NET.encoder_dim), np.nan, np.float32))
+    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(folder / "several.npz", a=np.zeros(1))
+    (folder / "taken").mkdir()
+    (folder / "taken" / "file").touch()
+    return folder
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(base, tmp_path):
+    """A limit on the size of files, which fails as a full disk does, in the midst of writing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(OSError, match=r"'full' could not be written .*: make space, or choose another out="):
+            run(Sample(str(base / "run"), "a cat", n=2, steps="2", out="full"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_masters_are_another_net(base):
+    averaged, trained = pixels(draw(base, "prompt=a cat")), pixels(draw(base, "prompt=a cat", "weights=master"))
+    assert (averaged - trained).abs().float().mean() > 1
+    assert torch.equal(trained_net(base).out[2].bias, random_net(NET, 2).out[2].bias)
