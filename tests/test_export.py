@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5EncoderModel
 
 from data.encoder import TextEncoder
+from data.text import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.unet import UNet, UNetConfig
 from model.weights import diffusers_config
@@ -63,8 +64,16 @@ def write_run(run_dir: Path, config: UNetConfig, text: Path, tokens: int = 77) -
             "model": asdict(config), "diffusion_steps": TIMESTEPS, "data": {"tokens": tokens, "text": str(text)},
         },
     }  # fmt: skip
+    if (text / "meta.json").exists():
+        manifest["text"] = asdict(TextMeta.read(text))
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return run_dir
+
+
+def write_meta(encoder: Path, text: Path, compute: str = "bfloat16", tokens: int = 77) -> Path:
+    text.mkdir()
+    TextEncoder(str(encoder), tokens, compute, torch.device("cpu")).meta("float16").write(text)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +81,7 @@ def base(tmp_path_factory) -> Path:
     """A tiny T5, the meta file of a training's embeddings, two runs, and both exported."""
     base = tmp_path_factory.mktemp("export")
     write_tiny_t5(TinyT5(out=str(base / "t5"), dim=NET.encoder_dim))
-    (base / "text").mkdir()
-    TextEncoder(str(base / "t5"), 77, "bfloat16", torch.device("cpu")).meta("float16").write(base / "text")
+    write_meta(base / "t5", base / "text")
     for name, config in (("run", NET), ("eps", EPS_ALONE)):
         write_run(base / name, config, base / "text")
         export(Export(str(base / name), str(base / f"{name}-if"), encoder=str(base / "t5")))
@@ -165,8 +173,8 @@ def test_the_real_tokenizer_comes_along(base, shared, tmp_path):
         T5Config(vocab_size=32128, d_model=NET.encoder_dim, d_kv=8, d_ff=16, num_heads=2, num_layers=1)
     ).save_pretrained(tmp_path / "t5")
     AutoTokenizer.from_pretrained(shared / "t5_tokenizer").save_pretrained(tmp_path / "t5")
-    run = write_run(tmp_path / "run", NET, text=tmp_path / "elsewhere")
-    export(Export(str(run), str(tmp_path / "if"), encoder=str(tmp_path / "t5")))
+    run = write_run(tmp_path / "run", NET, write_meta(tmp_path / "t5", tmp_path / "text", "float32"))
+    export(Export(str(run), str(tmp_path / "if"), encoder="auto"))
     pipeline = load(tmp_path / "if")
     assert pipeline.tokenizer("a photo of a cat").input_ids == [3, 9, 1202, 13, 3, 9, 1712, 1]
     caption = "a photo of a cat " * 30
@@ -174,6 +182,19 @@ def test_the_real_tokenizer_comes_along(base, shared, tmp_path):
     assert states.shape == negative.shape == (1, 77, NET.encoder_dim)
     expected = TextEncoder(str(tmp_path / "t5"), 77, "float32", torch.device("cpu"))([caption, ""])
     assert torch.allclose(torch.cat([states, negative]), torch.from_numpy(expected), atol=1e-6)
+
+
+def test_a_checkpoint_without_a_word_of_its_encoder_asks_the_embeddings(base, tmp_path):
+    run = write_run(tmp_path / "run", NET, base / "text")
+    manifest = run / "checkpoints" / "step-00000007" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    del told["text"]
+    manifest.write_text(json.dumps(told))
+    export(Export(str(run), str(tmp_path / "if"), encoder="auto"))
+    told["config"]["data"]["text"] = str(tmp_path / "gone")
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="no text embeddings in"):
+        export(Export(str(run), str(tmp_path / "if2"), encoder="auto"))
 
 
 def test_the_folder_is_whole_readable_and_tells_no_paths(base):
@@ -311,8 +332,9 @@ def test_what_is_no_weights_is_refused(base, tmp_path, monkeypatch):
         ("checkpoint=foreign/checkpoints/step-00000007", "is not one of this version"),
         ("checkpoint=wide", "channel_mult=[2, 4]: diffusers' UNet has it start with 1"),
         ("checkpoint=run encoder=text", "the encoder 'text' cannot be loaded"),
-        ("checkpoint=run encoder=bert", "'bert' is a BertModel, IFPipeline takes a T5 alone"),
-        ("checkpoint=run encoder=narrow", "'narrow' is 32 wide, the net takes 48"),
+        ("checkpoint=of-bert encoder=auto", "is a BertModel, IFPipeline takes a T5 alone"),
+        ("checkpoint=untold encoder=t5", "no text embeddings in 'gone'"),
+        ("checkpoint=run encoder=narrow", "'narrow' is 32 wide, the embeddings of"),
         ("checkpoint=run encoder=other", "'other' is another encoder than the one that"),
         ("checkpoint=short encoder=t5", "pads prompts to 77 tokens, this net was trained with 32"),
         ("checkpoint=huge dtype=float16", "is not finite in torch.float16: choose another dtype"),
@@ -336,7 +358,9 @@ def foreign(base) -> None:
     AutoTokenizer.from_pretrained(base / "t5").save_pretrained(base / "bert")
     write_tiny_t5(TinyT5(out=str(base / "narrow"), dim=32))
     write_tiny_t5(TinyT5(out=str(base / "other"), dim=48, seed=1))
-    write_run(base / "short", NET, base / "text", tokens=32)
+    write_run(base / "short", NET, write_meta(base / "t5", base / "text-32", tokens=32), tokens=32)
+    write_run(base / "of-bert", NET, write_meta(base / "bert", base / "text-bert"))
+    write_run(base / "untold", NET, Path("gone"))
     write_run(base / "wide", replace(NET, channel_mult=[2, 4]), base / "text")
     for name in ("damaged", "foreign", "huge"):
         shutil.copytree(base / "run", base / name)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from data.cli import parse
-from data.encoder import TextEncoder
+from data.encoder import TextEncoder, load_encoder
 from data.text import TextMeta
 from model.unet import UNetConfig
 from model.weights import diffusers_config, to_diffusers
@@ -30,7 +30,8 @@ class Export:
     """Writes a checkpoint as a folder that diffusers' IFPipeline loads.
 
     checkpoint: a run's folder, for its latest, or a step's folder. weights: ema or master. dtype: float32, float16 or
-    bfloat16, of the UNet. encoder: the T5 that the captions were embedded with, by name or folder; none by default.
+    bfloat16, of the UNet. encoder: the T5 that the captions were embedded with, where it lies now, or auto for the
+    place that the checkpoint knows; none by default.
     """
 
     checkpoint: str = MISSING
@@ -60,7 +61,7 @@ def export(args: Export, shard_size: str = "10GB") -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the manifest in '{checkpoint}' is not one of this version ({error!r})") from None
 
-    encoder = load_encoder(args.encoder, run) if args.encoder else None
+    encoder = load_t5(args.encoder, trained_meta(manifest)) if args.encoder else None
     pipeline = IFPipeline(
         tokenizer=encoder.tokenizer if encoder else None,
         # In float32 whatever args.dtype: loaded without a dtype, the UNet becomes float32 and the encoder what it was
@@ -110,36 +111,33 @@ def build_unet(weights: dict[str, Tensor], config: UNetConfig, dtype: torch.dtyp
     return unet
 
 
-def load_encoder(name: str, run: dict) -> TextEncoder:
-    """The encoder, once it is certain that IFPipeline will do with it what the training did.
+def trained_meta(manifest: dict) -> TextMeta:
+    """What the captions of a checkpoint's training were embedded with, from its manifest.
 
-    run: the config of the checkpoint's manifest.
+    Raises: ValueError if neither that nor the run's data.text says it.
+    """
+    if "text" not in manifest:  # of a version that did not write it
+        return TextMeta.read(manifest["config"]["data"]["text"])
+    try:
+        return TextMeta(**manifest["text"])
+    except TypeError as error:
+        raise ValueError(f"what the manifest says of the text encoder is not of this version ({error})") from None
+
+
+def load_t5(name: str, meta: TextMeta) -> TextEncoder:
+    """The encoder of the training, once it is certain that IFPipeline will do with it what the training did.
+
+    name: where it lies, 'auto' for where the meta says.
     Raises: ValueError.
     """
-    tokens, dim, folder = run["data"]["tokens"], run["model"]["encoder_dim"], run["data"]["text"]
     without = "export without encoder= and give the pipeline prompt_embeds"
-    if tokens != IF_TOKENS:
+    if meta.tokens != IF_TOKENS:
         raise ValueError(
-            f"IFPipeline pads prompts to {IF_TOKENS} tokens, this net was trained with {tokens}: {without}"
+            f"IFPipeline pads prompts to {IF_TOKENS} tokens, this net was trained with {meta.tokens}: {without}"
         )
-    try:
-        meta = TextMeta.read(folder)
-    except ValueError:
-        meta = None
-        print(f"'{folder}' is not here: cannot check that the captions were embedded with '{name}'")
-    # In the precision of the training, so that the hashes can be compared.
-    encoder = TextEncoder(name, tokens, meta.compute if meta else "float32", torch.device("cpu"))
+    encoder = load_encoder(meta, "" if name == "auto" else name)
     if not isinstance(encoder.model, T5EncoderModel):
         raise ValueError(f"'{name}' is a {type(encoder.model).__name__}, IFPipeline takes a T5 alone: {without}")
-    if encoder.dim != dim:
-        raise ValueError(f"'{name}' is {encoder.dim} wide, the net takes {dim}: name the encoder it was trained with")
-    if meta:
-        now = encoder.meta(meta.dtype)
-        if (now.weights_sha256, now.tokenizer_sha256) != (meta.weights_sha256, meta.tokenizer_sha256):
-            raise ValueError(
-                f"'{name}' is another encoder than the one that '{folder}' was embedded with ({meta.encoder}): "
-                f"name that one, or {without}"
-            )
     return encoder
 
 
