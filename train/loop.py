@@ -10,7 +10,7 @@ from data.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
 from model.unet import UNet
-from train.checkpoint import resume, save
+from train.checkpoint import resume
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import build_engine
@@ -18,6 +18,7 @@ from train.inputs import Inputs, begins_from_weights
 from train.meters import Meters
 from train.noise import draw_t_and_noise
 from train.preempt import Consent, mark_done
+from train.saver import Saver
 from train.show import Show
 
 # A share is judged over no fewer samples than this, so that a few bad ones in a small run do not end it.
@@ -54,6 +55,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     diffusion = Diffusion(config.diffusion_steps).to(device)
     first_step = resume(run_dir, engine, ema)
     consent = Consent()  # before the loader workers are forked, so that a signal to them is no end either
+    saver = Saver(config, inputs.samples, inputs.meta, consent)
     stream = MicroBatches(
         config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
         config.micro_batch, rank, ranks, first_step,
@@ -89,23 +91,26 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         meters.add_step(engine.grad_norm())
 
         last, stop = step == config.steps, consent.stop()
+        saver.poll()
         if step % config.log_every == 0 or last:
-            metrics = meters.read()
+            metrics = meters.read() | {"save_stall_share": saver.stall_share()}
             if show:
                 show.log(step, metrics | {"lr": lr}, meters.bad)
             seen, bad = seen + metrics["samples"], bad + metrics["bad_samples"]
             if bad > config.data.max_bad_share * max(seen, MIN_SEEN):
+                saver.finish()
                 raise TooManyBad(step, bad, seen, config.data.max_bad_share, meters.bad)
             if seen >= MIN_SEEN:
                 seen = bad = 0
         if step % config.save_every == 0 or last or stop:
-            save(run_dir, step, engine, ema, config, inputs.samples, inputs.meta)
+            saver.begin(step, engine, ema)
         if last or (config.sample.every and step % config.sample.every == 0):
             with ema.in_place_of_weights(engine):
                 if show:
                     show.samples(step, engine.model)
         if stop:
             break
+    saver.finish()
     if show:
         show.close()
         if last:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from data.cursor import ShardUnreadable  # noqa: E402
 from data.workers import LoaderDied  # noqa: E402
 from model.unet import check as check_unet  # noqa: E402
-from train.checkpoint import check_resumable, check_same_everywhere  # noqa: E402
+from train.checkpoint import CheckpointFailed, check_resumable, check_same_everywhere  # noqa: E402
 from train.config import Config, accumulation, check  # noqa: E402
 from train.inputs import describe, find_inputs  # noqa: E402
 from train.preempt import REQUEUE, listen  # noqa: E402
@@ -46,7 +46,7 @@ def main(composed: DictConfig) -> None:
             return
         accumulation(config, ranks)
         inputs = find_inputs(config, rank)
-        check_resumable(config, inputs.samples, ranks)
+        check_resumable(config, inputs.samples)
         if rank == 0:
             check_login(config.wandb.mode)
     except ValueError as error:
@@ -63,7 +63,7 @@ def main(composed: DictConfig) -> None:
         leave(error, rank)
     try:
         finished = train(config, inputs, rank, ranks, device)
-    except (TooManyBad, *OF_ONE_RANK) as error:
+    except (TooManyBad, CheckpointFailed, *OF_ONE_RANK) as error:
         leave(error, rank)
     dist.barrier()  # a launcher ends the others as soon as one has left
     dist.destroy_process_group()
