@@ -80,12 +80,17 @@ class Engine:
         return self.engine(x, timesteps, text_emb)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a micro batch's loss."""
-        self.engine.backward(loss)
+        """Accumulate the gradient of a micro batch's loss; one that is not finite makes the gradient so."""
+        self.engine.backward(loss * (1.0 + 0.0 * loss.detach()))
 
     def step(self) -> None:
         """The optimizer and the schedule, if this was the last micro batch of the step."""
         self.engine.step()
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the last step was made; all ranks skip it, and its place in the schedule, for a norm not finite."""
+        return bool(self.engine.was_step_applied())
 
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient before clipping, of the last step."""
