@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from data.quarantine import Quarantine
 from data.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
@@ -14,7 +13,7 @@ from train.checkpoint import resume
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import build_engine
-from train.guard import BadShare, FiniteSteps, Watchdog
+from train.guard import Guard, Watchdog
 from train.inputs import Inputs, begins_from_weights
 from train.meters import Meters
 from train.noise import draw_t_and_noise
@@ -49,12 +48,10 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         config.micro_batch, rank, ranks, first_step,
     )  # fmt: skip
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
-    meters, quarantine = Meters(device, config.diffusion_steps), Quarantine(run_dir, rank)
+    meters = Meters(device, config.diffusion_steps)
     show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
-    finite, watchdog = FiniteSteps(config.max_skipped, stream, quarantine, consent), Watchdog(rank, config.hang_seconds)
-    bad_share, last = BadShare(config.data.max_bad_share), first_step == config.steps
-    if show and not last:
-        (run_dir / "done").unlink(missing_ok=True)
+    guard, watchdog = Guard(config, rank, stream, consent), Watchdog(rank, config.hang_seconds)
+    last = first_step == config.steps
 
     for step in range(first_step + 1, config.steps + 1):
         lr = engine.lr()
@@ -73,22 +70,21 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             output = engine(x_t, t, batch.text_emb.to(device, non_blocking=True))
             losses = training_losses(diffusion, output, x_start, x_t, t, noise)
             engine.backward((losses["loss"] * weight).mean())
-            finite.note(losses["loss"])
             meters.add(losses, t, weight, batch)
-            quarantine.add(step, batch.bad)
+            guard.note(step, batch, losses["loss"])
             engine.step()
         if engine.stepped:
             ema.update(engine, step)
             meters.add_step(engine.grad_norm())
-        finite.judge(step, engine.stepped)
+        guard.judge(step, engine.stepped)
 
         last, stop = step == config.steps, consent.stop()
         saver.poll()
         if step % config.log_every == 0 or last:
-            metrics = meters.read() | {"save_stall_share": saver.stall_share(), "skipped_steps": finite.read()}
+            metrics = meters.read() | {"save_stall_share": saver.stall_share(), "skipped_steps": guard.read()}
             if show:
                 show.log(step, metrics | {"lr": lr}, meters.bad)
-            bad_share.judge(step, metrics, meters.bad)
+            guard.judge_share(step, metrics, meters.bad)
         if step % config.save_every == 0 or last or stop:
             saver.begin(step, engine, ema)
         if last or (config.sample.every and step % config.sample.every == 0):
