@@ -47,11 +47,21 @@ class Consent:
         self._group = dist.new_group(backend="gloo")
         _state["training"] = True
 
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is up on some rank; a collective call."""
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in raised.tolist()]
+
+    def gather(self, value: object) -> list:
+        """The small values of all ranks; a collective call."""
+        values: list = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
     def stop(self) -> bool:
         """Whether some rank was asked to leave; a collective call."""
-        flags = torch.tensor([_state["asked"]], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
-        return bool(flags[0])
+        return self.any(_state["asked"])[0]
 
 
 def mark_done(run_dir: Path, step: int) -> None:
