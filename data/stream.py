@@ -103,6 +103,13 @@ class MicroBatches:
             found |= {self.datasets[dataset].shards[shard].name for shard in shards.tolist()}
         return f"step {number // self.micro_batches + 1}, {', '.join(sorted(found)[:8])}"
 
+    def key(self, number: int, i: int) -> str:
+        """The name of the i-th sample of a micro batch, read from its shard once more."""
+        dataset, block, within = self.positions(number)[i]
+        shards, rows, shuffle = self.order.orders[dataset].rows(block)
+        place = shuffle[within]
+        return ShardCursor(self.datasets[dataset].shards[shards[place]], "").read(int(rows[place])).name
+
     def _collate(self, samples: list[tuple[int, RawSample]], batch: Batch) -> None:
         c = self.config
         pixels, text_emb, weight = batch.pixels.numpy(), batch.text_emb.numpy(), batch.weight.numpy()

@@ -1,12 +1,7 @@
 """Real trainings: the deepspeed launcher, ZeRO-1, AdamW8bit; small scenes and a small net."""
 
 import json
-import os
-import resource
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,74 +11,20 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
-from data import demo
 from data.config import Dataset
-from data.embed import Embed, embed
 from data.index import Index, index
 from data.shards import Shard, find_shards
 from data.tars import read_shard, write_shard
-from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.unet import UNet, UNetConfig
 from tests.faulty_server import serving
+from tests.trainings import STEPS, free_port, launch, make_data, metrics
 from train.checkpoint import check_same_everywhere, complete, load_weights
 from train.config import Config
-
-STEPS, SAVE_EVERY = 6, 3
-SMALL = f"""
-    +experiment=smoke steps={STEPS} global_batch=8 micro_batch=4 save_every={SAVE_EVERY} log_every=1
-    optim.lr_peak=1e-3 optim.warmup_steps=2 data.tokens=16 data.workers=1 sample.every=0 sample.steps=2 sample.prompts=4
-    model.image_size=32 model.channel_mult=[1,2] model.attention_resolutions=[16]
-""".split()
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    demo.main([f"out={folder / 'shards'}", "samples=96", "shard_size=24"])
-    write_tiny_t5(TinyT5(out=str(folder / "t5")))
-    embed(Embed(str(folder / "shards"), str(folder / "text"), str(folder / "t5"), 16, "float32", "float32"))
-    return folder
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def launch(
-    repo: Path, data: Path, run_dir: Path, *overrides: str, ranks: int = 1, file_size: tuple[int, int] | None = None
-) -> subprocess.CompletedProcess:
-    """Run train/main.py from another folder, as a user might, through the launcher when there are several ranks."""
-    port = free_port()
-    script = str(repo / "train" / "main.py")
-    launcher = Path(sys.executable).with_name("deepspeed")
-    program = [sys.executable, script]
-    if ranks > 1:
-        program = [sys.executable, str(launcher), "--num_gpus", str(ranks), "--master_port", str(port), script]
-    given = {o.split("=")[0] for o in overrides}
-    program += [o for o in SMALL if o.split("=")[0] not in given]
-    command = [*program, f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
-    command = [o for o in command if o.split("=")[0] not in given] + list(overrides)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}",
-        "NETRC": os.devnull,
-    }
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-
-    def limit() -> None:
-        if file_size:
-            resource.setrlimit(resource.RLIMIT_FSIZE, file_size)
-
-    return subprocess.run(
-        command, cwd=run_dir.parent, env=environment, capture_output=True, text=True, timeout=420, preexec_fn=limit
-    )
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -286,8 +227,8 @@ def test_mistakes_end_before_training_in_one_line(repo, data, tmp_path, override
 def test_a_checkpoint_of_another_run_is_refused(repo, data, two_ranks, tmp_path):
     run_dir = tmp_path / "other"
     shutil.copytree(two_ranks, run_dir)
-    done = launch(repo, data, run_dir, "wandb.mode=disabled")
-    assert done.returncode == 2 and "was written by 2 ranks, this run has 1: start 2 ranks" in done.stderr
+    done = launch(repo, data, run_dir, "wandb.mode=disabled", "seed=1")
+    assert done.returncode == 2 and "was trained with seed=0, now it is 1: set it back" in done.stderr
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(repo, data, two_ranks, tmp_path):
@@ -298,7 +239,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(re
     limit = (size // 2, size // 2)
     done = launch(repo, data, run_dir, "wandb.mode=disabled", ranks=2, file_size=limit)
     assert done.returncode != 0
-    assert "could not be written" in done.stderr and "the one before is intact" in done.stderr
+    assert "could not be written" in done.stderr and "those before are intact" in done.stderr
     assert [path.name for path in complete(run_dir)] == ["step-00000003"]
 
 

@@ -1,43 +1,40 @@
 """Checkpoints: RUN_DIR/checkpoints/step-NNNNNNNN, one file a rank and a manifest, whole or not there at all.
 
 A rank's file holds its part of the fp32 masters, of their average and of the optimizer's moments. The masters of all
-ranks, one after another, are the parameters in the manifest's order, flat, with some padding at the end. There is
-nothing else to keep: every random draw and the place in the data follow from the step.
+ranks, one after another, are the parameters in the manifest's order, flat, with some padding at the end: so any number
+of ranks can cut them anew. There is nothing else to keep: every random draw and the place in the data follow from the
+step. train/saver.py writes them.
 """
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from contextlib import suppress
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.config import Dataset
-from data.tars import write_json
-from data.text import TextMeta
 from train.config import Config
+from train.parts import Parts
 
 if TYPE_CHECKING:  # the engine takes seconds to import, and check_resumable has no need of it
     from train.ema import EMA
     from train.engine import Engine
 
 MANIFEST = "manifest.json"
+SEAL = "manifest_sha256"
 # What decides the order of the samples and the layout of the files; a run can't change these on its way.
 IDENTITY = (
     "seed",
     "global_batch",
     "diffusion_steps",
     "model",
-    "optim.name",
     "data.streams",
     "data.phases",
     "data.shuffle_block",
@@ -45,63 +42,8 @@ IDENTITY = (
 )
 
 
-def save(
-    run_dir: Path, step: int, engine: "Engine", ema: "EMA", config: Config, samples: list[int], meta: TextMeta
-) -> None:
-    """Write a checkpoint aside from all ranks, then rename it; a collective call.
-
-    meta: of the embeddings that the run trains on; whoever samples from the checkpoint reads it there.
-    Raises: OSError on all ranks if one of them could not write; the checkpoint before is untouched.
-    """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    aside = folder.with_suffix(".part")
-
-    def write() -> None:
-        aside.mkdir(parents=True, exist_ok=True)
-        moments = {f"moments.{name}": value for name, value in engine.moments.items()}
-        save_file({"master": engine.master.detach(), "ema": ema.average, **moments}, aside / _file(rank))
-
-    def publish() -> None:
-        write_json(
-            aside / MANIFEST,
-            {
-                "step": step,
-                "ranks": ranks,
-                "samples": samples,
-                "text": asdict(meta),
-                "parameters": {name: list(p.shape) for name, p in engine.model.named_parameters()},
-                # By name: a rank whose file is not here wrote to a disk of its own.
-                "files": {_file(r): (aside / _file(r)).stat().st_size for r in range(ranks)},
-                "schedule_step": engine.schedule_step,
-                "config": asdict(config),
-            },
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        for old in complete(run_dir)[: -config.keep_checkpoints]:
-            shutil.rmtree(old)
-
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-    _together(lambda: None, aside)
-    _together(write, aside)
-    _together(publish if rank == 0 else lambda: None, aside)
-
-
-def _together(action: Callable[[], None], where: Path) -> None:
-    """Do it on this rank, wait for the others, and fail on all if it failed on one: nobody is left waiting."""
-    problem = ""
-    try:
-        action()
-    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
-        problem = f"rank {dist.get_rank()}: {error}"
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise OSError(
-            f"the checkpoint '{where}' could not be written ({next(filter(None, problems))}); the one before is intact"
-        )
+class CheckpointFailed(RuntimeError):
+    """None could be written, or none read; raised by all ranks alike."""
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -118,22 +60,55 @@ def _is_whole(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    """The manifest of a checkpoint.
+
+    Raises: OSError or ValueError if it is not there or damaged.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest != sealed(manifest) and SEAL in manifest:
+        raise ValueError(f"'{folder / MANIFEST}' is damaged: its checksum is another")
+    return manifest
 
 
-def check_resumable(config: Config, samples: list[int], ranks: int) -> None:
+def sealed(manifest: dict) -> dict:
+    """The manifest with a checksum of itself."""
+    rest = {name: value for name, value in manifest.items() if name != SEAL}
+    text = json.dumps(rest)  # in its order, for that of the parameters matters
+    return {**json.loads(text), SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def file_sha256(path: Path) -> str:
+    """As sha256sum prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_fault(folder: Path, rank: int = 0, ranks: int = 1) -> str:
+    """What is wrong with a checkpoint, '' for nothing; of several ranks each reads its share of the files."""
+    try:
+        manifest = read_manifest(folder)
+        for name, size in manifest["files"].items():
+            if (there := (folder / name).stat().st_size) != size:
+                return f"{name} has {there} bytes, not {size}"
+        for name in sorted(manifest["files"])[rank::ranks]:
+            if name in manifest.get("sha256", {}) and file_sha256(folder / name) != manifest["sha256"][name]:
+                return f"the contents of {name} are not those that were written (sha256)"
+    except (OSError, ValueError, KeyError) as error:
+        return str(error) or repr(error)
+    return ""
+
+
+def check_resumable(config: Config, samples: list[int]) -> None:
     """Make sure that the run can go on from its latest checkpoint, if it has one.
 
-    Raises: ValueError if that belongs to another run, other data or another number of ranks.
+    Raises: ValueError if that belongs to another run or other data. The number of ranks may be another, and the
+    optimizer 8-bit or not.
     """
     for folder in complete(Path(config.run_dir))[-1:]:
         manifest, now = read_manifest(folder), json.loads(json.dumps(asdict(config)))
-        if manifest["ranks"] != ranks:
-            raise ValueError(
-                f"'{folder}' was written by {manifest['ranks']} ranks, this run has {ranks}: "
-                f"start {manifest['ranks']} ranks, or begin anew in another run_dir"
-            )
         if manifest["samples"] != samples:
             raise ValueError(
                 f"'{folder}' was trained on {manifest['samples']} samples, data.shards now has {samples}: "
@@ -170,16 +145,53 @@ def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
 
 
 def resume(run_dir: Path, engine: "Engine", ema: "EMA") -> int:
-    """Go on from the latest whole checkpoint; returns its step, 0 if there is none."""
-    for folder in complete(run_dir)[-1:]:
-        manifest = read_manifest(folder)
-        step: int = manifest["step"]
-        state = load_file(folder / _file(dist.get_rank()))
-        moments = {name.removeprefix("moments."): value for name, value in state.items() if name.startswith("moments.")}
-        engine.restore(step, manifest["schedule_step"], state["master"], moments)
-        ema.average.copy_(state["ema"])
-        return step
+    """Go on from the latest undamaged checkpoint; returns its step, 0 if there is none. A collective call.
+
+    Every rank checks its share of the files, then reads the part that is its own: of each byte, two reads in all.
+    Raises: CheckpointFailed if there are checkpoints, and all of them are damaged.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    folders = sorted((run_dir / "checkpoints").glob("step-????????"), reverse=True)
+    if rank == 0:
+        for left in (run_dir / "checkpoints").glob("*.part"):  # of a start that was killed as it saved
+            shutil.rmtree(left, ignore_errors=True)
+    faults: list[str] = [""] * ranks
+    for folder in _from_first(folders):
+        dist.all_gather_object(faults, find_fault(folder, rank, ranks))
+        if not any(faults):
+            return _restore(folder, engine, ema)
+        if rank == 0:
+            aside = folder.with_suffix(".damaged")
+            told = f"DAMAGED CHECKPOINT '{folder}': {next(filter(None, faults))}"
+            print(f"\n{told}. It becomes '{aside.name}', and the run goes on from the one before.\n", file=sys.stderr)
+            with suppress(OSError):
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+    if any(faults):
+        raise CheckpointFailed(
+            f"none of the checkpoints in '{run_dir / 'checkpoints'}' is undamaged: choose another run_dir to begin anew"
+        )
     return 0
+
+
+def _from_first(folders: list[Path]) -> list[Path]:
+    """The first rank's, for all: the others may list a shared folder a moment older."""
+    lists = [folders]
+    dist.broadcast_object_list(lists, src=0)
+    return lists[0]
+
+
+def _restore(folder: Path, engine: "Engine", ema: "EMA") -> int:
+    manifest, rank = read_manifest(folder), dist.get_rank()
+    parts, size = Parts(folder, manifest["ranks"]), engine.master.numel()
+    own = slice(rank * size, (rank + 1) * size)
+    moments = parts.own(rank) if (parts.size, manifest["ranks"]) == (size, dist.get_world_size()) else {}
+    if not engine.fits(moments):  # other ranks, or another optimizer
+        flat = parts.moments(own.start, own.stop)
+        moments = engine.as_moments(*flat) if flat else {}
+    engine.restore(manifest["step"], manifest["schedule_step"], parts.read("master", own.start, own.stop), moments)
+    ema.average.copy_(parts.read("ema", own.start, own.stop))
+    return manifest["step"]
 
 
 def _get(config: dict, key: str) -> object:
@@ -193,27 +205,15 @@ def _get(config: dict, key: str) -> object:
 
 
 def load_weights(folder: Path, name: str = "ema") -> dict[str, Tensor]:
-    """The whole fp32 state dict from the parts of all ranks; name: 'ema' or 'master'.
+    """The whole fp32 state dict from the parts of all ranks, in the memory of one copy; name: 'ema' or 'master'.
 
-    Raises: ValueError if the checkpoint isn't whole.
+    Raises: ValueError if the checkpoint isn't whole and undamaged.
     """
-    if not _is_whole(folder):
-        raise ValueError(f"'{folder}' is not a whole checkpoint: name a step-NNNNNNNN folder of a run")
+    if fault := find_fault(folder):
+        raise ValueError(f"'{folder}' is not a whole checkpoint ({fault}): name a step-NNNNNNNN folder of a run")
     manifest = read_manifest(folder)
-    parts = _parts(folder, manifest["ranks"], name)
-    flat = torch.cat(list(parts))
-    weights, start = {}, 0
+    parts, weights, start = Parts(folder, manifest["ranks"]), {}, 0
     for parameter, shape in manifest["parameters"].items():
-        weights[parameter] = flat[start : start + prod(shape)].view(shape)
+        weights[parameter] = parts.read(name, start, start + prod(shape)).view(shape)
         start += prod(shape)
     return weights
-
-
-def _parts(folder: Path, ranks: int, name: str) -> Iterator[Tensor]:
-    for rank in range(ranks):
-        with safe_open(folder / _file(rank), framework="pt") as file:
-            yield file.get_tensor(name)
-
-
-def _file(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"

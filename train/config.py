@@ -52,8 +52,12 @@ class Config:
 
     micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks.
     diffusion_steps: T.  precision: 'bf16' or 'fp32'.  *_every: in optimizer steps.
+    keep_checkpoints: the latest so many are kept, and of the older ones each keep_every-th step, 0 for none.
     init_from: weights to begin with, as train.pretrained takes them; none: random ones. Of no effect where run_dir
     has a checkpoint to go on from.
+    max_skipped: steps in a row without a finite loss and gradient, each of them skipped, that end the run.
+    hang_seconds: without a micro batch made, until a rank prints its stacks and ends; above the 540 s that the loader
+    waits for storage, below the 600 s of the collectives' own limit, which tells less.
     compile: torch.compile for the net, which takes minutes at the start; meant for GPUs, where it fuses what lies
     between convolutions.
     """
@@ -71,6 +75,9 @@ class Config:
     log_every: int = 50
     save_every: int = 1000
     keep_checkpoints: int = 3
+    keep_every: int = 0
+    max_skipped: int = 20
+    hang_seconds: int = 570
     dry_run: bool = False
     model: UNetConfig = field(default_factory=UNetConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -112,6 +119,8 @@ def check(config: Config) -> None:
         "log_every",
         "save_every",
         "keep_checkpoints",
+        "max_skipped",
+        "hang_seconds",
     )
     for name in positive:
         if getattr(config, name) < 1:
@@ -137,6 +146,7 @@ def check(config: Config) -> None:
         ("data.phases", config.data.phases, 1),
         ("data.shuffle_block", config.data.shuffle_block, 1),
         ("data.crop_shift", config.data.crop_shift, 0),
+        ("keep_every", config.keep_every, 0),
         ("sample.every", config.sample.every, 0),
         ("sample.prompts", config.sample.prompts, 1),
         ("sample.steps", config.sample.steps, 2),

@@ -14,6 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from model.unet import UNet
 from train.config import Config, OptimConfig, accumulation
+from train.parts import BLOCK
+
+# bitsandbytes' own default: a tensor of fewer elements keeps 32-bit states.
+FEWEST_8BIT = 4096
 
 
 def init_distributed() -> tuple[int, int, torch.device]:
@@ -76,12 +80,17 @@ class Engine:
         return self.engine(x, timesteps, text_emb)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a micro batch's loss."""
-        self.engine.backward(loss)
+        """Accumulate the gradient of a micro batch's loss; one that is not finite makes the gradient so."""
+        self.engine.backward(loss * (1.0 + 0.0 * loss.detach()))
 
     def step(self) -> None:
         """The optimizer and the schedule, if this was the last micro batch of the step."""
         self.engine.step()
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the last step was made; all ranks skip it, and its place in the schedule, for a norm not finite."""
+        return bool(self.engine.was_step_applied())
 
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient before clipping, of the last step."""
@@ -128,13 +137,32 @@ class Engine:
         """Steps of the schedule; fewer than those of the run where DeepSpeed skipped some for overflow."""
         return int(self.scheduler.last_epoch)
 
+    def fits(self, moments: dict[str, Tensor]) -> bool:
+        """Whether these are moments of this optimizer, of a part cut like this rank's."""
+        names = {"exp_avg"} if isinstance(self.base_optimizer, torch.optim.AdamW) else {"state1"}
+        return names <= moments.keys()
+
+    def as_moments(self, first: Tensor, second: Tensor, step: int) -> dict[str, Tensor]:
+        """Adam's two moments in fp32, of this rank's part, as this optimizer keeps them: 8-bit states are rounded."""
+        count = torch.tensor(step)
+        if isinstance(self.base_optimizer, torch.optim.AdamW):
+            return {"step": count.float(), "exp_avg": first, "exp_avg_sq": second}
+        state = {"step": count, "state1": first, "state2": second}
+        if first.numel() < FEWEST_8BIT:
+            return state
+        for which, moment in ((1, first), (2, second)):
+            code = bitsandbytes.functional.create_dynamic_map(signed=which == 1)
+            rounded, scale = bitsandbytes.functional.quantize_blockwise(moment, code=code, blocksize=BLOCK)
+            state |= {f"state{which}": rounded, f"absmax{which}": scale.absmax, f"qmap{which}": code}
+        return state
+
     def restore(self, step: int, schedule_step: int, master: Tensor, moments: dict[str, Tensor]) -> None:
         """Go on from a step with these masters and moments."""
         self.master.data.copy_(master)
         self.push_master()
         # bitsandbytes keeps its step as an int, torch as a tensor.
         state = {
-            name: int(v) if v.dtype == torch.int64 and v.ndim == 0 else v.to(self.master.device)
+            name: v.to(self.master.device) if v.ndim else int(v) if v.dtype == torch.int64 else v
             for name, v in moments.items()
         }
         if state:

@@ -10,33 +10,23 @@ from data.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
 from model.unet import UNet
-from train.checkpoint import resume, save
+from train.checkpoint import resume
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import build_engine
+from train.guard import BadShare, FiniteSteps, Watchdog
 from train.inputs import Inputs, begins_from_weights
 from train.meters import Meters
 from train.noise import draw_t_and_noise
+from train.preempt import Consent, mark_done
+from train.saver import Saver
 from train.show import Show
 
-# A share is judged over no fewer samples than this, so that a few bad ones in a small run do not end it.
-MIN_SEEN = 500
 
+def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> bool:
+    """Train to config.steps, going on from the latest checkpoint of config.run_dir; False if asked to leave before.
 
-class TooManyBad(RuntimeError):
-    """So many samples could not be read that going on would train on something else."""
-
-    def __init__(self, step: int, bad: float, seen: float, limit: float, reasons: dict[str, int]) -> None:
-        super().__init__(
-            f"step {step}: {bad:.0f} of the last {seen:.0f} samples could not be read "
-            f"(here: {reasons}), more than data.max_bad_share={limit}: mend the shards, or raise the limit"
-        )
-
-
-def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> None:
-    """Train to config.steps, going on from the latest checkpoint of config.run_dir.
-
-    Raises: TooManyBad when more samples than data.max_bad_share cannot be read.
+    Raises: TooManyBad when more samples than data.max_bad_share cannot be read; NotFinite, CheckpointFailed.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -52,6 +42,8 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
     first_step = resume(run_dir, engine, ema)
+    consent = Consent()  # before the loader workers are forked, so that a signal to them is no end either
+    saver = Saver(config, inputs.samples, inputs.meta, consent)
     stream = MicroBatches(
         config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
         config.micro_batch, rank, ranks, first_step,
@@ -59,11 +51,15 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
     meters, quarantine = Meters(device, config.diffusion_steps), Quarantine(run_dir, rank)
     show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
+    finite, watchdog = FiniteSteps(config.max_skipped, stream, quarantine, consent), Watchdog(rank, config.hang_seconds)
+    bad_share, last = BadShare(config.data.max_bad_share), first_step == config.steps
+    if show and not last:
+        (run_dir / "done").unlink(missing_ok=True)
 
-    seen = bad = 0.0
     for step in range(first_step + 1, config.steps + 1):
         lr = engine.lr()
         for _ in range(accumulation(config, ranks)):
+            watchdog.feed()
             waited = time.perf_counter()
             batch = next(batches)
             meters.add_data_wait(time.perf_counter() - waited)
@@ -77,27 +73,34 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             output = engine(x_t, t, batch.text_emb.to(device, non_blocking=True))
             losses = training_losses(diffusion, output, x_start, x_t, t, noise)
             engine.backward((losses["loss"] * weight).mean())
+            finite.note(losses["loss"])
             meters.add(losses, t, weight, batch)
             quarantine.add(step, batch.bad)
             engine.step()
-        ema.update(engine, step)
-        meters.add_step(engine.grad_norm())
+        if engine.stepped:
+            ema.update(engine, step)
+            meters.add_step(engine.grad_norm())
+        finite.judge(step, engine.stepped)
 
-        last = step == config.steps
+        last, stop = step == config.steps, consent.stop()
+        saver.poll()
         if step % config.log_every == 0 or last:
-            metrics = meters.read()
+            metrics = meters.read() | {"save_stall_share": saver.stall_share(), "skipped_steps": finite.read()}
             if show:
                 show.log(step, metrics | {"lr": lr}, meters.bad)
-            seen, bad = seen + metrics["samples"], bad + metrics["bad_samples"]
-            if bad > config.data.max_bad_share * max(seen, MIN_SEEN):
-                raise TooManyBad(step, bad, seen, config.data.max_bad_share, meters.bad)
-            if seen >= MIN_SEEN:
-                seen = bad = 0
-        if step % config.save_every == 0 or last:
-            save(run_dir, step, engine, ema, config, inputs.samples, inputs.meta)
+            bad_share.judge(step, metrics, meters.bad)
+        if step % config.save_every == 0 or last or stop:
+            saver.begin(step, engine, ema)
         if last or (config.sample.every and step % config.sample.every == 0):
             with ema.in_place_of_weights(engine):
                 if show:
                     show.samples(step, engine.model)
+        if stop:
+            break
+    saver.finish()
+    watchdog.stop()
     if show:
         show.close()
+        if last:
+            mark_done(run_dir, config.steps)
+    return last

@@ -1,5 +1,6 @@
 """The command: `deepspeed train/main.py +experiment=smoke`. Composes and checks the configuration, then trains."""
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -19,20 +20,25 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from data.cursor import ShardUnreadable  # noqa: E402
 from data.workers import LoaderDied  # noqa: E402
 from model.unet import check as check_unet  # noqa: E402
-from train.checkpoint import check_resumable, check_same_everywhere  # noqa: E402
+from train.checkpoint import CheckpointFailed, check_resumable, check_same_everywhere  # noqa: E402
 from train.config import Config, accumulation, check  # noqa: E402
 from train.inputs import describe, find_inputs  # noqa: E402
+from train.preempt import REQUEUE, listen  # noqa: E402
 from train.tracker import check_login  # noqa: E402
 
 # Not found by all ranks, so the one that meets it tells.
 OF_ONE_RANK = (OSError, LoaderDied, ShardUnreadable)
+# How gloo and NCCL say that another rank is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 ConfigStore.instance().store(name="schema", node=Config)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(composed: DictConfig) -> None:
-    """Exit status 2, and one line from rank 0, for what the user can mend."""
+    """Exit status 2, and one line from rank 0, for what the user can mend; 75 when asked to leave before the end."""
+    listen()
+    faulthandler.enable()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config = to_config(composed)
@@ -44,7 +50,7 @@ def main(composed: DictConfig) -> None:
             return
         accumulation(config, ranks)
         inputs = find_inputs(config, rank)
-        check_resumable(config, inputs.samples, ranks)
+        check_resumable(config, inputs.samples)
         if rank == 0:
             check_login(config.wandb.mode)
     except ValueError as error:
@@ -52,7 +58,8 @@ def main(composed: DictConfig) -> None:
 
     # Imported here: the engine takes seconds to import, and a mistake above is to be told at once.
     from train.engine import init_distributed
-    from train.loop import TooManyBad, train
+    from train.guard import NotFinite, TooManyBad
+    from train.loop import train
 
     try:
         rank, ranks, device = init_distributed()
@@ -60,10 +67,18 @@ def main(composed: DictConfig) -> None:
     except ValueError as error:
         leave(error, rank)
     try:
-        train(config, inputs, rank, ranks, device)
-    except (TooManyBad, *OF_ONE_RANK) as error:
+        finished = train(config, inputs, rank, ranks, device)
+    except (TooManyBad, NotFinite, CheckpointFailed, *OF_ONE_RANK) as error:
         leave(error, rank)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST):
+            raise
+        print(f"rank {rank}: ends, for another rank is gone; that one's own error is further up", file=sys.stderr)
+        sys.exit(1)
+    dist.barrier()  # a launcher ends the others as soon as one has left
     dist.destroy_process_group()
+    if not finished:
+        sys.exit(REQUEUE)
 
 
 def to_config(composed: DictConfig) -> Config:

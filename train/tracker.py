@@ -1,13 +1,17 @@
 """Where metrics go: metrics.jsonl always, Weights & Biases when asked; the only file that knows wandb."""
 
 import json
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import wandb
 
 from train.config import Config
+
+logger = logging.getLogger(__name__)
 
 
 def check_login(mode: str) -> None:
@@ -37,7 +41,7 @@ class Tracker:
         online = config.wandb.mode == "online"
         if online and not id_file.exists():
             id_file.write_text(wandb.util.generate_id())
-        self._run = wandb.init(
+        self._run: wandb.Run | None = wandb.init(
             project=config.wandb.project,
             mode=config.wandb.mode,
             dir=run_dir,
@@ -53,16 +57,26 @@ class Tracker:
         """One line for a step."""
         line = {"step": step, **metrics}
         self._file.write(json.dumps(line) + "\n")
-        self._run.log(line)
+        self._tell(lambda run: run.log(line))
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Show a picture that lies in the run's folder."""
-        self._run.log({"step": step, name: wandb.Image(str(path))})
+        self._tell(lambda run: run.log({"step": step, name: wandb.Image(str(path))}))
 
     def close(self) -> None:
         """Finish the W&B run."""
         self._file.close()
-        self._run.finish()
+        self._tell(lambda run: run.finish())
+
+    def _tell(self, what: Callable[[wandb.Run], object]) -> None:
+        """W&B's own process may be gone, by a signal to all of a job for one: that is no reason to end a training."""
+        if self._run is None:
+            return
+        try:
+            what(self._run)
+        except Exception as error:
+            logger.warning("W&B is told no more in this start, %s has it all (%r)", self.path, error)
+            self._run = None
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

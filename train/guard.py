@@ -1,0 +1,141 @@
+"""What keeps a run from training on nonsense or hanging: bad samples, steps that are not finite, and a watchdog."""
+
+import faulthandler
+import os
+import sys
+import tempfile
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+from data.quarantine import Quarantine
+from data.stream import MicroBatches
+from train.preempt import Consent
+
+SHOWN = 8
+# What the interpreter's own timer, which needs no lock of Python's, waits longer than the thread that can say more.
+GRACE = 30.0
+# A share is judged over no fewer samples than this, so that a few bad ones in a small run do not end it.
+MIN_SEEN = 500
+
+
+class TooManyBad(RuntimeError):
+    """So many samples could not be read that going on would train on something else; raised by all ranks alike."""
+
+
+class BadShare:
+    """Looks whether more than a share of the samples could not be read."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit, self._seen, self._bad = limit, 0.0, 0.0
+
+    def judge(self, step: int, metrics: dict[str, float], reasons: dict[str, int]) -> None:
+        """Take in what all ranks counted since the last call.
+
+        Raises: TooManyBad.
+        """
+        self._seen, self._bad = self._seen + metrics["samples"], self._bad + metrics["bad_samples"]
+        if self._bad > self._limit * max(self._seen, MIN_SEEN):
+            raise TooManyBad(
+                f"step {step}: {self._bad:.0f} of the last {self._seen:.0f} samples could not be read "
+                f"(here: {reasons}), more than data.max_bad_share={self._limit}: mend the shards, or raise the limit"
+            )
+        if self._seen >= MIN_SEEN:
+            self._seen = self._bad = 0.0
+
+
+class NotFinite(RuntimeError):
+    """So many steps in a row were not finite that the run has left its way; raised by all ranks alike."""
+
+
+class FiniteSteps:
+    """Counts the steps that the engine skipped, lists their samples, and ends the run after `most` in a row.
+
+    That a step is skipped all ranks know from the norm of the gradient, which they share (train/engine.py).
+    """
+
+    def __init__(self, most: int, stream: MicroBatches, quarantine: Quarantine, consent: Consent) -> None:
+        self._most, self._stream, self._quarantine, self._consent = most, stream, quarantine, consent
+        self._number = stream.first
+        self._losses: list[tuple[int, Tensor]] = []
+        self._in_a_row = self._skipped = 0
+
+    def note(self, losses: Tensor) -> None:
+        """Remember the losses [N] of the next micro batch, without looking at them."""
+        self._losses.append((self._number, losses.detach()))
+        self._number += 1
+
+    def judge(self, step: int, applied: bool) -> None:
+        """A step was made, or skipped; a collective call in the latter case.
+
+        Raises: NotFinite.
+        """
+        losses, self._losses = self._losses, []
+        if applied:
+            self._in_a_row = 0
+            return
+        self._in_a_row, self._skipped = self._in_a_row + 1, self._skipped + 1
+        culprits = [
+            (self._stream.key(number, i), f"loss {values[i].item()}")
+            for number, values in losses
+            for i in (~torch.isfinite(values)).nonzero().flatten().tolist()
+        ]
+        self._quarantine.add(step, culprits)
+        if self._in_a_row < self._most:
+            return
+        everywhere = [f"{key} ({what})" for found in self._consent.gather(culprits[:SHOWN]) for key, what in found]
+        samples = f"of {', '.join(everywhere[:SHOWN])}" if everywhere else "of no sample, but the gradient of all,"
+        raise NotFinite(
+            f"step {step}: {self._in_a_row} steps in a row had no finite loss and gradient and were skipped; in the "
+            f"last one the loss {samples} was not. The weights are those of step {step - self._in_a_row}. Look at the "
+            "samples in RUN_DIR/quarantine; lower optim.lr_peak or optim.grad_clip; or move the latest checkpoints "
+            "away, so that the run goes on from an earlier one"
+        )
+
+    def read(self) -> int:
+        """Steps skipped since the last read."""
+        skipped, self._skipped = self._skipped, 0
+        return skipped
+
+
+class Watchdog:
+    """Ends this process, after printing the stack of each of its threads, when it was not fed for so many seconds.
+
+    A rank that hangs holds up all others, so each of them prints its own, and the one that differs is the culprit.
+    """
+
+    def __init__(self, rank: int, seconds: float) -> None:
+        self._rank, self._seconds, self._armed = rank, seconds, 0.0
+        self._stopped = threading.Event()
+        self.feed(3 * seconds)  # the first step may compile the net
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def feed(self, seconds: float = 0.0) -> None:
+        """All is well for so many seconds from now on."""
+        now, seconds = time.monotonic(), seconds or self._seconds
+        self._until = now + seconds
+        if now - self._armed > min(10.0, GRACE / 3):  # it starts a thread each time
+            faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
+            self._armed = now
+
+    def stop(self) -> None:
+        """The training is over."""
+        self._stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(max(self._until - time.monotonic(), 0.05)):
+            if time.monotonic() > self._until:
+                self._end()
+
+    def _end(self) -> None:
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = "".join(f"rank {self._rank} | {line}" for line in file)
+        # In one piece, for other ranks write to the same place.
+        sys.stderr.write(f"rank {self._rank}: HANGS, no progress for {self._seconds:g} s. Its threads:\n{stacks}")
+        sys.stderr.flush()
+        os._exit(1)
