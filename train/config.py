@@ -29,12 +29,12 @@ class OptimConfig:
 class SampleConfig:
     """The sample grids of a run: prompts are captions of its data.
 
-    every: steps between grids, 0 for one at the end alone.  steps: sampler steps.
+    every: steps between grids, 0 for one at the end alone.  steps: sampler steps.  guidance_scales: a row for each.
     """
 
     every: int = 0
     prompts: int = 8
-    guidance_scale: float = 4.0
+    guidance_scales: list[float] = field(default_factory=lambda: [1.0, 4.0, 7.0])
     steps: int = 50
 
 
@@ -155,6 +155,10 @@ def check(config: Config) -> None:
     for name, number, least in at_least:
         if number < least:
             raise ValueError(f"{name}={number} must be at least {least}")
+    if not config.sample.guidance_scales or min(config.sample.guidance_scales) < 0:
+        raise ValueError(
+            f"sample.guidance_scales={list(config.sample.guidance_scales)} must be one or more numbers from 0 on"
+        )
     if config.sample.steps > config.diffusion_steps:
         raise ValueError(f"sample.steps={config.sample.steps} must be at most diffusion_steps={config.diffusion_steps}")
     optim = config.optim

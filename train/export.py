@@ -17,8 +17,9 @@ from data.encoder import TextEncoder, load_encoder
 from data.text import TextMeta
 from model.unet import UNetConfig
 from model.weights import diffusers_config, to_diffusers
-from train.checkpoint import load_weights, read_manifest
-from train.pretrained import find_checkpoint, trained_meta
+from train.checkpoint import load_weights
+from train.model_card import check_license, model_card
+from train.pretrained import read_trained
 from train.sampler import make_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,7 +32,7 @@ class Export:
 
     checkpoint: a run's folder, for its latest, or a step's folder. weights: ema or master. dtype: float32, float16 or
     bfloat16, of the UNet. encoder: the T5 that the captions were embedded with, where it lies now, or auto for the
-    place that the checkpoint knows; none by default.
+    place that the checkpoint knows; none by default. license: of these weights, as the hub names it (apache-2.0, ...).
     """
 
     checkpoint: str = MISSING
@@ -39,6 +40,7 @@ class Export:
     weights: str = "ema"
     dtype: str = "float32"
     encoder: str = ""
+    license: str = "other"
 
 
 def export(args: Export, shard_size: str = "10GB") -> None:
@@ -53,21 +55,17 @@ def export(args: Export, shard_size: str = "10GB") -> None:
             raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
     if out.exists():
         raise ValueError(f"'{out}' is there already: choose another out=, or delete it")
-    checkpoint = find_checkpoint(args.checkpoint)
-    try:
-        manifest = read_manifest(checkpoint)
-        run = manifest["config"]
-        config, timesteps = UNetConfig(**run["model"]), run["diffusion_steps"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the manifest in '{checkpoint}' is not one of this version ({error!r})") from None
+    check_license(args.license)
+    trained = read_trained(args.checkpoint)
+    config, timesteps = trained.model, trained.diffusion_steps
 
-    encoder = load_t5(args.encoder, trained_meta(manifest)) if args.encoder else None
+    encoder = load_t5(args.encoder, trained.text) if args.encoder else None
     pipeline = IFPipeline(
         tokenizer=encoder.tokenizer if encoder else None,
         # In float32 whatever args.dtype: loaded without a dtype, the UNet becomes float32 and the encoder what it was
         # saved in, and IFPipeline fails when they differ.
         text_encoder=encoder.model.float() if encoder else None,
-        unet=build_unet(load_weights(checkpoint, args.weights), config, DTYPES[args.dtype]),
+        unet=build_unet(load_weights(trained.folder, args.weights), config, DTYPES[args.dtype]),
         scheduler=make_scheduler(timesteps, config.learn_sigma),
         safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -79,13 +77,15 @@ def export(args: Export, shard_size: str = "10GB") -> None:
         # safetensors makes files that only their owner may read; a model is for others too.
         for file in aside.rglob("*.safetensors"):
             file.chmod((aside / "model_index.json").stat().st_mode)
+        card = model_card(trained, out.name, args.weights, args.license, bool(encoder))
+        (aside / "README.md").write_text(str(card), encoding="utf-8")
         os.replace(aside, out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"'{out}' could not be written ({error}): make space, or choose another out=") from None
     variance = "learned" if config.learn_sigma else "fixed"
     text = "prompts or prompt_embeds" if encoder else "prompt_embeds alone"
-    print(f"{out}: an IFPipeline for {text}; {args.weights} weights of step {manifest['step']} in {args.dtype}, "
+    print(f"{out}: an IFPipeline for {text}; {args.weights} weights of step {trained.step} in {args.dtype}, "
           f"{config.image_size} px, {timesteps} diffusion steps, {variance} variance")  # fmt: skip
 
 

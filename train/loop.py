@@ -1,6 +1,5 @@
 """The training: read this page first."""
 
-import time
 from pathlib import Path
 
 import torch
@@ -48,7 +47,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         config.micro_batch, rank, ranks, first_step,
     )  # fmt: skip
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
-    meters = Meters(device, config.diffusion_steps)
+    meters = Meters(device, config)
     show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
     guard, watchdog = Guard(config, rank, stream, consent), Watchdog(rank, config.hang_seconds)
     last = first_step == config.steps
@@ -57,9 +56,8 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         lr = engine.lr()
         for _ in range(accumulation(config, ranks)):
             watchdog.feed()
-            waited = time.perf_counter()
-            batch = next(batches)
-            meters.add_data_wait(time.perf_counter() - waited)
+            with meters.phase("data"):
+                batch = next(batches)
 
             x_start = batch.x_start(device)
             t, noise = (
@@ -67,28 +65,33 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             )
             weight = batch.weight.to(device)
             x_t = diffusion.q_sample(x_start, t, noise)
-            output = engine(x_t, t, batch.text_emb.to(device, non_blocking=True))
-            losses = training_losses(diffusion, output, x_start, x_t, t, noise)
-            engine.backward((losses["loss"] * weight).mean())
+            with meters.phase("forward"):
+                output = engine(x_t, t, batch.text_emb.to(device, non_blocking=True))
+                losses = training_losses(diffusion, output, x_start, x_t, t, noise)
+            with meters.phase("backward"):
+                engine.backward((losses["loss"] * weight).mean())
             meters.add(losses, t, weight, batch)
             guard.note(step, batch, losses["loss"])
-            engine.step()
+            with meters.phase("step"):
+                engine.step()
         if engine.stepped:
             ema.update(engine, step)
-            meters.add_step(engine.grad_norm())
+            meters.add_step(engine)
         guard.judge(step, engine.stepped)
 
         last, stop = step == config.steps, consent.stop()
         saver.poll()
         if step % config.log_every == 0 or last:
-            metrics = meters.read() | {"save_stall_share": saver.stall_share(), "skipped_steps": guard.read()}
+            metrics = meters.read(engine, ema)
+            metrics |= {"lr": lr, "save_stall_share": saver.stall_share(), "skipped_steps": guard.read()}
             if show:
-                show.log(step, metrics | {"lr": lr}, meters.bad)
+                show.log(step, metrics, meters.bad)
             guard.judge_share(step, metrics, meters.bad)
         if step % config.save_every == 0 or last or stop:
-            saver.begin(step, engine, ema)
+            with meters.phase("save"):
+                saver.begin(step, engine, ema)
         if last or (config.sample.every and step % config.sample.every == 0):
-            with ema.in_place_of_weights(engine):
+            with meters.phase("sample"), ema.in_place_of_weights(engine):
                 if show:
                     show.samples(step, engine.model)
         if stop:

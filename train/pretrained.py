@@ -33,17 +33,27 @@ def find_checkpoint(path: str | Path) -> Path:
 
 @dataclass(slots=True)
 class Trained:
-    """What a checkpoint says of itself.
-
-    run: the configuration it was trained with, as plain dicts.  text: of the embeddings it was trained on.
-    """
+    """What a checkpoint says of itself; run: the configuration it was trained with, as plain dicts."""
 
     folder: Path
+    manifest: dict
     step: int
     model: UNetConfig
     diffusion_steps: int
-    text: TextMeta
-    run: dict
+
+    @property
+    def run(self) -> dict:
+        return self.manifest["config"]
+
+    @property
+    def text(self) -> TextMeta:
+        """Of the embeddings it was trained on.  Raises: ValueError if neither it nor the run's data.text says it."""
+        if "text" not in self.manifest:  # of a version that did not write it
+            return TextMeta.read(self.run["data"]["text"])
+        try:
+            return TextMeta(**self.manifest["text"])
+        except TypeError as error:
+            raise ValueError(f"what the manifest says of the text encoder is not of this version ({error})") from None
 
     def load(self, weights: str, device: torch.device, dtype: torch.dtype = torch.float32) -> UNet:
         """The net with its 'ema' or 'master' weights, for sampling.
@@ -66,25 +76,12 @@ def read_trained(path: str | Path) -> Trained:
     folder = find_checkpoint(path)
     try:
         manifest = read_manifest(folder)
-        run, text = manifest["config"], trained_meta(manifest)
-        model, diffusion_steps, step = UNetConfig(**run["model"]), int(run["diffusion_steps"]), int(manifest["step"])
+        run = manifest["config"]
+        model = UNetConfig(**run["model"])
         check(model)
+        return Trained(folder, manifest, int(manifest["step"]), model, int(run["diffusion_steps"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the manifest in '{folder}' is not one of this version ({error!r})") from None
-    return Trained(folder, step, model, diffusion_steps, text, run)
-
-
-def trained_meta(manifest: dict) -> TextMeta:
-    """What the captions of a checkpoint's training were embedded with, from its manifest.
-
-    Raises: ValueError if neither that nor the run's data.text says it.
-    """
-    if "text" not in manifest:  # of a version that did not write it
-        return TextMeta.read(manifest["config"]["data"]["text"])
-    try:
-        return TextMeta(**manifest["text"])
-    except TypeError as error:
-        raise ValueError(f"what the manifest says of the text encoder is not of this version ({error})") from None
 
 
 def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:

@@ -1,19 +1,26 @@
 """What the user sees of a run: the bar, the metrics, the sample grids and, at the end, where everything lies."""
 
+import math
+import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.stream import stored_prompts
 from data.text import read_empty
 from model.unet import UNet
+from train.alerts import Alerts
 from train.checkpoint import complete
 from train.config import Config
 from train.inputs import Inputs
 from train.plots import plot_curves, plot_grid
 from train.sampler import make_scheduler, sample
 from train.tracker import Tracker, read_metrics
+
+# Of log lines, over which the loss is smoothed.
+SMOOTH = 0.98
 
 
 class Show:
@@ -27,10 +34,16 @@ class Show:
         self.text_emb = torch.stack([torch.from_numpy(emb) for _, emb in prompts]).to(device)
         self.empty = torch.from_numpy(read_empty(inputs.datasets[0].text, inputs.meta)).to(device)
         self.bar = tqdm(total=config.steps, initial=step, unit="step", desc=run_dir.name, smoothing=0.05)
+        self.alerts = Alerts(self._alert)
+        self._smooth = self._weight = 0.0
+        for line in self.tracker.kept:
+            self._smoothed(line["loss"])
 
     def log(self, step: int, metrics: dict[str, float], bad: dict[str, int]) -> None:
         """A line of metrics: means since the last one."""
+        metrics = metrics | {"loss_smoothed": self._smoothed(metrics["loss"])}
         self.tracker.log(step, metrics)
+        self.alerts.line(step, metrics)
         self.bar.update(step - self.bar.n)
         shown = {
             "loss": f"{metrics['loss']:.4f}",
@@ -46,20 +59,34 @@ class Show:
             )
 
     def samples(self, step: int, unet: UNet) -> None:
-        """A grid for the fixed prompts and seeds."""
-        c = self.config
+        """A grid for the fixed prompts and seeds, a row for each guidance scale."""
+        c, n = self.config, len(self.captions)
+        scales = c.sample.guidance_scales
         scheduler = make_scheduler(c.diffusion_steps, c.model.learn_sigma)
-        seeds = [c.seed + i for i in range(len(self.captions))]
-        images = sample(unet, scheduler, self.text_emb, self.empty, c.sample.guidance_scale, c.sample.steps, seeds)
+        seeds = [c.seed + i for i in range(n)]
+        rows: list[Tensor] = [
+            sample(unet, scheduler, self.text_emb, self.empty, scale, c.sample.steps, seeds) for scale in scales
+        ]
         path = self.run_dir / "samples" / f"step-{step:08d}.png"
-        title = (
-            f"step {step}, guidance {c.sample.guidance_scale:g}, {c.sample.steps} sampler steps, EMA {c.ema_decay:g}"
-        )
-        plot_grid(images.numpy(), self.captions, title, path)
+        listed = ", ".join(f"{scale:g}" for scale in scales)
+        title = f"step {step}, guidance {listed} from above, {c.sample.steps} sampler steps, EMA {c.ema_decay:g}"
+        plot_grid(torch.cat(rows).numpy(), self.captions * len(scales), title, path, n if len(scales) > 1 else 8)
         self.tracker.image(step, "samples", path)
+
+    def _smoothed(self, loss: float) -> float:
+        """The exponential average of the losses so far, without the bias of its start; what is not finite is let be."""
+        if math.isfinite(loss):
+            self._smooth = SMOOTH * self._smooth + (1 - SMOOTH) * loss
+            self._weight = SMOOTH * self._weight + (1 - SMOOTH)
+        return self._smooth / self._weight if self._weight else loss
+
+    def _alert(self, title: str, text: str) -> None:
+        self.bar.write(f"ALERT {title}: {text}", file=sys.stderr)
+        self.tracker.alert(title, text)
 
     def close(self) -> None:
         """Draw the curves and say where everything lies."""
+        self.alerts.close()
         self.bar.close()
         curves = plot_curves(read_metrics(self.tracker.path), self.run_dir)
         self.tracker.close()

@@ -1,17 +1,22 @@
-"""Where metrics go: metrics.jsonl always, Weights & Biases when asked; the only file that knows wandb."""
+"""Where metrics go: metrics.jsonl always, Weights & Biases when asked; the only file that knows wandb.
+
+RUN_DIR/starts.jsonl has a line for each start of the run (train.origin).
+"""
 
 import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import wandb
 
 from train.config import Config
+from train.origin import describe_start
 
 logger = logging.getLogger(__name__)
+
+METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
 
 
 def check_login(mode: str) -> None:
@@ -30,12 +35,15 @@ class Tracker:
     """
 
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        self.path, self._name = run_dir / METRICS, run_dir.name
+        self.kept = kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         aside = self.path.with_suffix(".part")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, self.path)
         self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in close()
+        start = describe_start(config, step)
+        with open(run_dir / STARTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(start) + "\n")
         # Online one run goes on under its id; an offline run can't be resumed, so each start is a run of one group.
         id_file = run_dir / "wandb_id"
         online = config.wandb.mode == "online"
@@ -45,7 +53,7 @@ class Tracker:
             project=config.wandb.project,
             mode=config.wandb.mode,
             dir=run_dir,
-            config=asdict(config),
+            config=start.pop("config") | {"start": start},
             group=run_dir.name,
             id=id_file.read_text() if online else None,
             resume="allow" if online else None,
@@ -62,6 +70,10 @@ class Tracker:
     def image(self, step: int, name: str, path: Path) -> None:
         """Show a picture that lies in the run's folder."""
         self._tell(lambda run: run.log({"step": step, name: wandb.Image(str(path))}))
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell by W&B, which sends mail or a message where its user has asked for it."""
+        self._tell(lambda run: run.alert(f"{self._name}: {title}", text, level=wandb.AlertLevel.ERROR))
 
     def close(self) -> None:
         """Finish the W&B run."""
@@ -81,10 +93,19 @@ class Tracker:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl; one that was cut short by a crash is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    return [line for line in read_lines(path)[0] if isinstance(line.get("step"), int)]
+
+
+def read_lines(path: Path) -> tuple[list[dict], int]:
+    """The objects of a .jsonl, and how many lines hold none; no file is an empty one."""
+    lines, broken = [], 0
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            continue
-    return lines
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
+            broken += bool(text.strip())
+    return lines, broken

@@ -10,23 +10,13 @@ from itertools import product
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from data.cli import parse
 from tests.benchmarks.nets import DIFFUSERS, OURS, build, inputs, size
 from tests.benchmarks.unet_memory import per_image
 from tests.benchmarks.unet_speed import step
+from train.flops import PEAK, training_flops
 
-# Dense bfloat16 peak, FLOP/s, from the makers' data sheets.
-PEAK = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-}
 MICRO_BATCH = {"34M": 2, "M": 24, "L": 8, "XL": 6}  # as conf/experiment has them; 34M is for trying this out
 
 
@@ -55,13 +45,6 @@ def measure(net: nn.Module, args: tuple[torch.Tensor, ...], steps: int) -> tuple
     return (time.perf_counter() - started) / steps, float(torch.cuda.max_memory_allocated()) if on_gpu else 0.0
 
 
-def flops_per_image(size_name: str) -> float:
-    """FLOP of a forward and backward of one image, counted without memory for the net."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        step(build("ours, exact GELU", size(size_name)), inputs(size(size_name), 1, "meta"))
-    return counter.get_total_flops()
-
-
 def main() -> None:
     """Print a table for each size."""
     args = parse(GPU)
@@ -72,7 +55,8 @@ def main() -> None:
     peak = next((value for card, value in PEAK.items() if card in name), None)
     torch.set_default_dtype(torch.bfloat16)
     for size_name in args.sizes:
-        config, batch, flops = size(size_name), MICRO_BATCH[size_name], flops_per_image(size_name)
+        config, batch = size(size_name), MICRO_BATCH[size_name]
+        flops = training_flops(config, tokens=77)
         print(f"\n{name}, torch {torch.__version__}, {size_name}, micro batch {batch}, bfloat16\n")
         print("| net | images/s | MFU | peak memory, GB | activations an image, MB |\n|---|---:|---:|---:|---:|")
         for net_name, compiled in product((DIFFUSERS, *OURS), (False, True)):

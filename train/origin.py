@@ -1,0 +1,50 @@
+"""What a start of a run was: its configuration, launch line, code and machine, for those who ask a month later."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from train.config import Config
+
+PACKAGES = ("torch", "deepspeed", "bitsandbytes", "diffusers", "transformers", "numpy", "pillow", "webdataset")
+# What decides how a job runs; none of them holds a secret.
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HOSTNAME")
+PREFIXES = ("NCCL_", "SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART", "DS_", "PYTORCH_", "TORCH_NCCL_")
+
+
+def describe_start(config: Config, step: int) -> dict:
+    """As plain values for JSON.  step: that the run goes on from."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "launch": [Path(sys.executable).name, *sys.argv],
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "git": git_revision(),
+        "device": gpu or platform.processor() or platform.machine(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name in VARIABLES or name.startswith(PREFIXES)
+        },
+        "config": asdict(config),
+    }
+
+
+def git_revision() -> str:
+    """Of this checkout, with -dirty after it where tracked files were changed; '' outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return told.stdout.strip()
