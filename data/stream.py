@@ -73,7 +73,7 @@ class MicroBatches:
 
     def place(self) -> Batch:
         """Shared memory for one micro batch."""
-        return Batch.shared(self.micro_batch, self.image_size, self.empty.shape, getattr(torch, self.meta.dtype))
+        return Batch.shared(self.micro_batch, self.image_size, self.meta.shape, getattr(torch, self.meta.array_dtype))
 
     def fill(self, first: int, stride: int, places: list[Batch]) -> Iterator[Batch]:
         """The micro batches numbered first, first + stride, ..., written to the places in turn, over and over."""
@@ -153,7 +153,7 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
         shard, text = shards[at]
         raw = ShardCursor(shard, text).read(place - int(ends[at]) + shard.count)
         try:
-            embedding = np.empty((meta.tokens, meta.dim), meta.dtype)
+            embedding = np.empty(meta.shape, meta.array_dtype)
             read_into(embedding, raw.embedding, meta)
             prompts.append((raw.caption.decode("utf-8", "replace"), embedding))
         except (ValueError, OSError) as problem:
