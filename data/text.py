@@ -82,8 +82,8 @@ def sidecar(shard: Shard, folder: str | Path) -> str:
     return join(folder, shard.name)
 
 
-def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: int) -> TextMeta:
-    """Make sure that the embeddings of all shards are there and are what the model takes.
+def check_meta(folder: str | Path, tokens: int, dim: int) -> TextMeta:
+    """Make sure that the embeddings that a folder's meta file describes are what the model takes.
 
     Raises: ValueError that says what does not fit and what to change.
     """
@@ -98,13 +98,23 @@ def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: in
             f"the text embeddings in '{folder}' have {meta.tokens} tokens, data.tokens is {tokens}: "
             f"set data.tokens={meta.tokens} or embed with tokens={tokens}"
         )
+    return meta
+
+
+def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: int) -> TextMeta:
+    """Make sure that the embeddings of all shards are there and are what the model takes.
+
+    Raises: ValueError that says what does not fit and what to change.
+    """
+    meta = check_meta(folder, tokens, dim)
     there = _sidecar_names(str(folder))
     missing = [shard.name for shard in shards if there is not None and shard.name not in there]
     if missing:
         source = split(shards[0].location)[0]
         raise ValueError(
             f"{len(missing)} of {len(shards)} shards have no embeddings in '{folder}' (first: {missing[0]}): "
-            f"run `python -m data.embed shards={source} out={folder}` again, it adds what is missing"
+            f"run `python -m data.embed shards={source} out={folder}` again, it adds what is missing, "
+            "or set text.mode=online"
         )
     return meta
 
