@@ -29,6 +29,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
+    inputs.to(device)
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
         unet = UNet(config.model)
     if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
@@ -66,7 +67,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             weight = batch.weight.to(device)
             x_t = diffusion.q_sample(x_start, t, noise)
             with meters.phase("forward"):
-                output = engine(x_t, t, batch.text_emb.to(device, non_blocking=True))
+                output = engine(x_t, t, inputs.text_emb(batch, device))
                 losses = training_losses(diffusion, output, x_start, x_t, t, noise)
             with meters.phase("backward"):
                 engine.backward((losses["loss"] * weight).mean())
