@@ -131,7 +131,10 @@ def settle(args: Embed, out: Path) -> tuple[TextEncoder, TextMeta]:
             raise ValueError(
                 f"'{out}' holds embeddings made otherwise ({'; '.join(differing)}): choose another out=, or delete it"
             )
-        encoder = load_encoder(meta, args.encoder, device)
+        try:
+            encoder = load_encoder(meta, args.encoder, device)
+        except ValueError as error:
+            raise ValueError(f"{error}; or choose another out=, or delete '{out}'") from None
     else:
         chosen: dict[str, Any] = DEFAULTS | told
         encoder = TextEncoder(
