@@ -29,7 +29,7 @@ def write_run(folder: Path, lines: int = 60, lr: float = 1e-3) -> Path:
     metrics = sorted({name for _, names, _ in CURVES for name in names} - {"lr"})
     with open(folder / "metrics.jsonl", "w") as file:
         for i in range(1, lines + 1):
-            values = {metric: (k + 1) / (i + 5) for k, metric in enumerate(metrics)}
+            values = {metric: 1e3 * lr * (k + 1) / (i + 5) for k, metric in enumerate(metrics)}
             file.write(json.dumps({"step": 10 * i, "lr": lr / i**2, **values}) + "\n")
     config = {"optim": {"lr_peak": lr, "name": "adamw8bit"}, "data": {"text": HOSTILE}, "steps": 600}
     starts = [{"time": "2026-01-01", "step": s, "launch": ["main.py", HOSTILE], "git": "abc", "config": config}
