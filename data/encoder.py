@@ -53,7 +53,11 @@ class TextEncoder:
         )  # fmt: skip
         return np.where(inputs["attention_mask"] == 1, inputs["input_ids"], -1).astype(np.int32)
 
-    @torch.inference_mode()
+    def to(self, device: torch.device) -> None:
+        """Move the encoder there."""
+        self.device, self.model = device, self.model.to(device)
+
+    @torch.no_grad()  # not inference_mode: a net that is trained on the states keeps them for its backward
     def states(self, token_ids: Tensor) -> Tensor:
         """[N, tokens, dim] in the compute dtype, on the device; token_ids: as of token_ids()."""
         ids = token_ids.to(self.device, torch.int64, non_blocking=True)

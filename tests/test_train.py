@@ -64,6 +64,18 @@ def test_one_rank_gives_the_same_curve_as_two(repo, data, two_ranks, tmp_path):
         assert one["step"] > 2 or one["loss"] == pytest.approx(two["loss"], rel=1e-6)
 
 
+def test_an_encoder_on_the_rank_gives_the_curve_of_stored_embeddings(repo, data, two_ranks, tmp_path):
+    text = tmp_path / "text"
+    embed(Embed("", str(text), str(data / "t5"), 16, "float32", "float32", mode="meta"))
+    online = ("wandb.mode=disabled", "text.mode=online", f"data.text={text}", "steps=3")
+    done = launch(repo, data, tmp_path / "online", *online, ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "parallelism has already been used" not in done.stderr
+    for made, stored in list(zip(metrics(tmp_path / "online"), metrics(two_ranks), strict=False))[:2]:
+        assert made["loss"] == pytest.approx(stored["loss"], rel=1e-4)
+    assert (tmp_path / "online" / "samples" / "step-00000003.png").exists()
+
+
 def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):
     done = launch(repo, data, tmp_path / "bf16", "wandb.mode=disabled", "precision=bf16", "steps=3")
     assert done.returncode == 0, done.stderr[-3000:]

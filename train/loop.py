@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from data.quarantine import Quarantine
 from data.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
@@ -13,7 +12,7 @@ from train.checkpoint import resume
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import build_engine
-from train.guard import BadShare, FiniteSteps, Watchdog
+from train.guard import Guard, Watchdog
 from train.inputs import Inputs, begins_from_weights
 from train.meters import Meters
 from train.noise import draw_t_and_noise
@@ -30,6 +29,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
+    inputs.to(device)
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
         unet = UNet(config.model)
     if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
@@ -48,12 +48,10 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         config.micro_batch, rank, ranks, first_step,
     )  # fmt: skip
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
-    meters, quarantine = Meters(device, config), Quarantine(run_dir, rank)
+    meters = Meters(device, config)
     show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
-    finite, watchdog = FiniteSteps(config.max_skipped, stream, quarantine, consent), Watchdog(rank, config.hang_seconds)
-    bad_share, last = BadShare(config.data.max_bad_share), first_step == config.steps
-    if show and not last:
-        (run_dir / "done").unlink(missing_ok=True)
+    guard, watchdog = Guard(config, rank, stream, consent), Watchdog(rank, config.hang_seconds)
+    last = first_step == config.steps
 
     for step in range(first_step + 1, config.steps + 1):
         lr = engine.lr()
@@ -69,30 +67,27 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             weight = batch.weight.to(device)
             x_t = diffusion.q_sample(x_start, t, noise)
             with meters.phase("forward"):
-                output = engine(x_t, t, batch.text_emb.to(device, non_blocking=True))
+                output = engine(x_t, t, inputs.text_emb(batch, device))
                 losses = training_losses(diffusion, output, x_start, x_t, t, noise)
             with meters.phase("backward"):
                 engine.backward((losses["loss"] * weight).mean())
-            finite.note(losses["loss"])
             meters.add(losses, t, weight, batch)
-            quarantine.add(step, batch.bad)
+            guard.note(step, batch, losses["loss"])
             with meters.phase("step"):
                 engine.step()
         if engine.stepped:
             ema.update(engine, step)
             meters.add_step(engine)
-        finite.judge(step, engine.stepped)
+        guard.judge(step, engine.stepped)
 
         last, stop = step == config.steps, consent.stop()
         saver.poll()
         if step % config.log_every == 0 or last:
-            metrics = meters.read(engine, ema) | {
-                "save_stall_share": saver.stall_share(),
-                "skipped_steps": finite.read(),
-            }
+            metrics = meters.read(engine, ema)
+            metrics |= {"lr": lr, "save_stall_share": saver.stall_share(), "skipped_steps": guard.read()}
             if show:
-                show.log(step, metrics | {"lr": lr}, meters.bad)
-            bad_share.judge(step, metrics, meters.bad)
+                show.log(step, metrics, meters.bad)
+            guard.judge_share(step, metrics, meters.bad)
         if step % config.save_every == 0 or last or stop:
             with meters.phase("save"):
                 saver.begin(step, engine, ema)
