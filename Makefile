@@ -10,7 +10,7 @@ ifeq ($(PYTHON),)
 PYTHON := python3
 endif
 
-.PHONY: help install smoke test test-slow bench gpu-bench lint
+.PHONY: help install smoke test test-slow bench gpu-bench lint browser
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make bench      install, count bytes and time the net against its peers (half an hour)'
 	@echo 'make gpu-bench  install, time training steps of M, L and XL on a GPU'
 	@echo 'make lint       install, check style (ruff) and types (mypy)'
+	@echo 'make browser    install Debian'"'"'s chromium (as root), with which make test looks at the report'
 	@echo 'make install    make .venv with every package pinned by constraints.txt'
 	@echo
 	@echo 'PYTHON=/path/to/python3.11 picks the Python (found: $(PYTHON)).'
@@ -59,3 +60,7 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# Without it the tests of the report's page are skipped.
+browser:
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
