@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 
 from data import demo
 from data.alignment import matches
@@ -23,7 +22,8 @@ from data.embed import Embed, embed
 from data.shards import find_shards
 from data.text import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
-from model.unet import UNet, UNetConfig
+from model.unet import UNetConfig
+from tests.test_export import random_net
 from train.eval_set import EvalSet, Pieces
 from train.evaluate import Evaluate, align, check, main, read_references, write_references
 from train.features import Extractor
@@ -40,10 +40,7 @@ ARGUMENTS = f"""
 
 def write_run(run_dir: Path, text: Path, step: int = 7) -> None:
     """A run with one checkpoint of one rank, every weight of it random."""
-    torch.manual_seed(1)
-    unet = UNet(NET)
-    for parameter in unet.parameters():
-        nn.init.normal_(parameter, std=0.05)
+    unet = random_net(NET, 1)
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     flat = torch.cat([p.detach().flatten() for p in unet.parameters()])

@@ -35,6 +35,7 @@ IDENTITY = (
     "global_batch",
     "diffusion_steps",
     "model",
+    "lora",
     "data.streams",
     "data.phases",
     "data.shuffle_block",

@@ -30,8 +30,8 @@ class Inputs:
 
 
 def begins_from_weights(config: Config) -> bool:
-    """Whether the run has weights to begin with, and no checkpoint to go on from."""
-    return bool(config.init_from) and not complete(Path(config.run_dir))
+    """Whether all weights that are trained begin from some, there being no checkpoint to go on from."""
+    return bool(config.init_from) and not config.lora.rank and not complete(Path(config.run_dir))
 
 
 def find_inputs(config: Config, rank: int) -> Inputs:
@@ -46,7 +46,7 @@ def find_inputs(config: Config, rank: int) -> Inputs:
             )
         read_empty(dataset.text, meta)
     weights = None
-    if rank == 0 and begins_from_weights(config):
+    if rank == 0 and (begins_from_weights(config) or config.lora.rank):
         weights = load_pretrained(config.init_from, config.model)
     return Inputs(datasets, metas[0], weights)
 

@@ -9,6 +9,7 @@ from data.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
 from model.unet import UNet
+from train.adapter import add_lora
 from train.checkpoint import resume
 from train.config import Config, accumulation
 from train.ema import EMA
@@ -34,6 +35,9 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         unet = UNet(config.model)
     if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
         unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+    if config.lora.rank:
+        add_lora(unet, config.lora, inputs.weights)
+        inputs.weights = None
     engine = build_engine(unet, config, ranks)
     if begins_from_weights(config):
         engine.set_weights(inputs.weights)
