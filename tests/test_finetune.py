@@ -51,7 +51,7 @@ def test_lora_on_our_net_is_the_same_lora_in_diffusers(tmp_path):
     unet = random_net(NET, 1)
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
     plain = unet(*batch())
-    add_lora(unet, LORA, None)
+    add_lora(unet, LORA)
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 3 * 4 and all(".lora_" in name for name in trained), (
         "A and B of three projections in four blocks"
@@ -83,7 +83,7 @@ def test_lora_on_our_net_is_the_same_lora_in_diffusers(tmp_path):
 def test_an_adapter_of_another_net_is_refused(tmp_path):
     wide = replace(NET, model_channels=64)
     unet = random_net(wide, 1)
-    add_lora(unet, LORA, None)
+    add_lora(unet, LORA)
     state = {n.replace(".default.", "."): p for n, p in unet.named_parameters() if p.requires_grad}
     lora = lora_to_diffusers(state, wide)
     small = random_net(NET, 2).state_dict()

@@ -46,10 +46,13 @@ class Adapter:
     scale: float
 
 
-def add_lora(unet: UNet, config: LoRAConfig, weights: Mapping[str, Tensor] | None) -> None:
+def add_lora(
+    unet: UNet, config: LoRAConfig, weights: Mapping[str, Tensor] | None = None, on_meta: bool = False
+) -> None:
     """Freeze the net and add LoRA matrices, which change nothing yet, beside every projection of its attention.
 
-    weights: of the net, needed on rank 0 alone; the engine gives them to the others.
+    weights: of the net, needed on rank 0 alone; the engine gives them to the others.  on_meta: without memory for what
+    is added.
     Source: Hu et al. 2021.
     """
     if weights:
@@ -58,7 +61,7 @@ def add_lora(unet: UNet, config: LoRAConfig, weights: Mapping[str, Tensor] | Non
     # By its class peft takes a Projection for a convolution; what it does is linear.
     lora._register_custom_module({Projection: Linear})
     unet.requires_grad_(False)
-    inject_adapter_in_model(lora, unet)
+    inject_adapter_in_model(lora, unet, low_cpu_mem_usage=on_meta)
 
 
 def trained_adapter(folder: Path, name: str, run: dict, model: UNetConfig) -> Adapter:

@@ -10,6 +10,7 @@ from data.config import Dataset, find_datasets
 from data.mixture import share_out
 from data.text import TextMeta, check_sidecars, read_empty
 from model.unet import UNet
+from train.adapter import add_lora
 from train.checkpoint import complete
 from train.config import Config, accumulation
 from train.pretrained import load_pretrained
@@ -51,10 +52,14 @@ def find_inputs(config: Config, rank: int) -> Inputs:
     return Inputs(datasets, metas[0], weights)
 
 
-def parameters(config: Config) -> int:
-    """Number of parameters of the model, counted without memory for them."""
+def parameters(config: Config) -> tuple[int, int]:
+    """Number of parameters that are trained, and of those that are frozen, counted without memory for them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in UNet(config.model).parameters())
+        unet = UNet(config.model)
+        if config.lora.rank:
+            add_lora(unet, config.lora, on_meta=True)
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in unet.parameters()) - trained
 
 
 def describe(config: Config, ranks: int) -> str:
@@ -74,11 +79,13 @@ def describe(config: Config, ranks: int) -> str:
         data, text = f"none usable yet: {error}", "-"
     accumulate, optim = accumulation(config, ranks), config.optim
     variance = "learned" if config.model.learn_sigma else "fixed"
+    trained, frozen = parameters(config)
+    beside = f" of LoRA, rank {config.lora.rank}, beside {frozen:,} that are frozen" if frozen else ""
     lines = {
         "run": config.run_dir,
         "global batch": f"{ranks} ranks x {config.micro_batch} micro batch x {accumulate} accumulation "
         f"= {config.global_batch}",
-        "model": f"{parameters(config):,} parameters, {config.model.image_size} px, {config.precision}",
+        "model": f"{trained:,} parameters{beside}, {config.model.image_size} px, {config.precision}",
         "begins with": config.init_from or "random weights",
         "diffusion": f"{config.diffusion_steps} steps, cosine betas, {variance} variance",
         "steps": f"{config.steps:,}, {config.steps * config.global_batch:,} images",
