@@ -18,6 +18,7 @@ from data import demo
 from data.embed import Embed, embed
 from data.shards import find_shards
 from data.tiny_t5 import TinyT5, write_tiny_t5
+from launch.step_cost import inputs, step_bytes, walk_bytes
 from model.unet import UNet, UNetConfig
 from model.weights import lora_to_diffusers, merge_lora
 from tests.test_evaluate import NET, write_run
@@ -27,6 +28,7 @@ from train.adapter import FILE, add_lora, read_adapter
 from train.checkpoint import complete, load_weights
 from train.config import Config, LoRAConfig, check
 from train.export import build_unet
+from train.inputs import parameters
 from train.pretrained import read_trained
 from train.sampler import make_scheduler
 
@@ -101,6 +103,18 @@ def test_an_adapter_of_another_net_is_refused(tmp_path):
         read_adapter(tmp_path)
     with pytest.raises(ValueError, match="no adapter can be read at"):
         read_adapter(tmp_path / "nowhere")
+
+
+def test_the_plan_counts_the_bytes_of_a_step_with_lora():
+    unet = random_net(NET, 1)
+    add_lora(unet, LORA)
+    real = walk_bytes(unet, inputs(NET, 2, 16))
+    planned = step_bytes(NET, 2, "fp32", accumulated=False, tokens=16, lora=LORA)
+    assert planned == real
+    assert planned.kept < 0.9 * step_bytes(NET, 2, "fp32", accumulated=False, tokens=16).kept
+    config = Config(model=NET, lora=LORA)
+    added = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    assert parameters(config) == (added, sum(p.numel() for p in UNet(NET).parameters()))
 
 
 def test_lora_needs_a_net_to_begin_from():
