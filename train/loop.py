@@ -31,13 +31,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
-        unet = UNet(config.model)
-    if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
-        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
-    if config.lora.rank:
-        add_lora(unet, config.lora, inputs.weights)
-        inputs.weights = None
+    unet = build_net(config, inputs, device)
     engine = build_engine(unet, config, ranks)
     if begins_from_weights(config):
         engine.set_weights(inputs.weights)
@@ -113,3 +107,15 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         if last:
             mark_done(run_dir, config.steps)
     return last
+
+
+def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
+    """The net as it starts, with the matrices of LoRA where those are what is trained."""
+    with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
+        unet = UNet(config.model)
+    if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
+        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+    if config.lora.rank:
+        add_lora(unet, config.lora, inputs.weights)
+        inputs.weights = None
+    return unet
