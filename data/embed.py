@@ -17,7 +17,7 @@ from data.claims import Claim, claim
 from data.cli import parse
 from data.encoder import COMPUTE, TextEncoder, load_encoder
 from data.shards import Shard, find_shards
-from data.sidecars import Found, extra_sidecars, look_at, write_sidecar
+from data.sidecars import extra_sidecars, look_at, write_sidecar
 from data.sources import write_whole
 from data.tars import stats_path
 from data.text import EMPTY, META, STORED, TextMeta, pack, read_empty, sidecar, to_bytes
@@ -69,14 +69,19 @@ def embed(args: Embed) -> None:
     if args.mode == "meta":
         print(f"{out}: the meta file of {meta.encoder}, {meta.tokens} x {meta.dim}, and the empty caption's embedding")
         return
-    wrong = {found.shard.name: found for found in _look_at_all(shards, args.out, meta)} if args.mode == "repair" else {}
-    todo = [shard for shard in shards if not _done(shard, out) or not wrong.get(shard.name, Found(shard)).is_right]
+    wrong: set[str] = set()
+    if args.mode == "repair":
+        wrong = {verdict.shard.name for verdict in _look_at_all(shards, args.out, meta) if verdict.told}
+    todo = [shard for shard in shards if not _done(shard, out) or shard.name in wrong]
     without = 0
 
     def make(shard: Shard, held: Claim, progress: Callable[[int], object]) -> None:
         nonlocal without
-        good = wrong[shard.name].good if shard.name in wrong else None
-        without += write_sidecar(shard, out, encoder, meta.dtype, args.batch, held, progress, good)
+        # Looked at once more, for another process may have mended it meanwhile, and only now is it ours.
+        found = look_at(shard, args.out, meta) if shard.name in wrong else None
+        if found is None or found.told():
+            good = found.good if found else None
+            without += write_sidecar(shard, out, encoder, meta.dtype, args.batch, held, progress, good)
 
     mine = _share(todo, out, set(wrong), make)
     print(f"{out}: {len(shards)} shards of embeddings, {meta.tokens} x {meta.dim} {meta.dtype}, {mine} new")
@@ -126,7 +131,10 @@ def settle(args: Embed, out: Path) -> tuple[TextEncoder, TextMeta]:
             raise ValueError(
                 f"'{out}' holds embeddings made otherwise ({'; '.join(differing)}): choose another out=, or delete it"
             )
-        encoder = load_encoder(meta, args.encoder, device)
+        try:
+            encoder = load_encoder(meta, args.encoder, device)
+        except ValueError as error:
+            raise ValueError(f"{error}; or choose another out=, or delete '{out}'") from None
     else:
         chosen: dict[str, Any] = DEFAULTS | told
         encoder = TextEncoder(
@@ -182,13 +190,27 @@ def _share(
     return len(made)
 
 
-def _look_at_all(shards: list[Shard], folder: str, meta: TextMeta) -> list[Found]:
+@dataclass(slots=True)
+class _Verdict:
+    """Of a sidecar: what is wrong with it, if anything; the captions of its shard; how many have their embedding."""
+
+    shard: Shard
+    told: str
+    captions: int
+    right: int
+
+
+def _look_at_all(shards: list[Shard], folder: str, meta: TextMeta) -> list[_Verdict]:
+    def look(shard: Shard) -> _Verdict:
+        found = look_at(shard, folder, meta)
+        return _Verdict(shard, found.told(), found.captions, len(found.good))
+
+    verdicts = []
     with ThreadPoolExecutor(READERS) as readers, tqdm(total=len(shards), unit="shard", desc="check") as bar:
-        found = []
-        for one in readers.map(lambda shard: look_at(shard, folder, meta), shards):
-            found.append(one)
+        for verdict in readers.map(look, shards):
+            verdicts.append(verdict)
             bar.update()
-    return found
+    return verdicts
 
 
 def check(shards: list[Shard], folder: str) -> None:
@@ -199,29 +221,18 @@ def check(shards: list[Shard], folder: str) -> None:
     meta = TextMeta.read(folder)
     read_empty(folder, meta)
     every = _look_at_all(shards, folder, meta)
-    wrong = [found for found in every if not found.is_right]
-    for found in wrong[:20]:
-        print(f"{found.shard.name}: {_told(found)}")
+    wrong = [verdict for verdict in every if verdict.told]
+    for verdict in wrong[:20]:
+        print(f"{verdict.shard.name}: {verdict.told}")
     if extra := extra_sidecars(shards, folder):
         print(f"{len(extra)} sidecars belong to none of these shards, which harms nothing: {', '.join(extra[:3])}")
-    captions, good = sum(found.captions for found in every), sum(len(found.good) for found in every)
+    captions, good = sum(verdict.captions for verdict in every), sum(verdict.right for verdict in every)
     if wrong:
         raise ValueError(
             f"{len(wrong)} of {len(every)} sidecars in '{folder}' are not right, {good} of {captions} captions have "
             "their embedding: run data.embed with mode=repair, which makes anew only what is wrong"
         )
     print(f"{folder}: {captions} captions in {len(every)} shards have their embeddings")
-
-
-def _told(found: Found) -> str:
-    parts = [
-        f"{len(keys)} {what} (first: {keys[0]})"
-        for what in ("missing", "stale", "damaged", "extra")
-        if (keys := getattr(found, what))
-    ]
-    if not found.order:
-        parts.append("in another order than the samples")
-    return "; ".join([*parts, found.unreadable] if found.unreadable else parts)
 
 
 if __name__ == "__main__":

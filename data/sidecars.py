@@ -30,7 +30,7 @@ TOKENIZED_AHEAD, ENCODED_AHEAD = 4, 2
 
 @dataclass(slots=True)
 class Found:
-    """What a sidecar holds.  good: where the embeddings lie that are right.  The other fields name keys that are not.
+    """What a sidecar holds.  good: where the embeddings lie that are right.  The next fields name keys that are not.
 
     missing: without an embedding.  stale: of a caption that has changed since.  damaged: not as it was written.
     extra: without a caption.  order: whether the right ones are in another order than the samples.
@@ -39,7 +39,7 @@ class Found:
 
     shard: Shard
     captions: int = 0
-    good: dict[str, Span | bytes] = field(default_factory=dict)
+    good: dict[str, Span] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
@@ -47,21 +47,32 @@ class Found:
     order: bool = True
     unreadable: str = ""
 
-    @property
-    def is_right(self) -> bool:
-        return self.order and not (self.missing or self.stale or self.damaged or self.extra or self.unreadable)
+    def told(self) -> str:
+        """What is wrong, in words; '' if nothing is."""
+        parts = [
+            f"{len(keys)} {what} (first: {keys[0]})"
+            for what in ("missing", "stale", "damaged", "extra")
+            if (keys := getattr(self, what))
+        ]
+        if not self.order:
+            parts.append("in another order than the samples")
+        return "; ".join([*parts, self.unreadable] if self.unreadable else parts)
 
 
 @dataclass(slots=True)
 class _Part:
-    """Captions on their way: keys, hashes, texts; the embeddings that are kept; ids and then states of the others."""
+    """Captions on their way: keys, hashes, texts; embeddings that are kept; token ids and then states of the others."""
 
     keys: list[str]
     digests: list[str]
     texts: list[str]
-    kept: list[Span | bytes | None]
-    ids: Tensor = field(default_factory=lambda: torch.empty(0))
-    states: np.ndarray = field(default_factory=lambda: np.empty(0))
+    kept: list[Span | None]
+    ids: Tensor | None = None
+    fetch: Callable[[], Tensor] | None = None
+
+    @property
+    def fresh(self) -> list[str]:
+        return [text for text, kept in zip(self.texts, self.kept, strict=True) if kept is None]
 
 
 def caption_digest(key: str, caption: bytes) -> str:
@@ -71,7 +82,7 @@ def caption_digest(key: str, caption: bytes) -> str:
 
 def write_sidecar(
     shard: Shard, out: Path, encoder: TextEncoder, dtype: str, batch: int, claim: Claim,
-    progress: Callable[[int], object], good: dict[str, Span | bytes] | None = None,
+    progress: Callable[[int], object], good: dict[str, Span] | None = None,
 ) -> int:  # fmt: skip
     """Embed the captions of a shard; returns how many samples have none. In memory are a few batches, no more.
 
@@ -84,9 +95,9 @@ def write_sidecar(
         tokenized = ahead(_tokenize(_parts(shard, batch, good or {}, without), encoder), TOKENIZED_AHEAD)
         digests, checksums = [], []
         for part in ahead(_encode(tokenized, encoder), ENCODED_AHEAD):
-            states = iter(part.states)
+            states = iter(_finite_states(part, encoder))
             for key, digest, text, kept in zip(part.keys, part.digests, part.texts, part.kept, strict=True):
-                data = to_bytes(_packed(next(states), dtype, text)) if kept is None else _bytes(kept)
+                data = to_bytes(_packed(next(states), dtype, text)) if kept is None else kept.read()
                 digests.append(digest)
                 checksums.append(f"{zlib.crc32(data):08x}")
                 yield key, {"npy": data}
@@ -98,7 +109,7 @@ def write_sidecar(
     return without[0]
 
 
-def _parts(shard: Shard, batch: int, good: dict[str, Span | bytes], without: list[int]) -> Iterator[_Part]:
+def _parts(shard: Shard, batch: int, good: dict[str, Span], without: list[int]) -> Iterator[_Part]:
     samples = read_shard(shard.location, {"txt"})
     while some := list(islice(samples, batch)):
         captions = [(key, members["txt"]) for key, members in some if "txt" in members]
@@ -113,7 +124,7 @@ def _parts(shard: Shard, batch: int, good: dict[str, Span | bytes], without: lis
 
 def _tokenize(parts: Iterable[_Part], encoder: TextEncoder) -> Iterator[_Part]:
     for part in parts:
-        if fresh := _fresh(part):
+        if fresh := part.fresh:
             part.ids = torch.from_numpy(encoder.token_ids(fresh))
         yield part
 
@@ -121,15 +132,18 @@ def _tokenize(parts: Iterable[_Part], encoder: TextEncoder) -> Iterator[_Part]:
 def _encode(parts: Iterable[_Part], encoder: TextEncoder) -> Iterator[_Part]:
     # All captions are padded to the full length: IF is given the states at the padding too, and they cost the same.
     for part in parts:
-        if fresh := _fresh(part):
-            states = encoder.states(part.ids)
-            encoder.check_finite(states, fresh)
-            part.states = states.cpu().float().numpy()
+        if part.ids is not None:
+            part.fetch = encoder.begin(part.ids)
         yield part
 
 
-def _fresh(part: _Part) -> list[str]:
-    return [text for text, kept in zip(part.texts, part.kept, strict=True) if kept is None]
+def _finite_states(part: _Part, encoder: TextEncoder) -> np.ndarray:
+    """[N, tokens, dim] float32 of those that are not kept. Raises: ValueError if they are not finite."""
+    if part.fetch is None:
+        return np.empty(0)
+    states = part.fetch()
+    encoder.check_finite(states, part.fresh)
+    return states.float().numpy()
 
 
 def _packed(states: np.ndarray, dtype: str, caption: str) -> np.ndarray:
@@ -137,10 +151,6 @@ def _packed(states: np.ndarray, dtype: str, caption: str) -> np.ndarray:
         return pack(states, dtype)
     except ValueError as error:
         raise ValueError(f"the caption {caption[:80]!r} has {error}: use dtype=bfloat16 or float32") from None
-
-
-def _bytes(kept: Span | bytes) -> bytes:
-    return kept.read() if isinstance(kept, Span) else kept
 
 
 def look_at(shard: Shard, folder: str, meta: TextMeta) -> Found:
@@ -159,15 +169,17 @@ def look_at(shard: Shard, folder: str, meta: TextMeta) -> Found:
     try:
         digests, checksums = _records(where)
         with open_location(where) as file:
-            reader = ShardReader(file, {"npy"}, "" if is_remote(where) else where)
-            for number in range(1 << 62):
-                if (sample := reader.sample()) is None:
-                    break
-                key, members = sample
+            reader, number = ShardReader(file, {"npy"}, where), 0
+            while (sample := reader.sample()) is not None:
+                key, span = sample[0], sample[1].get("npy") or Span(where, 0, 0)
+                after = file.tell()
+                file.seek(span.offset)
+                raw = file.read(span.size)
+                file.seek(after)
                 seen.append(key)
-                _judge(
-                    found, key, members.get("npy", b""), expected, digests[number:][:1], checksums[number:][:1], meta
-                )
+                told = (digests[number], checksums[number]) if number < min(len(digests), len(checksums)) else ("", "")
+                _judge(found, key, span, raw, expected.get(key), told, meta)
+                number += 1
     except (OSError, Damaged, ValueError) as error:
         found.unreadable = str(error)
     gone = set(expected).difference(seen)
@@ -178,24 +190,23 @@ def look_at(shard: Shard, folder: str, meta: TextMeta) -> Found:
 
 
 def _judge(
-    found: Found, key: str, data: Span | bytes, expected: dict[str, str], digest: list[str], checksum: list[str],
-    meta: TextMeta,
-) -> None:  # fmt: skip
-    if key not in expected:
+    found: Found, key: str, span: Span, raw: bytes, caption: str | None, told: tuple[str, str], meta: TextMeta
+) -> None:
+    """Note an embedding.  caption: the hash of key and caption as they are.  told: what it was, and the checksum."""
+    if caption is None:
         found.extra.append(key)
         return
-    raw = _bytes(data)
     try:
-        if checksum != [f"{zlib.crc32(raw):08x}"]:
+        if told[1] != f"{zlib.crc32(raw):08x}":
             raise ValueError("another checksum than when it was written")
         from_bytes(raw, meta)
     except ValueError:
         found.damaged.append(key)
-        return
-    if digest != [expected[key]]:
-        found.stale.append(key)
     else:
-        found.good[key] = data
+        if told[0] == caption:
+            found.good[key] = span
+        else:
+            found.stale.append(key)
 
 
 def _records(where: str) -> tuple[list[str], list[str]]:

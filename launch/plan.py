@@ -121,8 +121,8 @@ def make_plan(options: Options, config: Config) -> Plan:
     check_options(options)
     gpu, ranks = find_gpu(options.gpu), options.ranks
     accumulate, weight_bytes = accumulation(config, ranks), WEIGHT_BYTES[config.precision]
-    count = parameters(config)
-    kept = states(count, ranks, config.optim.name, weight_bytes)
+    count, frozen = parameters(config)
+    kept = states(count, ranks, config.optim.name, weight_bytes, frozen)
     room = gpu.memory - options.reserve_gb * GB - kept.total
     choices = {}
     for memory in tqdm(MEMORY, desc="walking the net", unit="choice", leave=False, disable=None):
@@ -174,7 +174,7 @@ def memory_choice(config: Config, count: int, ranks: int, room: float) -> Memory
     @cache
     def walked(micro_batch: int) -> Bytes:
         accumulated = per_rank > micro_batch
-        return step_bytes(config.model, micro_batch, config.precision, accumulated, config.data.tokens)
+        return step_bytes(config.model, micro_batch, config.precision, accumulated, config.data.tokens, config.lora)
 
     def needs(micro_batch: int) -> int:
         return peak(walked(micro_batch), count, ranks, weight_bytes).most

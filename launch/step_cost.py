@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from model.unet import UNet, UNetConfig
+from train.adapter import add_lora
+from train.config import LoRAConfig
 
 ATEN = torch.ops.aten
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -83,16 +85,21 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def step_bytes(config: UNetConfig, micro_batch: int, precision: str, accumulated: bool, tokens: int = 77) -> Bytes:
+def step_bytes(
+    config: UNetConfig, micro_batch: int, precision: str, accumulated: bool, tokens: int = 77,
+    lora: LoRAConfig | None = None,
+) -> Bytes:  # fmt: skip
     """Of a net of any size, in seconds; nothing is computed and no memory is taken.
 
     accumulated: with the gradients of an earlier micro batch there; without, they grow while activations go.
     """
     with _fake(precision):
         unet = UNet(config)
+        if lora and lora.rank:
+            _add_fake_lora(unet, lora)
         before = 0
         if accumulated:
-            for parameter in unet.parameters():
+            for parameter in (p for p in unet.parameters() if p.requires_grad):
                 parameter.grad = torch.zeros_like(parameter)
                 before += parameter.grad.untyped_storage().nbytes()
         found = walk_bytes(unet, inputs(config, micro_batch, tokens))
@@ -129,6 +136,20 @@ def walk_flops(unet: UNet, args: tuple[Tensor, Tensor, Tensor]) -> Flops:
         forward = counter.get_total_flops()
         out.sum().backward()
     return Flops(forward // len(args[0]), counter.get_total_flops() // len(args[0]))
+
+
+def _add_fake_lora(unet: UNet, lora: LoRAConfig) -> None:
+    """As add_lora, for a net of fake parameters: peft converts what it makes, which those can't be."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        pattern = UNet(unet.config)
+        add_lora(pattern, lora)
+    unet.requires_grad_(False)
+    for name, layer in list(pattern.named_modules()):
+        if hasattr(layer, "lora_A"):
+            for part in (layer.lora_A.default, layer.lora_B.default):
+                part.weight = nn.Parameter(torch.empty(part.weight.shape))
+            layer.base_layer = unet.get_submodule(name)
+            unet.set_submodule(name, layer)
 
 
 @contextmanager

@@ -105,6 +105,46 @@ def from_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict
     return result
 
 
+def lora_to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+    """The LoRA matrices of fused projections (NAME.lora_A.weight, NAME.lora_B.weight) under diffusers' names.
+
+    q, k and v share their A; B, whose rows are those of the projection, is cut as that is.
+    Raises: ValueError that names the first matrices that are missing or too many.
+    """
+    pairs = [pair for pair in _modules(config) if _is_projection(f"{pair[0]}.weight")]
+    _check_names(state_dict, [f"{ours}.lora_{part}.weight" for ours, _ in pairs for part in "AB"])
+    result = {}
+    for ours, theirs in pairs:
+        parts = _split_heads(state_dict[f"{ours}.lora_B.weight"], len(theirs), config.num_head_channels)
+        for name, b in zip(theirs, parts, strict=True):
+            # A copy for each, since files of tensors refuse such as share their memory.
+            result[f"{name}.lora_A.weight"] = state_dict[f"{ours}.lora_A.weight"].clone()
+            result[f"{name}.lora_B.weight"] = b.clone()
+    return result
+
+
+def merge_lora(
+    state_dict: Mapping[str, Tensor], lora: Mapping[str, Tensor], scale: float, config: UNetConfig
+) -> dict[str, Tensor]:
+    """The weights with scale x B A added to each matrix that a LoRA in diffusers' names is of.
+
+    Raises: ValueError if it is of another net.
+    """
+    weights = to_diffusers(state_dict, config)
+    for name in sorted({key.rsplit(".lora_", 1)[0] for key in lora}):
+        a, b = lora.get(f"{name}.lora_A.weight"), lora.get(f"{name}.lora_B.weight")
+        weight = weights.get(f"{name}.weight")
+        if a is None or b is None or weight is None or weight.shape != (b.shape[0], a.shape[1]):
+            there = "none" if weight is None else list(weight.shape)
+            given = "A or B alone" if a is None or b is None else [b.shape[0], a.shape[1]]
+            raise ValueError(
+                f"the adapter is of another net: it changes '{name}' of {given}, and here that is {there}: "
+                "name the net that it was trained on"
+            )
+        weights[f"{name}.weight"] = weight + scale * (b.to(weight) @ a.to(weight))
+    return from_diffusers(weights, config)
+
+
 def _pairs(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
     """Each of our weights with its diffusers names, several where diffusers keeps q, k and v apart."""
     yield POSITION[0], [POSITION[1]]

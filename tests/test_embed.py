@@ -281,7 +281,7 @@ def test_embeddings_may_be_made_before_the_images_and_elsewhere(t5, tmp_path):
     assert contents(text) == contents(tmp_path / "after")
 
 
-@pytest.mark.parametrize("text", ["?!... ---", "x" * 1_000_000, "word " * 200_000, "&#xD800;", "\x00\x1b[31m"])
+@pytest.mark.parametrize("text", ["?!... ---", "x" * 1_000_000, "word " * 20_000, "&#xD800;", "\x00\x1b[31m"])
 def test_odd_captions_have_finite_states(t5, text):
     states = TextEncoder(str(t5), 77, "float32", CPU)([text, text + "\ud800"])
     assert states.shape == (2, 77, 64) and np.isfinite(states).all() and states.std() > 0.05

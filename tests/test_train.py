@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data.config import Dataset
+from data.embed import Embed, embed
 from data.index import Index, index
 from data.shards import Shard, find_shards
 from data.tars import read_shard, write_shard

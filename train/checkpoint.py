@@ -35,6 +35,7 @@ IDENTITY = (
     "global_batch",
     "diffusion_steps",
     "model",
+    "lora",
     "data.streams",
     "data.phases",
     "data.shuffle_block",
@@ -198,6 +199,8 @@ def _restore(folder: Path, engine: "Engine", ema: "EMA") -> int:
 def _get(config: dict, key: str) -> object:
     if key == "model":  # how its memory is spent changes nothing that is kept
         return {name: value for name, value in config["model"].items() if name != "memory"}
+    if key == "lora":  # manifests from before there was any have none
+        return (config.get("lora") or {}).get("rank", 0) and config["lora"]
     if key == "data.mixture":  # where the datasets lie may change
         return {name: dataset["weight"] for name, dataset in config["data"]["mixture"].items()}
     for part in key.split("."):

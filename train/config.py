@@ -47,6 +47,17 @@ class WandbConfig:
 
 
 @dataclass(slots=True)
+class LoRAConfig:
+    """Fine-tuning of low-rank matrices beside the attention's projections, the net itself frozen (Hu et al. 2021).
+
+    rank: 0 trains the whole net.  alpha: what is learned is scaled by alpha / rank.
+    """
+
+    rank: int = 0
+    alpha: float = 8.0
+
+
+@dataclass(slots=True)
 class Config:
     """One run.
 
@@ -80,6 +91,7 @@ class Config:
     hang_seconds: int = 570
     dry_run: bool = False
     model: UNetConfig = field(default_factory=UNetConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -153,6 +165,7 @@ def check(config: Config) -> None:
         ("sample.prompts", config.sample.prompts, 1),
         ("sample.steps", config.sample.steps, 2),
         ("optim.grad_clip", config.optim.grad_clip, 0),
+        ("lora.rank", config.lora.rank, 0),
     )
     for name, number, least in at_least:
         if number < least:
@@ -161,6 +174,8 @@ def check(config: Config) -> None:
         raise ValueError(
             f"sample.guidance_scales={list(config.sample.guidance_scales)} must be one or more numbers from 0 on"
         )
+    if config.lora.rank and not config.init_from:
+        raise ValueError(f"lora.rank={config.lora.rank} adds to a trained net: name its weights in init_from")
     if config.sample.steps > config.diffusion_steps:
         raise ValueError(f"sample.steps={config.sample.steps} must be at most diffusion_steps={config.diffusion_steps}")
     optim = config.optim

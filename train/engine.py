@@ -176,7 +176,7 @@ class Engine:
 def build_engine(unet: UNet, config: Config, ranks: int) -> Engine:
     """Wrap the net, placed on its device, for training."""
     bf16 = config.precision == "bf16"
-    base = optimizer(list(unet.parameters()), config.optim)
+    base = optimizer([p for p in unet.parameters() if p.requires_grad], config.optim)
     scheduler = one_cycle(base, config.optim, config.steps)
     engine, wrapped, _, _ = deepspeed.initialize(
         model=unet,

@@ -17,9 +17,8 @@ from data.encoder import TextEncoder, load_encoder
 from data.text import TextMeta
 from model.unet import UNetConfig
 from model.weights import diffusers_config, to_diffusers
-from train.checkpoint import load_weights
 from train.model_card import check_license, model_card
-from train.pretrained import read_trained
+from train.pretrained import load_whole, read_trained
 from train.sampler import make_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -65,7 +64,7 @@ def export(args: Export, shard_size: str = "10GB") -> None:
         # In float32 whatever args.dtype: loaded without a dtype, the UNet becomes float32 and the encoder what it was
         # saved in, and IFPipeline fails when they differ.
         text_encoder=encoder.model.float() if encoder else None,
-        unet=build_unet(load_weights(trained.folder, args.weights), config, DTYPES[args.dtype]),
+        unet=build_unet(load_whole(trained.folder, args.weights), config, DTYPES[args.dtype]),
         scheduler=make_scheduler(timesteps, config.learn_sigma),
         safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from data.config import Dataset, find_datasets
 from data.mixture import share_out
 from data.text import TextMeta, check_meta, check_sidecars, read_empty
 from model.unet import UNet
+from train.adapter import add_lora
 from train.checkpoint import complete
 from train.config import Config, accumulation
 from train.pretrained import load_pretrained
@@ -51,8 +52,8 @@ class Inputs:
 
 
 def begins_from_weights(config: Config) -> bool:
-    """Whether the run has weights to begin with, and no checkpoint to go on from."""
-    return bool(config.init_from) and not complete(Path(config.run_dir))
+    """Whether all weights that are trained begin from some, there being no checkpoint to go on from."""
+    return bool(config.init_from) and not config.lora.rank and not complete(Path(config.run_dir))
 
 
 def find_inputs(config: Config, rank: int) -> Inputs:
@@ -72,7 +73,7 @@ def find_inputs(config: Config, rank: int) -> Inputs:
         read_empty(dataset.text, meta)
     encoder = _load_encoder(config, datasets, metas[0]) if online else None
     weights = None
-    if rank == 0 and begins_from_weights(config):
+    if rank == 0 and (begins_from_weights(config) or config.lora.rank):
         weights = load_pretrained(config.init_from, config.model)
     return Inputs(datasets, metas[0], weights, encoder)
 
@@ -88,10 +89,14 @@ def _load_encoder(config: Config, datasets: list[Dataset], meta: TextMeta) -> "T
     return encoder
 
 
-def parameters(config: Config) -> int:
-    """Number of parameters of the model, counted without memory for them."""
+def parameters(config: Config) -> tuple[int, int]:
+    """Number of parameters that are trained, and of those that are frozen, counted without memory for them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in UNet(config.model).parameters())
+        unet = UNet(config.model)
+        if config.lora.rank:
+            add_lora(unet, config.lora, on_meta=True)
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in unet.parameters()) - trained
 
 
 def describe(config: Config, ranks: int) -> str:
@@ -112,11 +117,13 @@ def describe(config: Config, ranks: int) -> str:
         data, text = f"none usable yet: {error}", "-"
     accumulate, optim = accumulation(config, ranks), config.optim
     variance = "learned" if config.model.learn_sigma else "fixed"
+    trained, frozen = parameters(config)
+    beside = f" of LoRA, rank {config.lora.rank}, beside {frozen:,} that are frozen" if frozen else ""
     lines = {
         "run": config.run_dir,
         "global batch": f"{ranks} ranks x {config.micro_batch} micro batch x {accumulate} accumulation "
         f"= {config.global_batch}",
-        "model": f"{parameters(config):,} parameters, {config.model.image_size} px, {config.precision}",
+        "model": f"{trained:,} parameters{beside}, {config.model.image_size} px, {config.precision}",
         "begins with": config.init_from or "random weights",
         "diffusion": f"{config.diffusion_steps} steps, cosine betas, {variance} variance",
         "steps": f"{config.steps:,}, {config.steps * config.global_batch:,} images",

@@ -8,6 +8,7 @@ from data.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
 from model.unet import UNet
+from train.adapter import add_lora
 from train.checkpoint import resume
 from train.config import Config, accumulation
 from train.ema import EMA
@@ -30,10 +31,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     inputs.to(device)
-    with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
-        unet = UNet(config.model)
-    if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
-        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+    unet = build_net(config, inputs, device)
     engine = build_engine(unet, config, ranks)
     if begins_from_weights(config):
         engine.set_weights(inputs.weights)
@@ -104,3 +102,15 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         if last:
             mark_done(run_dir, config.steps)
     return last
+
+
+def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
+    """The net as it starts, with the matrices of LoRA where those are what is trained."""
+    with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
+        unet = UNet(config.model)
+    if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
+        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+    if config.lora.rank:
+        add_lora(unet, config.lora, inputs.weights)
+        inputs.weights = None
+    return unet

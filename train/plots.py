@@ -45,6 +45,23 @@ def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path, c
     _save(figure, path)
 
 
+def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
+    """Each score against guidance scale; what a score has beside it, NAME_std or NAME_chance, is drawn with it."""
+    names = [name for name in lines[0] if name != "guidance_scale" and not name.endswith(("_std", "_chance"))]
+    figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False, layout="constrained")
+    scales = [line["guidance_scale"] for line in lines]
+    for axes, name in zip(panels.flat, names, strict=True):
+        errors = [line[f"{name}_std"] for line in lines] if f"{name}_std" in lines[0] else None
+        axes.errorbar(scales, [line[name] for line in lines], errors, marker="o", capsize=3)
+        if f"{name}_chance" in lines[0]:
+            axes.plot(scales, [line[f"{name}_chance"] for line in lines], "--", color="grey", label="others' captions")
+            axes.legend()
+        axes.set(xlabel="guidance scale", ylabel=name)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=8)
+    _save(figure, path)
+
+
 def _smooth(values: np.ndarray) -> np.ndarray:
     """An exponential average over about a fiftieth of the curve, without the bias of its start."""
     keep = 1 - 50 / max(len(values), 51)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from data.text import TextMeta
 from model.unet import UNet, UNetConfig, check
-from model.weights import from_diffusers, to_diffusers
+from model.weights import from_diffusers, merge_lora, to_diffusers
+from train.adapter import trained_adapter
 from train.checkpoint import MANIFEST, complete, load_weights, read_manifest
 
 SHOWN = 3
@@ -62,7 +63,7 @@ class Trained:
         """
         with torch.device("meta"):
             unet = UNet(self.model)
-        state = load_weights(self.folder, weights)
+        state = load_whole(self.folder, weights)
         _check_fit(state, unet.state_dict(), self.folder)
         unet.load_state_dict(state, strict=True, assign=True)
         return unet.to(device, dtype).eval().requires_grad_(False)
@@ -82,6 +83,19 @@ def read_trained(path: str | Path) -> Trained:
         return Trained(folder, manifest, int(manifest["step"]), model, int(run["diffusion_steps"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the manifest in '{folder}' is not one of this version ({error!r})") from None
+
+
+def load_whole(folder: Path, name: str = "ema") -> dict[str, Tensor]:
+    """The net's weights of a checkpoint; of one that was fine-tuned by LoRA, that merged into what it began from.
+
+    Raises: ValueError if it isn't whole, or the net that it began from isn't there.
+    """
+    run = read_manifest(folder)["config"]
+    if not run.get("lora", {}).get("rank"):
+        return load_weights(folder, name)
+    model = UNetConfig(**run["model"])
+    adapter = trained_adapter(folder, name, run, model)
+    return merge_lora(load_pretrained(run["init_from"], model), adapter.lora, adapter.scale, model)
 
 
 def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
@@ -112,7 +126,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         for file in _diffusers_files(folder):
             return _read(file)
     try:
-        return load_weights(find_checkpoint(path))
+        return load_whole(find_checkpoint(path))
     except ValueError as error:
         raise ValueError(
             f"'{path}' holds no diffusion_pytorch_model.*, no unet/ with one, and no checkpoint ({error}): "

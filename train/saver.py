@@ -57,7 +57,7 @@ class Saver:
             "ranks": self._ranks,
             "samples": self._samples,
             "text": asdict(self._meta),
-            "parameters": {name: list(p.shape) for name, p in engine.model.named_parameters()},
+            "parameters": {name: list(p.shape) for name, p in engine.model.named_parameters() if p.requires_grad},
             "config": asdict(self._config),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "bitsandbytes", "safetensors")}
             | {"python": platform.python_version()},

@@ -1,0 +1,99 @@
+"""Images a second of train.sampler and of diffusers' IFPipeline: the same weights, captions, steps, guidance, noise.
+
+python -m tests.benchmarks.sampling_speed [net=smoke images=8 steps=10 rounds=7]; net: smoke, small, 34M, M.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import IFPipeline
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from data.cli import parse
+from model.unet import UNet, UNetConfig
+from tests.benchmarks.nets import ROOT, size
+from train.export import build_unet
+from train.sampler import make_scheduler, sample
+
+
+@dataclass
+class Speed:
+    """Times both samplers in turn.  images: drawn at a time, twice as many with guidance."""
+
+    net: str = "smoke"
+    images: int = 8
+    steps: int = 10
+    rounds: int = 7
+    guidance_scale: float = 4.0
+
+
+def config_of(net: str) -> UNetConfig:
+    """conf/model/small.yaml on embeddings of T5-XXL's width, the smoke run's net on narrow ones, or size(net)."""
+    if net not in ("small", "smoke"):
+        return size(net)
+    smoke = OmegaConf.load(ROOT / "conf/experiment/smoke.yaml").model if net == "smoke" else {}
+    parts = OmegaConf.load(ROOT / "conf/model/small.yaml"), smoke
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(UNetConfig), *parts))  # type: ignore[return-value]
+
+
+def seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """Wall-clock time of a call, and its result."""
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print one row of the table."""
+    args = parse(Speed)
+    torch.manual_seed(0)
+    config = replace(config_of(args.net), memory="keep")
+    unet = UNet(config).eval()
+    for parameter in unet.parameters():
+        parameter.normal_(std=0.02)
+    text_emb, empty = torch.randn(args.images, 77, config.encoder_dim), torch.randn(77, config.encoder_dim)
+    scheduler = make_scheduler(1000, config.learn_sigma)
+    pipeline = IFPipeline(
+        tokenizer=None, text_encoder=None, unet=build_unet(unet.state_dict(), config, torch.float32).eval(),
+        scheduler=make_scheduler(1000, config.learn_sigma), safety_checker=None, feature_extractor=None,
+        watermarker=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+
+    def ours() -> Tensor:
+        return sample(unet, scheduler, text_emb, empty, args.guidance_scale, args.steps, range(args.images))
+
+    def theirs() -> Tensor:
+        generators = [torch.Generator().manual_seed(i) for i in range(args.images)]
+        images = pipeline(
+            prompt_embeds=text_emb, negative_prompt_embeds=empty.expand_as(text_emb), output_type="np",
+            guidance_scale=args.guidance_scale, num_inference_steps=args.steps, generator=generators,
+        ).images  # fmt: skip
+        return torch.from_numpy(images * 255).round().permute(0, 3, 1, 2)
+
+    times: list[tuple[float, float]] = []
+    apart = 0.0
+    for _ in range(args.rounds + 1):
+        (a, of_ours), (b, of_theirs) = seconds(ours), seconds(theirs)
+        times.append((a, b))
+        apart = max(apart, float((of_ours.float() - of_theirs).abs().max()))
+    ratios = [b / a for a, b in times[1:]]  # the first round warms up
+    rates = [args.images / statistics.median(column) for column in zip(*times[1:], strict=True)]
+    print(
+        "| net, parameters | images, steps | ours, images/s | IFPipeline | ratio, median (smallest, largest) | apart |"
+    )
+    print("|---|---|---:|---:|---:|---:|")
+    print(
+        f"| {args.net}, {sum(p.numel() for p in unet.parameters()) / 1e6:,.1f} M | {args.images}, {args.steps} "
+        f"| {rates[0]:.3f} | {rates[1]:.3f} | {statistics.median(ratios):.3f} ({min(ratios):.2f}, {max(ratios):.2f}) "
+        f"| {apart:.0f}/255 |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Evaluations of a small net on drawn scenes: by one process and by two ranks, interrupted, and refused."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from data import demo
+from data.alignment import matches
+from data.embed import Embed, embed
+from data.shards import find_shards
+from data.text import TextMeta
+from data.tiny_t5 import TinyT5, write_tiny_t5
+from model.unet import UNetConfig
+from tests.test_export import random_net
+from train.eval_set import EvalSet, Pieces
+from train.evaluate import Evaluate, align, check, main, read_references, write_references
+from train.features import Extractor
+
+NET = UNetConfig(
+    image_size=32, model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[16],
+    num_head_channels=32, encoder_dim=64, encoder_channels=64, att_pool_heads=4,
+)  # fmt: skip
+SAMPLES = 20
+ARGUMENTS = f"""
+    scores=[kid_lite0,alignment] samples={SAMPLES} guidance_scales=[1,3] steps=3 micro_batch=4 seed=2
+""".split()
+
+
+def write_run(run_dir: Path, text: Path, step: int = 7) -> None:
+    """A run with one checkpoint of one rank, every weight of it random."""
+    unet = random_net(NET, 1)
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    flat = torch.cat([p.detach().flatten() for p in unet.parameters()])
+    save_file({"master": flat, "ema": flat * 0.9}, folder / "rank-00000.safetensors")
+    manifest = {
+        "step": step, "ranks": 1, "text": asdict(TextMeta.read(text)),
+        "parameters": {name: list(p.shape) for name, p in unet.named_parameters()},
+        "files": {path.name: path.stat().st_size for path in folder.glob("*.safetensors")},
+        "config": {"run_dir": str(run_dir), "model": asdict(NET), "diffusion_steps": 1000, "precision": "fp32"},
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("evaluate")
+    demo.main([f"out={base / 'shards'}", "samples=40", "shard_size=16"])
+    for name, seed in (("text", 0), ("other-text", 1)):
+        write_tiny_t5(TinyT5(out=str(base / f"t5-{seed}"), seed=seed))
+        embed(Embed(str(base / "shards"), str(base / name), str(base / f"t5-{seed}"), 16, "float32", "float32"))
+    write_run(base / "run", base / "text")
+    return base
+
+
+def eval_set(base: Path, samples: int = SAMPLES, seed: int = 2) -> EvalSet:
+    return EvalSet(
+        find_shards(base / "shards"), str(base / "text"), TextMeta.read(base / "text"), samples=samples, seed=seed
+    )
+
+
+def command(repo: Path, base: Path, out: str, ranks: int = 1) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(repo)}
+    program = [sys.executable, "-m", "train.evaluate"]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        environment["PATH"] = f"{Path(launcher).parent}{os.pathsep}{os.environ['PATH']}"
+        program = [sys.executable, launcher, "--num_gpus", str(ranks), "--master_port", str(port), "--module",
+                   "train.evaluate"]  # fmt: skip
+    program += ["checkpoint=run", "shards=shards", "text=text", f"out={out}", *ARGUMENTS]
+    return subprocess.Popen(
+        program, cwd=base, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def scores(base: Path, out: str) -> list[dict[str, float]]:
+    return json.loads((base / out / "scores.json").read_text())["scores"]
+
+
+@pytest.fixture(scope="module")
+def one(repo, base) -> Path:
+    """An evaluation by one process, killed on its way and run again."""
+    first = command(repo, base, "one")
+    drawn = base / "one" / "guidance-1"
+    while len(list(drawn.glob("*.images.npy"))) < 2:
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert not (base / "one" / "scores.json").exists()
+    there = {path: path.stat().st_mtime_ns for path in drawn.glob("*.images.npy")}
+    again = command(repo, base, "one")
+    told, error = again.communicate(timeout=300)
+    assert again.returncode == 0, error[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in there} == there, "what was drawn is not drawn again"
+    assert "kid_lite0" in told and "scores.png" in told
+    return base / "one"
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_scores(base, one):
+    lines = scores(base, "one")
+    assert [line["guidance_scale"] for line in lines] == [1, 3]
+    names = {"guidance_scale", "kid_lite0", "kid_lite0_std", "alignment", "alignment_exact", "alignment_chance"}
+    for line in lines:
+        assert set(line) == names and all(np.isfinite(v) for v in line.values())
+    assert lines[0]["kid_lite0"] > 0.05, "noise is no picture"
+    for name in ("scores.png", "guidance-1/grid.png", "guidance-3/grid.png"):
+        assert Image.open(one / name).size[0] > 300
+    assert not list(one.rglob("*.part"))
+    images = [Pieces(one / f"guidance-{scale}", "images", SAMPLES).read() for scale in (1, 3)]
+    assert images[0].shape == (SAMPLES, 3, 32, 32) and images[0].std() > 10
+    assert not np.array_equal(*images), "guidance makes a difference"
+
+
+def test_two_ranks_give_the_pictures_of_one(repo, base, one):
+    done = command(repo, base, "two", ranks=2)
+    told, error = done.communicate(timeout=300)
+    assert done.returncode == 0, told[-2000:] + error[-3000:]
+    assert len(list((base / "two" / "guidance-1").glob("*.images.npy"))) == SAMPLES // 4
+    for scale in (1, 3):
+        of_one, of_two = (Pieces(base / out / f"guidance-{scale}", "images", SAMPLES).read() for out in ("one", "two"))
+        # Batches of another make-up: the same but for rounding.
+        assert np.abs(of_one.astype(int) - of_two).max() <= 1
+    for a, b in zip(scores(base, "one"), scores(base, "two"), strict=True):
+        assert a == pytest.approx(b, rel=0.02, abs=1e-3)
+
+
+def test_prompts_and_pictures_belong_together(base):
+    every = eval_set(base, samples=40)
+    captions, embeddings = every.prompts(0, 40)
+    pictures = every.pictures(0, 40, 64)
+    assert len(set(captions)) > 30 and embeddings.shape == (40, 16, 64)
+    assert np.mean([matches(p.transpose(1, 2, 0), c) for p, c in zip(pictures, captions, strict=True)]) > 0.9
+    part = eval_set(base)
+    some = part.prompts(0, SAMPLES)[0]
+    assert len(set(some) & set(captions)) == len(set(some)) and some != captions[:SAMPLES], "drawn from all shards"
+    assert part.prompts(7, 12)[0] == some[7:12]
+    np.testing.assert_array_equal(part.pictures(7, 12, 64), part.pictures(0, SAMPLES, 64)[7:12])
+    assert eval_set(base, seed=3).prompts(0, SAMPLES)[0] != some
+    scored = align(pictures, captions)
+    assert scored["alignment"] > 0.95 and scored["alignment_exact"] > 0.9 and scored["alignment_chance"] < 0.6
+
+
+def test_pieces_of_any_size_make_one_array(tmp_path):
+    values = np.arange(30).reshape(10, 3)
+    pieces = Pieces(tmp_path, "x", 10)
+    assert pieces.missing(4) == [(0, 4), (4, 8), (8, 10)]
+    pieces.write(4, values[4:6])
+    (tmp_path / "000006-000008.x.part").write_bytes(b"cut short")
+    assert pieces.missing(3) == [(0, 3), (3, 4), (6, 9), (9, 10)]
+    for first, stop in pieces.missing(3):
+        pieces.write(first, values[first:stop])
+    assert pieces.missing(3) == [] and np.array_equal(pieces.read(), values)
+    assert np.array_equal(pieces.read(2, 7), values[2:7])
+    (tmp_path / "000004-000006.x.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(ValueError, match=r"000004-000006\.x\.npy' cannot be read .*delete it and run this again"):
+        pieces.read()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("samples=2048 scores=[fid]", "samples=2048 are too few for fid: the covariance of 2048 features needs "
+         "samples=2049 or more"),
+        ("samples=1280 scores=[fd_lite0]", "too few for fd_lite0"),
+        ("scores=[lite_fid]", "must be some of fid, fd_lite0, kid_lite0, alignment"),
+        ("samples=41", "samples=41: the shards hold 40 captioned pictures"),
+        ("guidance_scales=[1,1]", "must be different numbers"),
+        ("checkpoint=nowhere", "'nowhere' has no whole checkpoint"),
+        ("text=other-text", "which is not the encoder that the net was trained with"),
+        ("text=nowhere", "no text embeddings in 'nowhere'"),
+        ("steps=0", "steps=0 must lie between"),
+        ("model=if_i_m checkpoint=nowhere", "embeddings in 'text' are 64 wide"),
+        ("model=if_i_q", "model=if_i_q must be one of if_i_l, if_i_m, if_i_xl, small"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line_and_leave_nothing(base, monkeypatch, arguments, message):
+    monkeypatch.chdir(base)
+    before = set(base.iterdir())
+    given = {a.split("=")[0] for a in arguments.split()}
+    rest = ["checkpoint=run", "shards=shards", "text=text", "out=new", *ARGUMENTS]
+    with pytest.raises(SystemExit) as caught:
+        main([*(a for a in rest if a.split("=")[0] not in given), *arguments.split(), "--local_rank=0"])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert set(base.iterdir()) == before
+
+
+def test_another_evaluation_in_the_folder_is_refused(base, one, monkeypatch):
+    monkeypatch.chdir(base)
+    given = [a for a in ARGUMENTS if not a.startswith(("seed=", "steps="))] + ["seed=3", "steps=4"]
+    with pytest.raises(SystemExit, match=r"'one' holds another evaluation, of seed=2 \(now 3\), steps=3 \(now 4\)"):
+        main(["checkpoint=run", "shards=shards", "text=text", "out=one", *given])
+
+
+def test_references_of_another_kind_are_refused(base, tmp_path):
+    extract = Extractor("lite0", 3, lambda images: images.mean((2, 3)), torch.device("cpu"))
+    chosen = eval_set(base)
+    features = extract(torch.from_numpy(chosen.pictures(0, SAMPLES, 32)))
+    path = tmp_path / "references.npz"
+    write_references(path, features, "lite0", chosen, 32)
+    np.testing.assert_array_equal(read_references(str(path), extract, chosen, 32), features)
+    with pytest.raises(ValueError, match="other pixels: 32, this evaluation has 64"):
+        read_references(str(path), extract, chosen, 64)
+    with pytest.raises(ValueError, match="other pictures: 20, this evaluation has 21"):
+        read_references(str(path), extract, eval_set(base, samples=21), 32)
+    with pytest.raises(ValueError, match="other captions and draw"):
+        read_references(str(path), extract, eval_set(base, seed=3), 32)
+    inception = Extractor("inception", 2048, lambda images: images.mean((2, 3)), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"other features: lite0 \(3\), this evaluation has inception \(2048\)"):
+        read_references(str(path), inception, chosen, 32)
+    with pytest.raises(ValueError, match="is another net"):
+        inception(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="give a file that an evaluation wrote"):
+        read_references(str(path), extract, chosen, 32)
+
+
+def test_a_picture_that_cannot_be_read_ends_the_evaluation(base, tmp_path):
+    (tmp_path / "00000.tar").write_bytes((base / "shards" / "00000.tar").read_bytes()[:20000])
+    (tmp_path / "00000_stats.json").write_bytes((base / "shards" / "00000_stats.json").read_bytes())
+    cut = EvalSet(find_shards(tmp_path), str(base / "text"), TextMeta.read(base / "text"), samples=16, seed=0)
+    with pytest.raises(ValueError, match=r"cannot be used \(.*without it the score would be of other pictures"):
+        cut.pictures(0, 16, 32)
+
+
+def test_the_defaults_are_those_of_the_card():
+    args = Evaluate(checkpoint="", shards="", text="", out="")
+    assert (args.samples, args.scores) == (30_000, ["fid"])
+    check(args)

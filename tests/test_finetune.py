@@ -1,0 +1,232 @@
+"""LoRA on our net, in diffusers' pipeline and through the trainer; the data of a DreamBooth; what doesn't fit."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import IFPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from data import demo
+from data.embed import Embed, embed
+from data.shards import find_shards
+from data.tiny_t5 import TinyT5, write_tiny_t5
+from launch.step_cost import inputs, step_bytes, walk_bytes
+from model.unet import UNet, UNetConfig
+from model.weights import lora_to_diffusers, merge_lora
+from tests.test_evaluate import NET, write_run
+from tests.test_export import random_net
+from train import adapter, dreambooth
+from train.adapter import FILE, add_lora, read_adapter
+from train.checkpoint import complete, load_weights
+from train.config import Config, LoRAConfig, check
+from train.export import build_unet
+from train.inputs import parameters
+from train.pretrained import read_trained
+from train.sampler import make_scheduler
+
+LORA = LoRAConfig(rank=4, alpha=6.0)
+
+
+def pipeline_of(weights: dict[str, torch.Tensor], config: UNetConfig = NET) -> IFPipeline:
+    return IFPipeline(
+        tokenizer=None, text_encoder=None, unet=build_unet(weights, config, torch.float32),
+        scheduler=make_scheduler(1000, True), safety_checker=None, feature_extractor=None, watermarker=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(5)
+    return torch.randn(2, 3, 32, 32), torch.tensor([3, 700]), torch.randn(2, 16, NET.encoder_dim)
+
+
+@torch.no_grad()
+def test_lora_on_our_net_is_the_same_lora_in_diffusers(tmp_path):
+    unet = random_net(NET, 1)
+    weights = {name: value.clone() for name, value in unet.state_dict().items()}
+    plain = unet(*batch())
+    add_lora(unet, LORA)
+    trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 3 * 4 and all(".lora_" in name for name in trained), (
+        "A and B of three projections in four blocks"
+    )
+    torch.testing.assert_close(unet(*batch()), plain, msg="what is added changes nothing yet")
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    expected = unet(*batch())
+    assert (expected - plain).std() > 0.1 * plain.std()
+
+    lora = lora_to_diffusers({name.replace(".default.", "."): p.data for name, p in trained.items()}, NET)
+    merged = merge_lora(weights, lora, LORA.alpha / LORA.rank, NET)
+    ours = UNet(NET)
+    ours.load_state_dict(merged)
+    torch.testing.assert_close(ours(*batch()), expected, rtol=1e-4, atol=1e-5)
+
+    pipeline = pipeline_of(weights)
+    IFPipeline.save_lora_weights(
+        tmp_path, lora,
+        unet_lora_adapter_metadata={"r": LORA.rank, "lora_alpha": LORA.alpha,
+                                    "target_modules": sorted({k.rsplit(".lora_", 1)[0] for k in lora})},
+    )  # fmt: skip
+    pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(pipeline.unet(*batch()).sample, expected, rtol=1e-4, atol=1e-5)
+    back = read_adapter(tmp_path)
+    assert back.scale == 1.5 and all(torch.equal(back.lora[name], lora[name]) for name in lora)
+
+
+def test_an_adapter_of_another_net_is_refused(tmp_path):
+    wide = replace(NET, model_channels=64)
+    unet = random_net(wide, 1)
+    add_lora(unet, LORA)
+    state = {n.replace(".default.", "."): p for n, p in unet.named_parameters() if p.requires_grad}
+    lora = lora_to_diffusers(state, wide)
+    small = random_net(NET, 2).state_dict()
+    with pytest.raises(ValueError, match=r"of another net: it changes 'down_blocks.1.attentions.0.add_k_proj' of "
+                                         r"\[128, 64\], and here that is \[64, 64\]"):  # fmt: skip
+        merge_lora(small, lora, 1.0, NET)
+    with pytest.raises(ValueError, match=r"'mid_block.nothing' of \[3, 3\], and here that is none"):
+        merge_lora(small, {f"mid_block.nothing.lora_{x}.weight": torch.eye(3) for x in "AB"}, 1.0, NET)
+    with pytest.raises(ValueError, match="A or B alone"):
+        merge_lora(small, {"mid_block.attentions.0.to_q.lora_A.weight": torch.zeros(4, 64)}, 1.0, NET)
+    with pytest.raises(ValueError, match="don't fit the config"):
+        lora_to_diffusers({}, NET)
+    save_file({"x": torch.zeros(1)}, tmp_path / FILE)
+    with pytest.raises(ValueError, match="holds no LoRA matrices"):
+        read_adapter(tmp_path)
+    with pytest.raises(ValueError, match="no adapter can be read at"):
+        read_adapter(tmp_path / "nowhere")
+
+
+def test_the_plan_counts_the_bytes_of_a_step_with_lora():
+    unet = random_net(NET, 1)
+    add_lora(unet, LORA)
+    real = walk_bytes(unet, inputs(NET, 2, 16))
+    planned = step_bytes(NET, 2, "fp32", accumulated=False, tokens=16, lora=LORA)
+    assert planned == real
+    assert planned.kept < 0.9 * step_bytes(NET, 2, "fp32", accumulated=False, tokens=16).kept
+    config = Config(model=NET, lora=LORA)
+    added = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    assert parameters(config) == (added, sum(p.numel() for p in UNet(NET).parameters()))
+
+
+def test_lora_needs_a_net_to_begin_from():
+    with pytest.raises(ValueError, match=r"lora\.rank=4 adds to a trained net: name its weights in init_from"):
+        check(Config(lora=LORA))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A run to begin from, and the data of a DreamBooth made with it."""
+    base = tmp_path_factory.mktemp("finetune")
+    demo.main([f"out={base / 'shards'}", "samples=8", "shard_size=8"])
+    write_tiny_t5(TinyT5(out=str(base / "t5")))
+    embed(Embed(str(base / "shards"), str(base / "text"), str(base / "t5"), 16, "float32", "float32"))
+    write_run(base / "run", base / "text")
+    (base / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(base / "pictures" / f"{i}.png")
+    dreambooth.main([f"checkpoint={base / 'run'}", f"pictures={base / 'pictures'}", "prompt=a zwx toy",
+                     "class_prompt=a toy", f"out={base / 'booth'}", "prior=6", "steps=2", "micro_batch=4"])  # fmt: skip
+    return base
+
+
+def train(repo: Path, base: Path, *overrides: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    model = [f"model.{name}={value}".replace(" ", "") for name, value in asdict(NET).items()]
+    data = [f"data.mixture.{n}.{k}={base / 'booth' / n / k}" for n in ("concept", "prior") for k in ("shards", "text")]
+    program = [
+        sys.executable, str(repo / "train" / "main.py"), "+experiment=finetune_dreambooth", "model=small",
+        *model, *data,
+        f"init_from={base / 'run'}", f"run_dir={base / 'tuned'}", "steps=6", "save_every=3", "log_every=1",
+        "precision=fp32", "optim.warmup_steps=2", "optim.lr_peak=1e-2", "data.tokens=16", "sample.steps=2",
+        "wandb.mode=disabled", *overrides,
+    ]  # fmt: skip
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(program, cwd=base, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def tuned(repo, base) -> Path:
+    done = train(repo, base)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return base / "tuned"
+
+
+def test_dreambooth_has_a_few_pictures_and_the_nets_own(base):
+    for name, count in (("concept", 5), ("prior", 6)):
+        shards = find_shards(base / "booth" / name / "shards")
+        assert sum(shard.count for shard in shards) == count
+        assert (base / "booth" / name / "text" / "empty.npy").exists()
+
+
+@torch.no_grad()
+def test_a_tuned_checkpoint_serves_here_and_in_diffusers(base, tuned, tmp_path):
+    last = complete(tuned)[-1]
+    weights = load_weights(last, "master")
+    assert all(".lora_" in name for name in weights) and len(weights) == 24, "the frozen net is not saved again"
+    assert min(v.abs().max() for n, v in weights.items() if ".lora_B." in n) > 1e-4, "every matrix has been trained"
+    ours = read_trained(tuned).load("master", torch.device("cpu"))
+    before = read_trained(base / "run").load("ema", torch.device("cpu"))
+    expected = ours(*batch())
+    assert (expected - before(*batch())).abs().max() > 1e-3
+
+    adapter.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}", "weights=master"])
+    pipeline = pipeline_of(before.state_dict())
+    pipeline.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(pipeline.unet(*batch()).sample, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit, match="is of a whole net, not of a LoRA"):
+        adapter.main([f"checkpoint={base / 'run'}", f"out={tmp_path / 'none'}"])
+    with pytest.raises(SystemExit, match="is there already"):
+        adapter.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}"])
+
+
+def test_tuning_goes_on_where_it_was(repo, base, tuned):
+    told = (tuned / "metrics.jsonl").read_text()
+    whole = load_file(complete(tuned)[-1] / "rank-00000.safetensors")
+    for path in (complete(tuned)[-1], tuned / "done"):
+        if path.is_dir():
+            path.rename(path.with_name("aside"))
+        else:
+            path.unlink(missing_ok=True)
+    done = train(repo, base)
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = load_file(complete(tuned)[-1] / "rank-00000.safetensors")
+    assert torch.equal(again["master"], whole["master"]) and torch.equal(again["ema"], whole["ema"])
+    lines = [[json.loads(line)["loss"] for line in text.splitlines()]
+             for text in (told, (tuned / "metrics.jsonl").read_text())]  # fmt: skip
+    assert lines[0] == lines[1]
+
+
+def test_another_rank_or_net_is_refused(repo, base, tuned):
+    done = train(repo, base, "lora.rank=8")
+    assert done.returncode == 2 and "was trained with lora=" in done.stderr
+    done = train(repo, base, "model.model_channels=64", f"run_dir={base / 'other'}")
+    assert done.returncode == 2 and "don't fit the net" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("checkpoint=nowhere", "'nowhere' has no whole checkpoint"),
+        ("pictures=nowhere", "no folder 'nowhere': put the pictures of the concept there"),
+        ("pictures=shards", "it holds shards already"),
+        ("class_prompt=", "must say something"),
+        ("prior=0", "prior=0, micro_batch=16 must be at least 1"),
+        ("steps=1001", "steps=1001 must lie between"),
+    ],
+)
+def test_mistakes_end_in_one_line(base, monkeypatch, argument, message):
+    monkeypatch.chdir(base)
+    given = ["checkpoint=run", "pictures=pictures", "prompt=a zwx", "class_prompt=a toy", "out=new", "steps=2"]
+    with pytest.raises(SystemExit) as caught:
+        dreambooth.main([a for a in given if a.split("=")[0] != argument.split("=")[0]] + [argument])
+    assert message in str(caught.value) and "\n" not in str(caught.value)

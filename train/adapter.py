@@ -1,0 +1,132 @@
+"""LoRA beside the attention's projections, and as a file: `python -m train.adapter checkpoint=RUN_DIR out=DIR`."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import IFPipeline
+from omegaconf import MISSING
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data.cli import parse
+from model.attention import Projection
+from model.unet import UNet, UNetConfig
+from model.weights import lora_to_diffusers
+from train.checkpoint import load_weights
+from train.config import LoRAConfig
+
+TARGETS = ["qkv", "encoder_kv", "proj_out"]
+FILE = "pytorch_lora_weights.safetensors"
+PEFT_NAME = ".default."
+
+
+@dataclass
+class Export:
+    """Writes the LoRA that a run trained as a folder for IFPipeline.load_lora_weights.
+
+    checkpoint: a run's folder, for its latest, or a step's folder. weights: ema or master.
+    """
+
+    checkpoint: str = MISSING
+    out: str = MISSING
+    weights: str = "ema"
+
+
+@dataclass(slots=True)
+class Adapter:
+    """LoRA matrices in diffusers' names; what they learned is B A x scale."""
+
+    lora: dict[str, Tensor]
+    scale: float
+
+
+def add_lora(
+    unet: UNet, config: LoRAConfig, weights: Mapping[str, Tensor] | None = None, on_meta: bool = False
+) -> None:
+    """Freeze the net and add LoRA matrices, which change nothing yet, beside every projection of its attention.
+
+    weights: of the net, needed on rank 0 alone; the engine gives them to the others.  on_meta: without memory for what
+    is added.
+    Source: Hu et al. 2021.
+    """
+    if weights:
+        unet.load_state_dict(weights)
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS)
+    # By its class peft takes a Projection for a convolution; what it does is linear.
+    lora._register_custom_module({Projection: Linear})
+    unet.requires_grad_(False)
+    inject_adapter_in_model(lora, unet, low_cpu_mem_usage=on_meta)
+
+
+def trained_adapter(folder: Path, name: str, run: dict, model: UNetConfig) -> Adapter:
+    """What a checkpoint of a run with LoRA holds.  name: 'ema' or 'master'; run: its configuration.
+
+    Raises: ValueError if it isn't whole, or not of this net.
+    """
+    weights = {key.replace(PEFT_NAME, "."): value for key, value in load_weights(folder, name).items()}
+    return Adapter(lora_to_diffusers(weights, model), run["lora"]["alpha"] / run["lora"]["rank"])
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """A LoRA of IF's first stage as diffusers saves it: the file, or its folder.
+
+    Raises: ValueError if there is none.
+    """
+    path = Path(path)
+    file = path / FILE if path.is_dir() else path
+    try:
+        with safe_open(file, framework="pt") as opened:
+            told = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"no adapter can be read at '{path}' ({error}): name a {FILE} or its folder") from None
+    lora = {key.removeprefix("unet."): value for key, value in state.items() if ".lora_" in key}
+    if not lora:
+        raise ValueError(f"'{file}' holds no LoRA matrices: name a {FILE}")
+    rank = next(value.shape[0] for key, value in lora.items() if ".lora_A." in key)
+    return Adapter(lora, float(told.get("unet.lora_alpha", rank)) / rank)
+
+
+def export(args: Export) -> None:
+    """Write the folder aside, then rename.
+
+    Raises: ValueError for what cannot be exported; OSError if it cannot be written.
+    """
+    # Not above: it reads fine-tuned runs, and so imports this.
+    from train.pretrained import read_trained
+
+    out = Path(args.out)
+    if out.exists():
+        raise ValueError(f"'{out}' is there already: choose another out=, or delete it")
+    trained = read_trained(args.checkpoint)
+    lora = trained.run.get("lora", {"rank": 0})
+    if not lora["rank"]:
+        raise ValueError(f"'{trained.folder}' is of a whole net, not of a LoRA: `python -m train.export` takes it out")
+    adapter = trained_adapter(trained.folder, args.weights, trained.run, trained.model)
+    modules = sorted({key.rsplit(".lora_", 1)[0] for key in adapter.lora})
+    aside = out.with_name(out.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    IFPipeline.save_lora_weights(
+        aside, adapter.lora,
+        unet_lora_adapter_metadata={"r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": modules},
+    )  # fmt: skip
+    os.replace(aside, out)
+    print(f"{out / FILE}: rank {lora['rank']}, {args.weights} weights of step {trained.step}; "
+          f"IFPipeline.load_lora_weights('{out}') lays it over the net of {trained.run['init_from']}")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        export(parse(Export, argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
