@@ -82,3 +82,15 @@ def test_configuration_code_and_launch_line_are_recorded(told):
     assert run.run_group == "mine"
     (start,) = [json.loads(text) for text in (run_dir / STARTS).read_text().splitlines()]
     assert start["config"]["global_batch"] == 3072 and {**start, "config": 0} == {**config["start"], "config": 0}
+
+
+@pytest.mark.slow  # W&B tries for a minute and a half
+def test_without_a_network_a_run_is_kept_for_later(tmp_path, monkeypatch, caplog):
+    for name, value in (("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", "a" * 40), ("INIT_TIMEOUT", "1")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    tracker = Tracker(Config(wandb=WandbConfig(mode="online")), tmp_path, 0)
+    tracker.log(1, {"loss": 0.5})
+    tracker.close()
+    assert "W&B CANNOT BE REACHED" in caplog.text and "`wandb sync` sends it later" in caplog.text
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
