@@ -15,6 +15,8 @@ from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.weights import diffusers_config
 from tests.test_export import NET, TIMESTEPS, load, trained, write_meta, write_run
 from train.export import Export, export, main
+from train.model_card import model_card
+from train.pretrained import read_trained
 from train.sampler import PRESETS, make_scheduler, sample
 
 PROMPT = "a red circle left of a blue square"
@@ -143,7 +145,7 @@ def test_the_card_is_what_the_hub_reads(base):
         "- `laion`: 1,200,000,000 captioned images",
         "`t5`, 77 tokens x 48",
         "began from `IF-I-M-v1.0`, whose licence goes with",
-        "clean_caption=False",
+        "clean_caption=True",
         "diffusion_steps: 250",
     ):
         assert told in card.text, told
@@ -181,6 +183,14 @@ def test_a_card_without_encoder_or_licence_says_so(base, tmp_path):
     card = ModelCard.load(tmp_path / "plain" / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "see-the-card")
     assert "Not stated by who exported it" in card.text and "prompt_embeds=prompt_embeds" in card.text
+
+
+def test_the_card_says_how_the_captions_of_the_training_were_cleaned(base):
+    told = read_trained(base / "run")
+    for cleaning, clean in (("if-1", True), ("lower-strip", False)):
+        told.manifest["text"]["cleaning"] = cleaning
+        card = model_card(told, "x", "ema", "mit", has_encoder=True).text
+        assert f"clean_caption={clean}).images" in card and f"cleaned so ({cleaning})" in card
 
 
 @pytest.mark.parametrize("name", ["Apache 2.0", "", "my_licence", "../x"])

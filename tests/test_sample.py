@@ -166,6 +166,16 @@ def test_guidance_of_one_is_the_formula_at_one(base):
     assert (plain - sample(unet, scheduler, text, empty, 3.0, 5, [1, 2]).int()).abs().max() > 5
 
 
+@pytest.mark.parametrize(("scheduler", "steps"), [("ddpm", 2), ("ddpm", 350), ("ddpm", 600), ("ddim", 40)])
+def test_steps_begin_at_pure_noise(scheduler, steps):
+    """diffusers' default spacing would begin 600 steps at t = 599."""
+    made = make_scheduler(1000, True, scheduler)
+    set_steps(made, steps)
+    timesteps = made.timesteps.tolist()
+    assert timesteps[0] == 999 and len(timesteps) == steps == len(set(timesteps))
+    assert timesteps[-1] == (0 if scheduler == "ddpm" else 1000 // steps - 1)
+
+
 class OneImage(nn.Module):
     """The optimal noise predictor where the data is a single image: every sampler must end at that."""
 

@@ -126,6 +126,10 @@ def find_prompts(args: Sample, trained: Trained, device: torch.device) -> Prompt
         empty = stored_empty(args, trained, device)
         return Prompts([""], empty[None], empty)
     datasets = find_data(trained)
+    if trained.run.get("text", {}).get("mode") == "online":
+        encoder = load_encoder(trained.text, args.encoder, device)
+        for dataset in datasets:
+            dataset.encoder = encoder
     stored = stored_prompts(datasets, trained.text, trained.run["sample"]["prompts"])
     text_emb = torch.stack([torch.from_numpy(embedding) for _, embedding in stored])
     return Prompts([caption for caption, _ in stored], text_emb, stored_empty(args, trained, device))

@@ -6,6 +6,7 @@ RUN_DIR/starts.jsonl has a line for each start of the run (train.origin).
 import json
 import logging
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,16 +49,21 @@ class Tracker:
         id_file = run_dir / "wandb_id"
         online = config.wandb.mode == "online"
         if online and not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
-        self._run: wandb.Run | None = wandb.init(
-            project=config.wandb.project,
-            mode=config.wandb.mode,
-            dir=run_dir,
-            config=start.pop("config") | {"start": start},
-            group=run_dir.name,
-            id=id_file.read_text() if online else None,
-            resume="allow" if online else None,
-        )
+            id_file.write_text(uuid.uuid4().hex[:8])
+        settings = {
+            "project": config.wandb.project, "dir": run_dir, "group": run_dir.name,
+            "config": start.pop("config") | {"start": start},
+        }  # fmt: skip
+        self._run: wandb.Run | None
+        try:
+            resumed = {"id": id_file.read_text(), "resume": "allow"} if online else {}
+            self._run = wandb.init(mode=config.wandb.mode, **settings, **resumed)
+        except wandb.Error as error:  # no network is no reason not to train
+            logger.warning(
+                "W&B CANNOT BE REACHED (%s): this start is kept in %s, and `wandb sync` sends it later",
+                str(error).splitlines()[0], run_dir / "wandb",
+            )  # fmt: skip
+            self._run = wandb.init(mode="offline", **settings)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

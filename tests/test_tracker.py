@@ -1,0 +1,96 @@
+"""What W&B is told, read back from the record of a real offline run; the same lines lie in metrics.jsonl."""
+
+import json
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from wandb.proto import wandb_internal_pb2
+
+from train.config import Config, WandbConfig
+from train.tracker import STARTS, Tracker
+
+
+def records(run_dir: Path) -> list[wandb_internal_pb2.Record]:
+    """All that the run has told W&B, in order: its file is a LevelDB log, in blocks of 32 KiB, of protobuf messages."""
+    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    data, place, parts, found = path.read_bytes(), 7, b"", []
+    assert not data or data.startswith(b":W&B")
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            found.append(record)
+            parts = b""
+    return found
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> tuple[Path, list[wandb_internal_pb2.Record]]:
+    run_dir = tmp_path_factory.mktemp("runs") / "mine"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n{"step": 15, "loss": 0.9}\n{"step": 2')
+    tracker = Tracker(Config(run_dir=str(run_dir), wandb=WandbConfig(mode="offline")), run_dir, 10)
+    assert tracker.kept == [{"step": 5, "loss": 1.0}]
+    tracker.log(20, {"loss": 0.5, "bad/no caption": 3.0, "seconds_data": 0.1})
+    Image.new("RGB", (4, 4)).save(run_dir / "grid.png")
+    tracker.image(20, "samples", run_dir / "grid.png")
+    tracker.alert("loss spike", "step 20: loss 7")
+    tracker.close()
+    for _ in range(200):  # W&B's own process may write on for a moment
+        found = records(run_dir)
+        if any(record.HasField("exit") for record in found):
+            break
+        time.sleep(0.1)
+    return run_dir, found
+
+
+def test_metrics_come_with_their_step(told):
+    run_dir, found = told
+    rows = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.HasField("history")
+    ]
+    line = next(row for row in rows if "loss" in row)
+    assert (line["step"], line["loss"], line["bad/no caption"]) == (20, 0.5, 3.0)
+    assert any(any(key.startswith("samples") for key in row) for row in rows)
+    assert [json.loads(text)["step"] for text in (run_dir / "metrics.jsonl").read_text().splitlines()] == [5, 20]
+    steps = [record.metric for record in found if record.HasField("metric")]
+    assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in steps)
+
+
+def test_an_alert_reaches_it(told):
+    (alert,) = [record.alert for record in told[1] if record.HasField("alert")]
+    assert (alert.title, alert.text, alert.level) == ("mine: loss spike", "step 20: loss 7", "ERROR")
+
+
+def test_configuration_code_and_launch_line_are_recorded(told):
+    run_dir, found = told
+    (run,) = [record.run for record in found if record.HasField("run")][:1]
+    config = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in run.config.update}
+    assert config["global_batch"] == 3072 and config["optim"]["lr_peak"] == 5e-5
+    assert config["start"]["launch"] and config["start"]["packages"]["torch"] and config["start"]["step"] == 10
+    assert run.run_group == "mine"
+    (start,) = [json.loads(text) for text in (run_dir / STARTS).read_text().splitlines()]
+    assert start["config"]["global_batch"] == 3072 and {**start, "config": 0} == {**config["start"], "config": 0}
+
+
+@pytest.mark.slow  # W&B tries for a minute and a half
+def test_without_a_network_a_run_is_kept_for_later(tmp_path, monkeypatch, caplog):
+    for name, value in (("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", "a" * 40), ("INIT_TIMEOUT", "1")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    tracker = Tracker(Config(wandb=WandbConfig(mode="online")), tmp_path, 0)
+    tracker.log(1, {"loss": 0.5})
+    tracker.close()
+    assert "W&B CANNOT BE REACHED" in caplog.text and "`wandb sync` sends it later" in caplog.text
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
