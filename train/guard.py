@@ -126,7 +126,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(max(self._until - time.monotonic(), 0.05)):
+        while not self._stopped.wait(min(self._seconds / 4, 5.0)):
             if time.monotonic() > self._until:
                 self._end()
 
