@@ -13,7 +13,7 @@ from train.adapter import add_lora
 from train.checkpoint import resume
 from train.config import Config, accumulation
 from train.ema import EMA
-from train.engine import build_engine
+from train.engine import Engine, build_engine
 from train.guard import BadShare, FiniteSteps, Watchdog
 from train.inputs import Inputs, begins_from_weights
 from train.meters import Meters
@@ -31,11 +31,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    unet = build_net(config, inputs, device)
-    engine = build_engine(unet, config, ranks)
-    if begins_from_weights(config):
-        engine.set_weights(inputs.weights)
-        inputs.weights = None
+    engine = begin(config, inputs, ranks, device)
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
     first_step = resume(run_dir, engine, ema)
@@ -109,13 +105,16 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     return last
 
 
-def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
-    """The net as it starts, with the matrices of LoRA where those are what is trained."""
+def begin(config: Config, inputs: Inputs, ranks: int, device: torch.device) -> Engine:
+    """The engine around the net as it starts: fresh, from weights, or with matrices of LoRA beside them."""
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
         unet = UNet(config.model)
     if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
         unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     if config.lora.rank:
         add_lora(unet, config.lora, inputs.weights)
-        inputs.weights = None
-    return unet
+    engine = build_engine(unet, config, ranks)
+    if begins_from_weights(config):
+        engine.set_weights(inputs.weights)
+    inputs.weights = None
+    return engine
