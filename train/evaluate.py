@@ -48,8 +48,8 @@ class Evaluate:
     checkpoint: a run's folder, for its latest, or a step's; with model=if_i_xl, a file of conf/model, released weights.
     shards, text: captioned pictures and their embeddings, as for a training. scores: fid; fd_lite0 and kid_lite0, which
     are no FID; alignment, for the captions of data.demo. inception: the file of its weights. references: a file that an
-    earlier evaluation wrote, to spare the time. adapter: a LoRA in diffusers' form, laid over the net. micro_batch: pictures
-    at a time. weights: ema or master.
+    earlier evaluation wrote, to spare the time. adapter: a LoRA in diffusers' form, laid over the net. micro_batch:
+    pictures at a time. weights: ema or master.
     """
 
     checkpoint: str = MISSING
