@@ -12,6 +12,7 @@ class Batch:
     """A micro batch of N samples.
 
     Shapes: pixels [N, 3, H, W] uint8; text_emb [N, L, D]; visit [N] int64; weight [N] float32.
+    text_emb: or, where the encoder runs on the rank, the ids of the tokens [N, L] int32, -1 at the padding.
     visit: epoch x samples in the dataset + the sample's index, the key of all its random draws.
     weight: 1, or 0 where the sample could not be read: its place is filled with zeros and adds nothing to the loss.
     bad: (sample, reason) for each weight of 0.

@@ -1,9 +1,13 @@
 """What a run is told of its data."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from data.shards import Shard, find_shards
 from data.transforms import ImageRules
+
+if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online has need of it
+    from data.encoder import TextEncoder
 
 
 @dataclass(slots=True)
@@ -13,6 +17,18 @@ class DatasetConfig:
     shards: str
     text: str
     weight: float = 1.0
+
+
+@dataclass(slots=True)
+class TextConfig:
+    """Where text embeddings come from.
+
+    mode: 'stored' reads them from data.text; 'online' runs the frozen encoder that its meta file names on every rank.
+    encoder: where that lies now, if not where the meta file says.
+    """
+
+    mode: str = "stored"
+    encoder: str = ""
 
 
 @dataclass(slots=True)
@@ -49,11 +65,15 @@ class DataConfig:
 
 @dataclass(slots=True)
 class Dataset:
-    """Shards that were found, where their embeddings lie, and the share of every batch, in any unit."""
+    """Shards that were found, where their embeddings lie, and the share of every batch, in any unit.
+
+    encoder: what makes the embeddings from the captions, where they are not stored.
+    """
 
     shards: list[Shard]
     text: str
     weight: float = 1.0
+    encoder: "TextEncoder | None" = None
 
     @property
     def samples(self) -> int:

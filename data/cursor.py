@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 ENDED, UNREADABLE = "shard ended early", "shard unreadable"
 NO_IMAGE, NO_EMBEDDING, TEXT_UNREADABLE = "no image", "no embedding", "embeddings unreadable"
+NO_CAPTION = "no caption"
 
 
 class ShardUnreadable(RuntimeError):
@@ -37,13 +38,13 @@ class RawSample:
 class ShardCursor:
     """Reads a shard and its sidecar side by side, forwards.
 
-    text_folder: '' leaves the embeddings out.
+    text_folder: '' leaves the embeddings out.  needs_caption: samples without one are bad, as they have no embedding.
     unreadable: 'skip' makes bad samples of those that a shard or sidecar still had when it could be read no more.
     Raises: with unreadable='fail' ShardUnreadable, here and in read.
     """
 
-    def __init__(self, shard: Shard, text_folder: str, unreadable: str = "skip") -> None:
-        self.shard, self.row, self._name = shard, 0, shard.name
+    def __init__(self, shard: Shard, text_folder: str, unreadable: str = "skip", needs_caption: bool = False) -> None:
+        self.shard, self.row, self._name, self._needs_caption = shard, 0, shard.name, needs_caption
         fail = unreadable == "fail"
         self._images = _Tar(shard.location, {*IMAGE_EXTENSIONS, "txt"}, shard.size, fail)
         self._texts: _Tar | None = None
@@ -63,6 +64,8 @@ class ShardCursor:
             return RawSample(f"{self._name}[{row}]", problem=problem)
         key, members = found
         embedding, problem = self._embedding(key)
+        if self._needs_caption and "txt" not in members:
+            problem = NO_CAPTION
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), b"")
         return RawSample(
             f"{self._name}:{key}", image, embedding, members.get("txt", b""), problem if image else NO_IMAGE

@@ -1,6 +1,7 @@
 """The frozen text encoder: any of transformers' with a last_hidden_state, by name or folder."""
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -53,13 +54,36 @@ class TextEncoder:
         )  # fmt: skip
         return np.where(inputs["attention_mask"] == 1, inputs["input_ids"], -1).astype(np.int32)
 
-    @torch.inference_mode()
+    def to(self, device: torch.device) -> None:
+        """Move the encoder there."""
+        self.device, self.model = device, self.model.to(device)
+
+    @torch.no_grad()  # not inference_mode: a net that is trained on the states keeps them for its backward
     def states(self, token_ids: Tensor) -> Tensor:
         """[N, tokens, dim] in the compute dtype, on the device; token_ids: as of token_ids()."""
         ids = token_ids.to(self.device, torch.int64, non_blocking=True)
         mask = ids >= 0
         ids = ids.masked_fill(~mask, self.tokenizer.pad_token_id)
         return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+    def begin(self, token_ids: Tensor) -> Callable[[], Tensor]:
+        """Begin with a batch; calling what comes back gives its states on the host, once they are there.
+
+        So a GPU that has the next batch in its queue need not wait for what is done with this one.
+        """
+        states = self.states(token_ids)
+        if self.device.type != "cuda":
+            return lambda: states
+        host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+        host.copy_(states, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+
+        def fetch() -> Tensor:
+            there.synchronize()
+            return host
+
+        return fetch
 
     def __call__(self, captions: list[str]) -> np.ndarray:
         """[N, tokens, dim] float32.

@@ -128,7 +128,7 @@ def _look_at(
         found.kinds["of an odd header"] += 1
     if meta and not raw.problem:
         try:
-            read_into(np.empty((meta.tokens, meta.dim), meta.dtype), raw.embedding, meta)
+            read_into(np.empty(meta.shape, meta.array_dtype), raw.embedding, meta)
         except ValueError as problem:
             return pixels, str(problem)
         except OSError:

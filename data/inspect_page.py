@@ -181,7 +181,7 @@ def _embeddings(summary: Summary) -> str:
     meta = summary.meta
     rows = [(name, getattr(meta, name)) for name in TextMeta.__dataclass_fields__]
     cells = "".join(f"<tr><td>{name}</td><td>{_text(str(value))}</td></tr>" for name, value in rows)
-    size = meta.tokens * meta.dim * np.dtype(meta.dtype).itemsize
+    size = meta.nbytes
     fault = f"<p><b>{_text(summary.sidecar_fault, 1000)}</b></p>" if summary.sidecar_fault else ""
     return (
         f"<h2>Embeddings</h2>{fault}<p>{_text(summary.text)}: {readable(size)} a caption, "

@@ -46,7 +46,8 @@ class BlockReader:
         if cursor is None or cursor.shard is not wanted or cursor.row > row:
             if cursor is not None:
                 cursor.close()
-            cursor = self._cursor = ShardCursor(wanted, self.dataset.text, self.unreadable)
+            online = self.dataset.encoder is not None
+            cursor = self._cursor = ShardCursor(wanted, "" if online else self.dataset.text, self.unreadable, online)
         return cursor.read(row)
 
 
@@ -69,11 +70,12 @@ class MicroBatches:
         self.micro_batch, self.first_slot = micro_batch, rank * (global_batch // ranks)
         self.micro_batches = global_batch // (ranks * micro_batch)
         self.first = step * self.micro_batches
-        self.empty = read_empty(datasets[0].text, meta)
+        self.encoder = datasets[0].encoder
+        self.empty = self.encoder.token_ids([""])[0] if self.encoder else read_empty(datasets[0].text, meta)
 
     def place(self) -> Batch:
         """Shared memory for one micro batch."""
-        return Batch.shared(self.micro_batch, self.image_size, self.empty.shape, getattr(torch, self.meta.dtype))
+        return Batch.shared(self.micro_batch, self.image_size, self.empty.shape, getattr(torch, self.empty.dtype.name))
 
     def fill(self, first: int, stride: int, places: list[Batch]) -> Iterator[Batch]:
         """The micro batches numbered first, first + stride, ..., written to the places in turn, over and over."""
@@ -122,14 +124,17 @@ class MicroBatches:
                 if self.dropouts.at(visit).random() < c.cond_drop_prob:
                     text_emb[i] = self.empty
                 else:
-                    self._read_embedding(text_emb[i], raw)
+                    self._read_text(text_emb[i], raw)
             except ValueError as problem:
                 pixels[i], text_emb[i], weight[i] = 0, self.empty, 0.0
                 batch.bad.append((raw.name, str(problem)))
         batch.visit.numpy()[:] = [visit for visit, _ in samples]
 
-    def _read_embedding(self, out: np.ndarray, raw: RawSample) -> None:
+    def _read_text(self, out: np.ndarray, raw: RawSample) -> None:
         """Raises: ValueError, the reason why there is none; ShardUnreadable if the run is not to go on without."""
+        if self.encoder:
+            out[:] = self.encoder.token_ids([raw.caption.decode("utf-8", "replace")])[0]
+            return
         try:
             read_into(out, raw.embedding, self.meta)
         except OSError as error:
@@ -148,21 +153,26 @@ def micro_batches(stream: MicroBatches, workers: int, pin_memory: bool) -> Itera
 
 
 def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tuple[str, np.ndarray]]:
-    """At most n captions, taken evenly from the shards, with their embeddings [tokens, dim]: no encoder is needed.
+    """At most n captions, taken evenly from the shards, with their embeddings [tokens, dim], stored or made.
 
     Raises: ValueError if none of the samples looked at can be read.
     """
-    shards = [(shard, dataset.text) for dataset in datasets for shard in dataset.shards]
+    shards = [(shard, dataset) for dataset in datasets for shard in dataset.shards]
     ends = np.cumsum([shard.count for shard, _ in shards])
     prompts = []
     for place in np.unique(np.arange(n) * int(ends[-1]) // n).tolist():
         at = int(np.searchsorted(ends, place, side="right"))
-        shard, text = shards[at]
-        raw = ShardCursor(shard, text).read(place - int(ends[at]) + shard.count)
+        shard, dataset = shards[at]
+        encoder = dataset.encoder
+        cursor = ShardCursor(shard, "" if encoder else dataset.text, needs_caption=encoder is not None)
+        raw = cursor.read(place - int(ends[at]) + shard.count)
         try:
-            embedding = np.empty((meta.tokens, meta.dim), meta.dtype)
-            read_into(embedding, raw.embedding, meta)
-            prompts.append((raw.caption.decode("utf-8", "replace"), embedding))
+            embedding, caption = np.empty(meta.shape, meta.array_dtype), raw.caption.decode("utf-8", "replace")
+            if encoder and not raw.problem:
+                embedding[:] = encoder([caption])[0]
+            else:
+                read_into(embedding, raw.embedding, meta)
+            prompts.append((caption, embedding))
         except (ValueError, OSError) as problem:
             logger.warning("%s cannot serve as a prompt: %s", raw.name, raw.problem or problem)
     if not prompts:

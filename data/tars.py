@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,23 +19,28 @@ STATS = "_stats.json"
 META_FOLDER = re.compile(r"__[^/]*__(/|$)")
 
 
-def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]], stats: dict | None = None) -> None:
+def write_shard(
+    path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], stats: dict | None = None, aside: Path | None = None
+) -> None:
     """Write one tar and the stats file beside it, each aside and then renamed.
 
-    samples: (key, {extension: bytes}) in the order they shall have. The same samples give the same bytes.
-    stats: what the stats file shall say beyond the number of samples.
+    samples: (key, {extension: bytes}) in the order they shall have, written as they come. The same give the same bytes.
+    stats: what the stats file shall say beyond the number of samples; looked at once they are written.
+    aside: where the tar is written first; beside the path by default.
     The stats file comes last, so a tar without one was cut short and is to be written again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tar.part")
+    aside, count = aside or path.with_suffix(".tar.part"), 0
     with open(aside, "wb") as file:
         with wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
             for key, members in samples:
                 tar.write({"__key__": key, **members})
+                count += 1
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    write_json(stats_path(path), {"count": len(samples), "successes": len(samples), **(stats or {})})
+    _opened.cache_clear()  # it may hold the tar that was there before
+    write_json(stats_path(path), {"count": count, "successes": count, **(stats or {})})
 
 
 def write_json(path: Path, value: object) -> None:

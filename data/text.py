@@ -15,7 +15,8 @@ from data.tars import Span, write_json
 
 META = "meta.json"
 EMPTY = "empty.npy"
-DTYPES = ("float16", "float32")
+# How an embedding [tokens, dim] lies in its .npy: the numbers' type there, and the columns beyond dim.
+STORED = {"float16": ("float16", 0), "float32": ("float32", 0), "bfloat16": ("uint16", 0), "int8": ("int8", 4)}
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class TextMeta:
     """Everything that decides a stored embedding; lies as meta.json beside the sidecar shards.
 
     tokens, dim: an embedding is [tokens, dim].  dtype: as stored.  compute: as the encoder ran.
+    cleaning: of the captions, as data.captions names it.
     """
 
     encoder: str
@@ -34,6 +36,24 @@ class TextMeta:
     compute: str
     cleaning: str
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens, self.dim
+
+    @property
+    def array_dtype(self) -> str:
+        return "float16" if self.dtype == "float16" else "float32"
+
+    @property
+    def stored(self) -> tuple[str, tuple[int, int]]:
+        kind, more = STORED[self.dtype]
+        return kind, (self.tokens, self.dim + more)
+
+    @property
+    def nbytes(self) -> int:
+        kind, (rows, columns) = self.stored
+        return rows * columns * np.dtype(kind).itemsize
+
     def write(self, folder: Path) -> None:
         """Write meta.json, aside and renamed."""
         write_json(folder / META, asdict(self))
@@ -43,7 +63,10 @@ class TextMeta:
         """Raises: ValueError if there is none or it is not ours."""
         path = join(folder, META)
         try:
-            return TextMeta(**json.loads(read_bytes(path)))
+            meta = TextMeta(**json.loads(read_bytes(path)))
+            if meta.dtype not in STORED:
+                raise ValueError(f"dtype {meta.dtype} is none of {', '.join(STORED)}")
+            return meta
         except FileNotFoundError:
             raise ValueError(
                 f"no text embeddings in '{folder}' (no {META}): run `python -m data.embed shards=... out={folder}`"
@@ -59,8 +82,8 @@ def sidecar(shard: Shard, folder: str | Path) -> str:
     return join(folder, shard.name)
 
 
-def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: int) -> TextMeta:
-    """Make sure that the embeddings of all shards are there and are what the model takes.
+def check_meta(folder: str | Path, tokens: int, dim: int) -> TextMeta:
+    """Make sure that the embeddings that a folder's meta file describes are what the model takes.
 
     Raises: ValueError that says what does not fit and what to change.
     """
@@ -75,13 +98,23 @@ def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: in
             f"the text embeddings in '{folder}' have {meta.tokens} tokens, data.tokens is {tokens}: "
             f"set data.tokens={meta.tokens} or embed with tokens={tokens}"
         )
+    return meta
+
+
+def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: int) -> TextMeta:
+    """Make sure that the embeddings of all shards are there and are what the model takes.
+
+    Raises: ValueError that says what does not fit and what to change.
+    """
+    meta = check_meta(folder, tokens, dim)
     there = _sidecar_names(str(folder))
     missing = [shard.name for shard in shards if there is not None and shard.name not in there]
     if missing:
         source = split(shards[0].location)[0]
         raise ValueError(
             f"{len(missing)} of {len(shards)} shards have no embeddings in '{folder}' (first: {missing[0]}): "
-            f"run `python -m data.embed shards={source} out={folder}` again, it adds what is missing"
+            f"run `python -m data.embed shards={source} out={folder}` again, it adds what is missing, "
+            "or set text.mode=online"
         )
     return meta
 
@@ -101,60 +134,110 @@ def _sidecar_names(folder: str) -> set[str] | None:
         raise ValueError(f"the text embeddings in '{folder}' cannot be read: {error}") from None
 
 
-def to_bytes(embedding: np.ndarray) -> bytes:
-    """An embedding as the bytes of a .npy file."""
+def pack(states: np.ndarray, dtype: str) -> np.ndarray:
+    """States [tokens, dim] float32 as they are stored.
+
+    bfloat16: its bits as uint16, rounded to nearest.  int8: [tokens, dim + 4], each token's values in steps of a 127th
+    of the largest of them, and behind them the four bytes of that step, a little-endian float32.
+    Raises: ValueError if they are too large for the dtype.
+    """
+    states = np.ascontiguousarray(states, np.float32)
+    finite = _is_finite(states)
+    if dtype == "int8":
+        step = np.maximum(np.abs(states).max(1, keepdims=True) / 127, np.float32(1e-30)).astype("<f4")
+        with np.errstate(invalid="ignore"):
+            stored = np.concatenate([np.rint(states / step).astype(np.int8), step.view(np.int8)], axis=1)
+    elif dtype == "bfloat16":
+        bits = states.view(np.uint32)
+        stored = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+        finite = finite and _is_finite(stored)
+    else:
+        with np.errstate(over="ignore"):
+            stored = states.astype(dtype)
+        finite = finite and _is_finite(stored)
+    if not finite:
+        raise ValueError(f"states that reach {np.abs(states).max():.3g} are too large for {dtype}")
+    return stored
+
+
+def _unpack(out: np.ndarray, stored: np.ndarray) -> None:
+    """What was stored into out [tokens, dim]. Raises: ValueError if it is not finite."""
+    if stored.dtype == np.int8:
+        dim = out.shape[1]
+        step = np.ascontiguousarray(stored[:, dim:]).view("<f4")
+        finite = bool(np.isfinite(step).all())
+        with np.errstate(all="ignore"):
+            np.multiply(stored[:, :dim], step, out=out, casting="unsafe")
+    elif stored.dtype == np.uint16:
+        finite = _is_finite(stored)
+        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        finite = _is_finite(stored)
+        out[:] = stored
+    if not finite:
+        raise ValueError("embedding not finite")
+
+
+def to_bytes(stored: np.ndarray) -> bytes:
+    """An embedding, as pack leaves it, as the bytes of a .npy file."""
     buffer = io.BytesIO()
-    np.save(buffer, embedding, allow_pickle=False)
+    np.save(buffer, stored, allow_pickle=False)
     return buffer.getvalue()
 
 
 def from_bytes(data: bytes, meta: TextMeta) -> np.ndarray:
-    """[tokens, dim] from the bytes of a .npy file, read-only and without a copy; nothing is unpickled.
+    """[tokens, dim] in meta.array_dtype from the bytes of a .npy file; nothing is unpickled.
 
     Raises: ValueError if it is of another shape or dtype, or not finite.
     """
-    header = _npy_header(meta.tokens, meta.dim, meta.dtype)
-    if data.startswith(header):
-        try:
-            flat = np.frombuffer(data, meta.dtype, meta.tokens * meta.dim, len(header))
-        except ValueError as error:
-            raise ValueError("embedding not readable") from error
-        embedding = flat.reshape(meta.tokens, meta.dim)
-    else:
-        embedding = _from_other_header(data, meta)
-    if not _is_finite(embedding):
-        raise ValueError("embedding not finite")
-    return embedding
+    stored = _stored(data, meta)  # looked at before there is memory for it
+    out = np.empty(meta.shape, meta.array_dtype)
+    _unpack(out, stored)
+    return out
 
 
 def read_into(out: np.ndarray, source: bytes | Span, meta: TextMeta) -> None:
-    """Put an embedding into out [tokens, dim], from a local tar without a copy in between.
+    """Put an embedding into out [tokens, dim] in meta.array_dtype; floats of a local tar go there without a copy.
 
     Raises: ValueError, as from_bytes, and OSError; out then holds anything.
     """
     if isinstance(source, Span):
-        expected = _npy_header(meta.tokens, meta.dim, meta.dtype)
+        expected = _npy_header(*meta.stored)
         header = bytearray(len(expected))
-        if source.read_into(header, out) == len(expected) + out.nbytes and header == expected:
-            if not _is_finite(out):
+        direct = meta.dtype == meta.array_dtype
+        stored = out if direct else np.empty(meta.stored[1], meta.stored[0])
+        if source.read_into(header, stored) == len(expected) + stored.nbytes and header == expected:
+            if not direct:
+                _unpack(out, stored)
+            elif not _is_finite(out):
                 raise ValueError("embedding not finite")
             return
         source = source.read()
-    out[:] = from_bytes(source, meta)
+    _unpack(out, _stored(source, meta))
+
+
+def _stored(data: bytes, meta: TextMeta) -> np.ndarray:
+    """The array in the bytes of a .npy file, without a copy. Raises: ValueError."""
+    kind, shape = meta.stored
+    header = _npy_header(kind, shape)
+    if not data.startswith(header):
+        return _from_other_header(data, kind, shape)
+    try:
+        return np.frombuffer(data, kind, shape[0] * shape[1], len(header)).reshape(shape)
+    except ValueError as error:
+        raise ValueError("embedding not readable") from error
 
 
 @lru_cache
-def _npy_header(tokens: int, dim: int, dtype: str) -> bytes:
+def _npy_header(kind: str, shape: tuple[int, int]) -> bytes:
     """What to_bytes writes before the numbers: to parse it takes longer than all the rest, to compare it no time."""
-    if dtype not in DTYPES:
-        raise ValueError(f"embedding dtype {dtype} is none of {', '.join(DTYPES)}")
     buffer = io.BytesIO()
-    fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (tokens, dim)}
+    fields = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, fields)
     return buffer.getvalue()
 
 
-def _from_other_header(data: bytes, meta: TextMeta) -> np.ndarray:
+def _from_other_header(data: bytes, kind: str, wanted: tuple[int, int]) -> np.ndarray:
     """The embedding behind a header that is not to_bytes' own: of other software, or no header at all.
 
     Raises: ValueError.
@@ -171,25 +254,25 @@ def _from_other_header(data: bytes, meta: TextMeta) -> np.ndarray:
     except Exception as error:  # numpy evaluates the header as a literal, which hostile bytes break in many ways
         raise ValueError("embedding not readable") from error
     # Judged before reading, for which numpy would take as much memory as the header says.
-    if shape != (meta.tokens, meta.dim) or dtype.name != meta.dtype:
+    if shape != wanted or dtype.name != kind:
         raise ValueError("embedding of another shape or dtype")
     try:
-        flat = np.frombuffer(data, dtype, meta.tokens * meta.dim, file.tell())
+        flat = np.frombuffer(data, dtype, wanted[0] * wanted[1], file.tell())
     except ValueError as error:
         raise ValueError("embedding not readable") from error
-    return flat.reshape(shape, order="F" if fortran_order else "C").astype(meta.dtype, order="C")
+    return flat.reshape(shape, order="F" if fortran_order else "C").astype(kind, order="C")
 
 
-def _is_finite(embedding: np.ndarray) -> bool:
-    """np.isfinite(embedding).all() at a twentieth of the cost for float16.
+def _is_finite(stored: np.ndarray) -> bool:
+    """np.isfinite(stored).all() at a twentieth of the cost for float16; of uint16, as the bits of bfloat16.
 
     Read as integers, floats of one sign are in order, with the infinity and behind it the NaNs at the top: of the
     positive ones among signed integers, of the negative ones among unsigned.
     """
-    infinity = np.array(np.inf, embedding.dtype)
-    signed, unsigned = f"i{embedding.itemsize}", f"u{embedding.itemsize}"
-    positive_ones = embedding.view(signed).max() < infinity.view(signed)
-    return bool(positive_ones and embedding.view(unsigned).max() < (-infinity).view(unsigned))
+    signed, unsigned = f"i{stored.itemsize}", f"u{stored.itemsize}"
+    infinity = 0x7F80 if stored.dtype == np.uint16 else int(np.array(np.inf, stored.dtype).view(unsigned))
+    negative = 1 << (8 * stored.itemsize - 1)
+    return bool(stored.view(signed).max() < infinity and stored.view(unsigned).max() < infinity + negative)
 
 
 def read_empty(folder: str | Path, meta: TextMeta) -> np.ndarray:

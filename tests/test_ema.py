@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import save_file
 
 from train.ema import EMA
+from train.parts import Parts, part_file
 
 
 def test_it_is_the_plain_average_with_a_smaller_decay_at_first():
@@ -19,3 +21,37 @@ def test_it_is_the_plain_average_with_a_smaller_decay_at_first():
         expected = decay * expected + (1 - decay) * engine.master.detach().double()
         torch.testing.assert_close(ema.average.double(), expected, rtol=1e-5, atol=1e-5)
     assert ema.average.dtype == torch.float32 and (ema.average - engine.master).abs().max() > 0.5
+
+
+def test_it_goes_on_as_the_plain_average_through_saves_and_other_ranks(tmp_path):
+    total, generator = 101, torch.Generator().manual_seed(0)
+    flat = torch.randn(total, generator=generator)
+    expected = flat.double()
+    engines, emas = engines_of(flat, 2), []
+    emas = [EMA(engine, 0.9) for engine in engines]
+    for step in range(1, 200):
+        change = torch.randn(total, generator=generator)
+        flat += change
+        for ema, engine, part in zip(emas, engines, engines_of(flat, len(engines)), strict=True):
+            engine.master.data.copy_(part.master)
+            ema.update(engine, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * flat.double()
+        if step % 40 == 0:
+            folder, ranks = tmp_path / str(step), {40: 1, 80: 3, 120: 2, 160: 5}[step]
+            folder.mkdir()
+            for rank, (ema, engine) in enumerate(zip(emas, engines, strict=True)):
+                save_file({"master": engine.master.detach(), "ema": ema.average}, folder / part_file(rank))
+            parts, engines = Parts(folder, len(engines)), engines_of(flat, ranks)
+            emas = [EMA(engine, 0.9) for engine in engines]
+            size = len(engines[0].master)
+            for rank, ema in enumerate(emas):
+                ema.average.copy_(parts.read("ema", rank * size, (rank + 1) * size))
+    average = torch.cat([ema.average for ema in emas])[:total]
+    torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def engines_of(flat: torch.Tensor, ranks: int) -> list[SimpleNamespace]:
+    size = 2 * -(-len(flat) // (2 * ranks))
+    padded = torch.cat([flat, torch.zeros(size * ranks - len(flat))])
+    return [SimpleNamespace(master=torch.nn.Parameter(part.clone())) for part in padded.split(size)]

@@ -142,7 +142,7 @@ def test_a_prompt_gives_the_picture_of_train_sample(base, name):
         images = pipeline(**conditions, **options, generator=generators).images
         return torch.from_numpy(images).permute(0, 3, 1, 2) * 255
 
-    by_prompt = pictures(prompt=prompts, clean_caption=False)
+    by_prompt = pictures(prompt=prompts)
     assert expected.float().std() > 10
     assert (by_prompt - expected).abs().max() < 1
     by_embedding = pictures(prompt_embeds=text_emb, negative_prompt_embeds=empty.expand_as(text_emb))

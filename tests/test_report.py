@@ -17,30 +17,22 @@ from train.report_page import CURVES, POINTS
 
 HOSTILE = '</script><img src=x onerror=alert(1)>"&'
 FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-    "--hide-scrollbars",
-    "--virtual-time-budget=20000",
-]
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+    "--hide-scrollbars", "--virtual-time-budget=20000",
+]  # fmt: skip
 
 
-def write_run(folder: Path, lines: int = 60, lr: float = 1e-3, name: str = "a run", start: int = 1) -> Path:
+def write_run(folder: Path, lines: int = 60, lr: float = 1e-3) -> Path:
     """Lines with every metric that a GPU run logs, two starts, three grids."""
     (folder / "samples").mkdir(parents=True)
     metrics = sorted({name for _, names, _ in CURVES for name in names} - {"lr"})
     with open(folder / "metrics.jsonl", "w") as file:
-        for i in range(start, start + lines):
-            values = {metric: (k + 1) / (i + 5) for k, metric in enumerate(metrics)}
-            file.write(json.dumps({"step": 10 * i, "lr": lr, "images_per_second": 9.5, **values}) + "\n")
+        for i in range(1, lines + 1):
+            values = {metric: 1e3 * lr * (k + 1) / (i + 5) for k, metric in enumerate(metrics)}
+            file.write(json.dumps({"step": 10 * i, "lr": lr / i**2, **values}) + "\n")
     config = {"optim": {"lr_peak": lr, "name": "adamw8bit"}, "data": {"text": HOSTILE}, "steps": 600}
-    starts = [{"time": "2026-01-01", "step": s, "launch": ["main.py", HOSTILE, name], "git": "abc", "config": config}
+    starts = [{"time": "2026-01-01", "step": s, "launch": ["main.py", HOSTILE], "git": "abc", "config": config}
               for s in (0, 300)]  # fmt: skip
     (folder / "starts.jsonl").write_text("".join(json.dumps(s) + "\n" for s in starts))
     for i in range(3):
@@ -63,11 +55,11 @@ def test_one_page_holds_curves_grids_recipe_and_starts(tmp_path):
         assert all(trace["x"] == list(range(10, 610, 10)) for trace in figure["data"])
         assert figure["layout"]["yaxis"]["type"] == ("log" if log else "linear")
         assert [shape["x0"] for shape in figure["layout"]["shapes"]] == [300], "where it was started anew"
-    assert page.count("data:image/png;base64,") == 3
     for needed in ("optim.lr_peak", "adamw8bit", "from step 300", "main.py"):
         assert needed in page
     assert HOSTILE not in page and page.count("onerror=alert(1)") == page.count("&lt;img src=x onerror=alert(1)&gt;")
     outside = page.replace(re.search(r"<script>(.{100000,}?)</script>", page, re.DOTALL).group(1), "")
+    assert outside.count("data:image/png;base64,") == 3
     assert "http://" not in outside and "https://" not in outside, "nothing of it lies elsewhere"
 
 

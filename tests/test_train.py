@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data.config import Dataset
+from data.embed import Embed, embed
 from data.index import Index, index
 from data.shards import Shard, find_shards
 from data.tars import read_shard, write_shard
@@ -62,6 +63,18 @@ def test_one_rank_gives_the_same_curve_as_two(repo, data, two_ranks, tmp_path):
         for name in ("loss", "mse", "vb"):
             assert one[name] == pytest.approx(two[name], rel=2e-3), (one["step"], name)
         assert one["step"] > 2 or one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+
+
+def test_an_encoder_on_the_rank_gives_the_curve_of_stored_embeddings(repo, data, two_ranks, tmp_path):
+    text = tmp_path / "text"
+    embed(Embed("", str(text), str(data / "t5"), 16, "float32", "float32", mode="meta"))
+    online = ("wandb.mode=disabled", "text.mode=online", f"data.text={text}", "steps=3")
+    done = launch(repo, data, tmp_path / "online", *online, ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "parallelism has already been used" not in done.stderr
+    for made, stored in list(zip(metrics(tmp_path / "online"), metrics(two_ranks), strict=False))[:2]:
+        assert made["loss"] == pytest.approx(stored["loss"], rel=1e-4)
+    assert (tmp_path / "online" / "samples" / "step-00000003.png").exists()
 
 
 def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):

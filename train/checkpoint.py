@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict:
     Raises: OSError or ValueError if it is not there or damaged.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if manifest != sealed(manifest) and SEAL in manifest:
+    if (SEAL in manifest or "sha256" in manifest) and manifest != sealed(manifest):
         raise ValueError(f"'{folder / MANIFEST}' is damaged: its checksum is another")
     return manifest
 
@@ -156,6 +156,7 @@ def resume(run_dir: Path, engine: "Engine", ema: "EMA") -> int:
     if rank == 0:
         for left in (run_dir / "checkpoints").glob("*.part"):  # of a start that was killed as it saved
             shutil.rmtree(left, ignore_errors=True)
+        (run_dir / "done").unlink(missing_ok=True)  # of a start with fewer steps
     faults: list[str] = [""] * ranks
     for folder in _from_first(folders):
         dist.all_gather_object(faults, find_fault(folder, rank, ranks))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from data.config import DataConfig
+from data.config import DataConfig, TextConfig
 from data.mixture import share_out
 from model.unet import UNetConfig
 
@@ -93,6 +93,7 @@ class Config:
     model: UNetConfig = field(default_factory=UNetConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -140,6 +141,7 @@ def check(config: Config) -> None:
     for name, value, allowed in (
         ("precision", config.precision, ("bf16", "fp32")),
         ("optim.name", config.optim.name, ("adamw8bit", "adamw")),
+        ("text.mode", config.text.mode, ("stored", "online")),
         ("wandb.mode", config.wandb.mode, ("online", "offline", "disabled")),
         ("data.unreadable_shard", config.data.unreadable_shard, ("skip", "fail")),
     ):

@@ -83,7 +83,9 @@ def export(args: Export, shard_size: str = "10GB") -> None:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"'{out}' could not be written ({error}): make space, or choose another out=") from None
     variance = "learned" if config.learn_sigma else "fixed"
-    text = "prompts or prompt_embeds" if encoder else "prompt_embeds alone"
+    text = "prompt_embeds alone"
+    if encoder:
+        text = f"prompts (clean_caption={encoder.cleaning != 'lower-strip'}, as in the training) or prompt_embeds"
     print(f"{out}: an IFPipeline for {text}; {args.weights} weights of step {trained.step} in {args.dtype}, "
           f"{config.image_size} px, {timesteps} diffusion steps, {variance} variance")  # fmt: skip
 

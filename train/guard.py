@@ -6,12 +6,15 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data.batch import Batch
 from data.quarantine import Quarantine
 from data.stream import MicroBatches
+from train.config import Config
 from train.preempt import Consent
 
 SHOWN = 8
@@ -25,45 +28,28 @@ class TooManyBad(RuntimeError):
     """So many samples could not be read that going on would train on something else; raised by all ranks alike."""
 
 
-class BadShare:
-    """Looks whether more than a share of the samples could not be read."""
-
-    def __init__(self, limit: float) -> None:
-        self._limit, self._seen, self._bad = limit, 0.0, 0.0
-
-    def judge(self, step: int, metrics: dict[str, float], reasons: dict[str, int]) -> None:
-        """Take in what all ranks counted since the last call.
-
-        Raises: TooManyBad.
-        """
-        self._seen, self._bad = self._seen + metrics["samples"], self._bad + metrics["bad_samples"]
-        if self._bad > self._limit * max(self._seen, MIN_SEEN):
-            raise TooManyBad(
-                f"step {step}: {self._bad:.0f} of the last {self._seen:.0f} samples could not be read "
-                f"(here: {reasons}), more than data.max_bad_share={self._limit}: mend the shards, or raise the limit"
-            )
-        if self._seen >= MIN_SEEN:
-            self._seen = self._bad = 0.0
-
-
 class NotFinite(RuntimeError):
     """So many steps in a row were not finite that the run has left its way; raised by all ranks alike."""
 
 
-class FiniteSteps:
-    """Counts the steps that the engine skipped, lists their samples, and ends the run after `most` in a row.
+class Guard:
+    """Counts and lists samples that could not be read and steps that the engine skipped; too many end the run.
 
     That a step is skipped all ranks know from the norm of the gradient, which they share (train/engine.py).
     """
 
-    def __init__(self, most: int, stream: MicroBatches, quarantine: Quarantine, consent: Consent) -> None:
-        self._most, self._stream, self._quarantine, self._consent = most, stream, quarantine, consent
+    def __init__(self, config: Config, rank: int, stream: MicroBatches, consent: Consent) -> None:
+        self._most, self._share = config.max_skipped, config.data.max_bad_share
+        self._stream, self._consent = stream, consent
+        self._quarantine = Quarantine(Path(config.run_dir), rank)
         self._number = stream.first
         self._losses: list[tuple[int, Tensor]] = []
         self._in_a_row = self._skipped = 0
+        self._seen = self._bad = 0.0
 
-    def note(self, losses: Tensor) -> None:
-        """Remember the losses [N] of the next micro batch, without looking at them."""
+    def note(self, step: int, batch: Batch, losses: Tensor) -> None:
+        """List the bad samples of the next micro batch, and remember its losses [N] without looking at them."""
+        self._quarantine.add(step, batch.bad)
         self._losses.append((self._number, losses.detach()))
         self._number += 1
 
@@ -90,9 +76,23 @@ class FiniteSteps:
         raise NotFinite(
             f"step {step}: {self._in_a_row} steps in a row had no finite loss and gradient and were skipped; in the "
             f"last one the loss {samples} was not. The weights are those of step {step - self._in_a_row}. Look at the "
-            "samples in RUN_DIR/quarantine; lower optim.lr_peak or optim.grad_clip; or move the latest checkpoints "
-            "away, so that the run goes on from an earlier one"
+            "samples, listed in RUN_DIR/quarantine; lower optim.lr_peak or optim.grad_clip; or move the latest "
+            "checkpoints away, so that the run goes on from an earlier one"
         )
+
+    def judge_share(self, step: int, metrics: dict[str, float], reasons: dict[str, int]) -> None:
+        """Take in the samples that all ranks counted since the last call.
+
+        Raises: TooManyBad.
+        """
+        self._seen, self._bad = self._seen + metrics["samples"], self._bad + metrics["bad_samples"]
+        if self._bad > self._share * max(self._seen, MIN_SEEN):
+            raise TooManyBad(
+                f"step {step}: {self._bad:.0f} of the last {self._seen:.0f} samples could not be read "
+                f"(here: {reasons}), more than data.max_bad_share={self._share}: mend the shards, or raise the limit"
+            )
+        if self._seen >= MIN_SEEN:
+            self._seen = self._bad = 0.0
 
     def read(self) -> int:
         """Steps skipped since the last read."""

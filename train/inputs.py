@@ -1,28 +1,49 @@
 """What a run needs from outside, looked for before any training, and the run in words."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from data.batch import Batch
 from data.config import Dataset, find_datasets
 from data.mixture import share_out
-from data.text import TextMeta, check_sidecars, read_empty
+from data.text import TextMeta, check_meta, check_sidecars, read_empty
 from model.unet import UNet
 from train.adapter import add_lora
 from train.checkpoint import complete
 from train.config import Config, accumulation
 from train.pretrained import load_pretrained
 
+if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online has need of it
+    from data.encoder import TextEncoder
+
 
 @dataclass(slots=True)
 class Inputs:
-    """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin with, if any."""
+    """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin with, if any.
+
+    encoder: what makes the embeddings, where they are not stored.
+    """
 
     datasets: list[Dataset]
     meta: TextMeta
     weights: dict[str, Tensor] | None = None
+    encoder: "TextEncoder | None" = None
+
+    def to(self, device: torch.device) -> None:
+        """Bring the text encoder to the device, if the run has one."""
+        if self.encoder:
+            self.encoder.to(device)
+
+    def text_emb(self, batch: Batch, device: torch.device) -> Tensor:
+        """[N, L, D] of a batch on the device: as stored, or made there by the frozen encoder from the tokens."""
+        if self.encoder:
+            return self.encoder.states(batch.text_emb)
+        return batch.text_emb.to(device, non_blocking=True)
 
     @property
     def samples(self) -> list[int]:
@@ -38,7 +59,11 @@ def begins_from_weights(config: Config) -> bool:
 def find_inputs(config: Config, rank: int) -> Inputs:
     """Raises: ValueError if shards, embeddings or weights are missing or don't fit the model."""
     datasets = find_datasets(config.data)
-    metas = [check_sidecars(d.shards, d.text, config.data.tokens, config.model.encoder_dim) for d in datasets]
+    online = config.text.mode == "online"
+    tokens, dim = config.data.tokens, config.model.encoder_dim
+    metas = [
+        check_meta(d.text, tokens, dim) if online else check_sidecars(d.shards, d.text, tokens, dim) for d in datasets
+    ]
     for dataset, meta in zip(datasets, metas, strict=True):
         if meta != metas[0]:
             raise ValueError(
@@ -46,10 +71,22 @@ def find_inputs(config: Config, rank: int) -> Inputs:
                 "embed the captions of both with one encoder and its settings (meta.json)"
             )
         read_empty(dataset.text, meta)
+    encoder = _load_encoder(config, datasets, metas[0]) if online else None
     weights = None
     if rank == 0 and (begins_from_weights(config) or config.lora.rank):
         weights = load_pretrained(config.init_from, config.model)
-    return Inputs(datasets, metas[0], weights)
+    return Inputs(datasets, metas[0], weights, encoder)
+
+
+def _load_encoder(config: Config, datasets: list[Dataset], meta: TextMeta) -> "TextEncoder":
+    from data.encoder import load_encoder
+
+    # Loader workers take one caption at a time; threads of the tokenizer do not outlive their fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    encoder = load_encoder(meta, config.text.encoder)
+    for dataset in datasets:
+        dataset.encoder = encoder
+    return encoder
 
 
 def parameters(config: Config) -> tuple[int, int]:
@@ -72,9 +109,10 @@ def describe(config: Config, ranks: int) -> str:
             f"{size} of a batch, {config.steps * size / found.samples:.2f} epochs"
             for found, told, size in zip(inputs.datasets, config.data.datasets(), sizes, strict=True)
         )
-        text = f"{inputs.meta.encoder}, {inputs.meta.tokens} x {inputs.meta.dim} {inputs.meta.dtype} in " + ", ".join(
-            dataset.text for dataset in inputs.datasets
-        )
+        meta = inputs.meta
+        kept = f"made online in {meta.compute}, as" if inputs.encoder else f"{meta.dtype} in"
+        where = ", ".join(dataset.text for dataset in inputs.datasets)
+        text = f"{meta.encoder}, {meta.tokens} x {meta.dim}, {kept} {where}"
     except ValueError as error:
         data, text = f"none usable yet: {error}", "-"
     accumulate, optim = accumulation(config, ranks), config.optim

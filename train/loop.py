@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from data.quarantine import Quarantine
 from data.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
@@ -13,8 +12,8 @@ from train.adapter import add_lora
 from train.checkpoint import resume
 from train.config import Config, accumulation
 from train.ema import EMA
-from train.engine import Engine, build_engine
-from train.guard import BadShare, FiniteSteps, Watchdog
+from train.engine import build_engine
+from train.guard import Guard, Watchdog
 from train.inputs import Inputs, begins_from_weights
 from train.meters import Meters
 from train.noise import draw_t_and_noise
@@ -31,7 +30,12 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    engine = begin(config, inputs, ranks, device)
+    inputs.to(device)
+    unet = build_net(config, inputs, device)
+    engine = build_engine(unet, config, ranks)
+    if begins_from_weights(config):
+        engine.set_weights(inputs.weights)
+        inputs.weights = None
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
     first_step = resume(run_dir, engine, ema)
@@ -42,12 +46,10 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         config.micro_batch, rank, ranks, first_step,
     )  # fmt: skip
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
-    meters, quarantine = Meters(device, config), Quarantine(run_dir, rank)
+    meters = Meters(device, config)
     show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
-    finite, watchdog = FiniteSteps(config.max_skipped, stream, quarantine, consent), Watchdog(rank, config.hang_seconds)
-    bad_share, last = BadShare(config.data.max_bad_share), first_step == config.steps
-    if show and not last:
-        (run_dir / "done").unlink(missing_ok=True)
+    guard, watchdog = Guard(config, rank, stream, consent), Watchdog(rank, config.hang_seconds)
+    last = first_step == config.steps
 
     for step in range(first_step + 1, config.steps + 1):
         lr = engine.lr()
@@ -63,30 +65,27 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             weight = batch.weight.to(device)
             x_t = diffusion.q_sample(x_start, t, noise)
             with meters.phase("forward"):
-                output = engine(x_t, t, batch.text_emb.to(device, non_blocking=True))
+                output = engine(x_t, t, inputs.text_emb(batch, device))
                 losses = training_losses(diffusion, output, x_start, x_t, t, noise)
             with meters.phase("backward"):
                 engine.backward((losses["loss"] * weight).mean())
-            finite.note(losses["loss"])
             meters.add(losses, t, weight, batch)
-            quarantine.add(step, batch.bad)
+            guard.note(step, batch, losses["loss"])
             with meters.phase("step"):
                 engine.step()
         if engine.stepped:
             ema.update(engine, step)
             meters.add_step(engine)
-        finite.judge(step, engine.stepped)
+        guard.judge(step, engine.stepped)
 
         last, stop = step == config.steps, consent.stop()
         saver.poll()
         if step % config.log_every == 0 or last:
-            metrics = meters.read(engine, ema) | {
-                "save_stall_share": saver.stall_share(),
-                "skipped_steps": finite.read(),
-            }
+            metrics = meters.read(engine, ema)
+            metrics |= {"lr": lr, "save_stall_share": saver.stall_share(), "skipped_steps": guard.read()}
             if show:
-                show.log(step, metrics | {"lr": lr}, meters.bad)
-            bad_share.judge(step, metrics, meters.bad)
+                show.log(step, metrics, meters.bad)
+            guard.judge_share(step, metrics, meters.bad)
         if step % config.save_every == 0 or last or stop:
             with meters.phase("save"):
                 saver.begin(step, engine, ema)
@@ -105,16 +104,13 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     return last
 
 
-def begin(config: Config, inputs: Inputs, ranks: int, device: torch.device) -> Engine:
-    """The engine around the net as it starts: fresh, from weights, or with matrices of LoRA beside them."""
+def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
+    """The net as it starts, with the matrices of LoRA where those are what is trained."""
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
         unet = UNet(config.model)
     if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
         unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     if config.lora.rank:
         add_lora(unet, config.lora, inputs.weights)
-    engine = build_engine(unet, config, ranks)
-    if begins_from_weights(config):
-        engine.set_weights(inputs.weights)
-    inputs.weights = None
-    return engine
+        inputs.weights = None
+    return unet

@@ -1,0 +1,221 @@
+"""A chained run through 50 kills and more, against one that nothing happened to: `python -m tests.chaos out=DIR`."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file
+
+from data.cli import parse
+from tests.trainings import launch, make_data, metrics, start
+from train.checkpoint import complete, find_fault
+from train.preempt import REQUEUE
+
+REPO = Path(__file__).resolve().parent.parent
+TINY = (
+    "wandb.mode=disabled", "model.image_size=16", "model.channel_mult=[1,1]", "model.attention_resolutions=[8]",
+    "model.num_res_blocks=1", "save_every=3", "keep_checkpoints=3", "log_every=1",
+)  # fmt: skip
+SAME = ("step", "loss", "mse", "vb", "lr", "grad_norm", "samples", "bad_samples", "skipped_steps")
+
+
+@dataclass
+class Chaos:
+    """Kills a training again and again.
+
+    out: a folder for the data and the two runs. kills: with SIGKILL. others: times each of the other faults happens.
+    steps: of the training. seed: of the moments and the victims.
+    """
+
+    out: str = "runs/chaos"
+    kills: int = 50
+    others: int = 2
+    steps: int = 900
+    seed: int = 0
+
+
+class Run:
+    """One start of a training by two ranks, and what can be done to it."""
+
+    def __init__(self, data: Path, run_dir: Path, *overrides: str) -> None:
+        self.run_dir, self.began_at = run_dir, last_step(run_dir)
+        self._log = open(run_dir.parent / f"{run_dir.name}.log", "w+")  # noqa: SIM115 - closed in end()
+        to_log = {"stdout": self._log, "stderr": self._log}
+        self.process = start(REPO, data, run_dir, *TINY, *overrides, ranks=2, **to_log)
+
+    def wait_for(self, steps: int, patience: float = 180.0) -> None:
+        """Until so many steps of this start are made, or it has ended."""
+        until = time.monotonic() + patience
+        while self.process.poll() is None and self._made() < steps:
+            assert time.monotonic() < until, self.said()
+            time.sleep(0.02)
+
+    def _made(self) -> int:
+        # Steps beyond the checkpoint gone on from are made again: their lines are dropped as the start begins.
+        beginning = re.findall(r"(\d+)/\d+ \[", self.said())
+        return last_step(self.run_dir) - int(beginning[0]) if beginning else 0
+
+    def tree(self) -> list[psutil.Process]:
+        """All processes below the launcher, itself not included."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes, the first rank first."""
+        found = {}
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                if "train/main.py" in " ".join(process.cmdline()) and process.parent().cmdline()[2:4] == [
+                    "-m", "deepspeed.launcher.launch",
+                ]:  # fmt: skip
+                    found[int(process.environ()["RANK"])] = process
+        return [found[rank] for rank in sorted(found)]
+
+    def said(self) -> str:
+        """Output so far."""
+        return (self.run_dir.parent / f"{self.run_dir.name}.log").read_text()
+
+    def end(self, tree: list[psutil.Process], patience: float = 120.0) -> int:
+        """Wait until every process has ended; the launcher's exit status."""
+        _, alive = psutil.wait_procs(tree, timeout=patience)
+        assert not alive, f"{alive} still live\n{self.said()[-3000:]}"
+        self._log.close()
+        return self.process.wait(timeout=patience)
+
+
+def last_step(run_dir: Path) -> int:
+    """Of the metrics' last whole line."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    return 0
+
+
+def kill_a_rank(run: Run, draw: random.Random) -> str:
+    """With SIGKILL, at any moment."""
+    time.sleep(draw.uniform(0, 1.0))
+    draw.choice(run.ranks()).kill()
+    return "rank killed"
+
+
+def kill_a_rank_that_saves(run: Run, draw: random.Random) -> str:
+    """With SIGKILL, while a checkpoint is being written, or has just been."""
+    until = time.monotonic() + 5
+    while not list((run.run_dir / "checkpoints").glob("*.part")) and time.monotonic() < until:
+        time.sleep(0.0005)
+    time.sleep(draw.uniform(0, 0.01))
+    draw.choice(run.ranks()).kill()
+    return "rank killed in a save"
+
+
+def kill_everything(run: Run, draw: random.Random) -> str:
+    """As when a machine loses its power."""
+    time.sleep(draw.uniform(0, 1.0))
+    for process in [psutil.Process(run.process.pid), *run.tree()]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return "all killed"
+
+
+def ask_a_rank(run: Run, draw: random.Random) -> str:
+    """SIGUSR1 to one rank."""
+    draw.choice(run.ranks()).send_signal(signal.SIGUSR1)
+    return "SIGUSR1"
+
+
+def end_all(run: Run, draw: random.Random) -> str:
+    """SIGTERM to all processes, the launcher and the loader workers included."""
+    for process in run.tree():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    return "SIGTERM"
+
+
+def kill_a_worker(run: Run, draw: random.Random) -> str:
+    """A loader worker, with SIGKILL; the run goes on, and is asked to leave a little later."""
+    rank = draw.choice(run.ranks())
+    draw.choice(rank.children()).kill()
+    run.wait_for(run._made() + 4)
+    rank.send_signal(signal.SIGUSR1)
+    return "loader worker killed"
+
+
+def damage(folder: Path, name: str, draw: random.Random) -> None:
+    """Flip one bit of a file of a checkpoint."""
+    data = bytearray((folder / name).read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    (folder / name).write_bytes(data)
+
+
+def differences(run_dir: Path, undisturbed: Path) -> list[str]:
+    """In the last checkpoints, bit for bit, and in the curves."""
+    found = []
+    ours, theirs = complete(run_dir)[-1], complete(undisturbed)[-1]
+    for file in sorted(theirs.glob("*.safetensors")):
+        a, b = load_file(ours / file.name), load_file(file)
+        found += [f"{file.name} {name}" for name in b if name not in a or not a[name].equal(b[name])]
+    a_lines, b_lines = ([[line.get(name) for name in SAME] for line in metrics(run)] for run in (run_dir, undisturbed))
+    found += [f"step {b[0]}: {a} is not {b}" for a, b in zip(a_lines, b_lines, strict=False) if a != b]
+    if len(a_lines) != len(b_lines):
+        found.append(f"{len(a_lines)} steps, not {len(b_lines)}")
+    return found
+
+
+def chaos(args: Chaos) -> dict:
+    """Run it; returns what happened."""
+    out, draw = Path(args.out), random.Random(args.seed)
+    shutil.rmtree(out, ignore_errors=True)
+    data = make_data(out / "data")
+    steps = f"steps={args.steps}"
+    done = launch(REPO, data, out / "undisturbed", *TINY, steps, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills = [kill_a_rank, kill_a_rank_that_saves, kill_everything]
+    plan = [kills[i % 3] for i in range(args.kills)] + [ask_a_rank, end_all, kill_a_worker] * args.others
+    draw.shuffle(plan)
+    happened: Counter[str] = Counter()
+    slowest, run_dir = 0.0, out / "disturbed"
+    for number, fault in enumerate(plan):
+        run = Run(data, run_dir, steps)
+        run.wait_for(draw.randint(1, 3))
+        assert run.process.poll() is None, f"ended before its fault: {run.said()[-3000:]}"
+        tree = run.tree()
+        name = fault(run, draw)
+        began = time.monotonic()
+        status = run.end(tree)
+        slowest = max(slowest, time.monotonic() - began)
+        happened[name] += 1
+        assert fault is not ask_a_rank or status == REQUEUE, (status, run.said()[-3000:])
+        if number % 10 == 9 and complete(run_dir):
+            latest = complete(run_dir)[-1]
+            damage(latest, draw.choice(sorted(f.name for f in latest.iterdir())), draw)
+            happened["checkpoint damaged"] += 1
+        print(f"{number + 1}/{len(plan)} {name}: exit {status}, step {last_step(run_dir)}", flush=True)
+    done = launch(REPO, data, run_dir, *TINY, steps, ranks=2)
+    assert done.returncode == 0 and (run_dir / "done").exists(), done.stderr[-3000:]
+    faults = [fault for folder in complete(run_dir) if (fault := find_fault(folder))]
+    return {
+        "happened": dict(happened),
+        "slowest end after a fault, s": round(slowest, 1),
+        "differences": differences(run_dir, out / "undisturbed") + faults,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    began = time.monotonic()
+    result = chaos(parse(Chaos, argv))
+    result["minutes"] = round((time.monotonic() - began) / 60, 1)
+    print(json.dumps(result, indent=1))
+    sys.exit(bool(result["differences"]))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

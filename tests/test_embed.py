@@ -1,0 +1,295 @@
+"""data.embed: storage, many processes at once, a second look, and repair."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.claims import STALE, claim
+from data.embed import Embed, embed
+from data.encoder import TextEncoder
+from data.shards import find_shards
+from data.tars import read_shard, stats_path, write_shard
+from data.text import TextMeta, from_bytes, pack, read_empty, read_into, to_bytes
+from data.tiny_t5 import TinyT5, write_tiny_t5
+
+CPU = torch.device("cpu")
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder") / "t5"
+    write_tiny_t5(TinyT5(out=str(folder)))
+    return folder
+
+
+def caption(shard: int, row: int) -> bytes:
+    return f"caption {row} of shard {shard}".encode()
+
+
+def write_shards(folder: Path, shards: int, samples: int) -> Path:
+    for shard in range(shards):
+        rows = [(f"{shard:02d}{row:03d}", {"txt": caption(shard, row), "jpg": b"x"}) for row in range(samples)]
+        write_shard(folder / f"{shard:05d}.tar", rows)
+    return folder
+
+
+def arguments(shards: Path, out: Path, t5: Path, **more) -> Embed:
+    told = {"encoder": str(t5), "tokens": TOKENS, "compute": "float32", "dtype": "float32", "batch": 4}
+    return Embed(str(shards), str(out), **{**told, **more})
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def made(t5, tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("made")
+    write_shards(base / "shards", 4, 9)
+    embed(arguments(base / "shards", base / "text", t5))
+    return base
+
+
+@pytest.fixture
+def copy(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("float32", 0), ("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 1 / 254)]
+)
+def test_stored_states_are_within_the_rounding_of_their_dtype(t5, tmp_path, dtype, error):
+    shards = write_shards(tmp_path / "shards", 1, 5)
+    embed(arguments(shards, tmp_path / "text", t5, dtype=dtype))
+    meta = TextMeta.read(tmp_path / "text")
+    exact = TextEncoder(str(t5), TOKENS, "float32", CPU)([caption(0, row).decode() for row in range(5)])
+    stored = [members["npy"] for _, members in read_shard(tmp_path / "text" / "00000.tar", {"npy"})]
+    assert len(stored[0]) == meta.nbytes + 128 or len(stored[0]) == meta.nbytes + 80
+    # Floats are rounded relative to each value, int8 to the largest of the token.
+    scale = np.abs(exact).max(2, keepdims=True) if dtype == "int8" else np.abs(exact)
+    found = np.stack([from_bytes(data, meta) for data in stored])
+    assert found.dtype == meta.array_dtype
+    assert (np.abs(found - exact) <= error * 1.001 * scale + 1e-7).all()
+    assert (np.abs(found - exact).max() > 0) == (error > 0)
+    out = np.empty(meta.shape, meta.array_dtype)
+    read_into(out, stored[3], meta)
+    np.testing.assert_array_equal(out, found[3])
+    assert np.abs(read_empty(tmp_path / "text", meta)).std() > 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
+def test_what_is_not_finite_is_neither_stored_nor_read(dtype):
+    states = np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8)
+    meta = TextMeta("none", "0", "0", 3, 8, dtype, "float32", "none")
+    for bad in (np.nan, np.inf, -np.inf, -np.nan):
+        broken = states.copy()
+        broken[1, 2] = bad
+        with pytest.raises(ValueError, match=f"too large for {dtype}"):
+            pack(broken, dtype)
+    hostile = pack(states, dtype).copy()
+    spoilt = {"float16": np.inf, "float32": np.nan, "bfloat16": 0xFF81, "int8": -1}[dtype]
+    hostile[1, -4 if dtype == "int8" else 2 :] = spoilt  # of int8 the step of a token
+    with pytest.raises(ValueError, match="not finite"):
+        from_bytes(to_bytes(hostile), meta)
+
+
+def test_bfloat16_rounds_as_torch_does():
+    states = (torch.randn(40, 50) * torch.logspace(-30, 30, 50)).float()
+    stored = pack(states.numpy(), "bfloat16")
+    np.testing.assert_array_equal(stored, states.bfloat16().view(torch.uint16).numpy())
+
+
+def test_states_too_large_for_the_dtype_name_the_caption(t5, tmp_path):
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    model = T5EncoderModel.from_pretrained(t5, dtype=torch.float32)
+    model.encoder.final_layer_norm.weight.data *= 1e6
+    model.save_pretrained(tmp_path / "hot")
+    AutoTokenizer.from_pretrained(t5).save_pretrained(tmp_path / "hot")
+    shards = write_shards(tmp_path / "shards", 1, 3)
+    embed(arguments(shards, tmp_path / "large", tmp_path / "hot", dtype="bfloat16"))
+    with pytest.raises(ValueError, match="too large for float16"):
+        embed(arguments(shards, tmp_path / "small", tmp_path / "hot", dtype="float16"))
+    # Found even where the empty caption, which is embedded first, is harmless.
+    out = tmp_path / "small"
+    (out / "empty.npy").write_bytes(to_bytes(np.zeros((TOKENS, 64), np.float16)))
+    with pytest.raises(
+        ValueError, match=r"the caption 'caption 0 of shard 0' has .* too large for float16: use dtype="
+    ):
+        embed(arguments(shards, out, tmp_path / "hot", dtype="float16"))
+    assert not list(out.glob("*.tar*"))
+
+
+def test_the_batch_that_a_caption_is_in_changes_rounding_alone(t5):
+    """And a caption's states are those of all tokens: padding is part of them, and not trimmed."""
+    encoder = TextEncoder(str(t5), 77, "float32", CPU)
+    captions = ["a cat", "a much longer caption of many more words", "", "x" * 500]
+    together, alone = encoder(captions), np.concatenate([encoder([text]) for text in captions])
+    assert np.abs(together - alone).max() < 2e-6 * np.abs(alone).max()
+    padding = alone[0, 8:]
+    assert np.abs(padding - padding[:1]).max() > 0.01, "states at the padding differ by their place"
+    # Cut to the longest caption, the real tokens would come out the same, but 77 states are what IF is given.
+    short = TextEncoder(str(t5), 20, "float32", CPU)(["a cat"])
+    assert np.abs(short[0] - alone[0, :20]).max() < 2e-6 * np.abs(alone).max()
+
+
+def test_a_rerun_asks_nothing_twice_and_refuses_other_settings(copy, t5):
+    before = contents(copy / "text")
+    embed(Embed(str(copy / "shards"), str(copy / "text")))
+    assert contents(copy / "text") == before
+    for told, message in (
+        ({"tokens": 13}, "tokens 12 there, 13 now"),
+        ({"dtype": "int8"}, "dtype float32 there, int8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embed(arguments(copy / "shards", copy / "text", t5, **told))
+    for told, message in (
+        ({"mode": "mend"}, "mode=mend must be one of embed, meta, check, repair"),
+        ({"dtype": "float8"}, "dtype=float8 must be one of"),
+        ({"compute": "float16"}, "compute=float16 must be one of"),
+        ({"cleaning": "none"}, "cleaning=none must be one of"),
+        ({"batch": 0}, "batch=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embed(arguments(copy / "shards", copy / "text", t5, **told))
+
+
+def start(shards: Path, out: Path, t5: Path) -> subprocess.Popen:
+    told = f"shards={shards} out={out} encoder={t5} tokens={TOKENS} compute=float32 dtype=float32 batch=4".split()
+    return subprocess.Popen(
+        [sys.executable, "-m", "data.embed", *told], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def test_processes_share_the_shards_and_outlive_a_killed_one(t5, tmp_path):
+    shards = write_shards(tmp_path / "shards", 12, 40)
+    embed(arguments(shards, tmp_path / "alone", t5))
+    out = tmp_path / "together"
+    workers = [start(shards, out, t5) for _ in range(3)]
+    while not list(out.glob("*.tar.claim")):
+        time.sleep(0.01)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    told = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [-signal.SIGKILL, 0, 0]
+    assert contents(out) == contents(tmp_path / "alone")
+    new = sum(int(text.split(", ")[-1].split()[0]) for text in told[1:])
+    assert 0 < new <= 12
+
+
+def test_a_claim_is_of_one_and_passes_on_when_its_holder_is_gone(tmp_path):
+    path = tmp_path / "0.tar"
+    with claim(path) as held:
+        assert claim(path) is None
+        held.aside.write_bytes(b"half")
+        # A holder on another machine, not heard of for long.
+        file = tmp_path / "0.tar.claim"
+        file.write_text("elsewhere-1-abc")
+        assert claim(path) is None and file.exists()
+        os.utime(file, (time.time() - STALE - 60,) * 2)
+        assert claim(path) is None, "cleared away, for the next look"
+        assert not file.exists() and not held.aside.exists()
+        with claim(path) as heir:
+            assert heir.holds() and not held.holds() and heir.aside != held.aside
+            held.renew()
+    assert not list(tmp_path.iterdir())
+
+
+def check(copy: Path) -> str:
+    with pytest.raises(ValueError, match="are not right") as caught:
+        embed(Embed(str(copy / "shards"), str(copy / "text"), mode="check"))
+    return str(caught.value)
+
+
+def test_a_check_finds_and_a_repair_mends_only_what_is_wrong(copy, made, t5, capsys, monkeypatch):
+    text, shards = copy / "text", copy / "shards"
+    embed(Embed(str(shards), str(text), mode="check"))
+    assert "36 captions in 4 shards have their embeddings" in capsys.readouterr().out
+
+    # 0: two captions changed, one gone, one new; 1: a flipped bit; 2: no sidecar; a sidecar of no shard.
+    rows = [(key, members) for key, members in read_shard(shards / "00000.tar", {"txt", "jpg"})]
+    rows[1][1]["txt"], rows[4][1]["txt"] = b"changed", b"changed as well"
+    del rows[6]
+    rows.append(("new", {"txt": b"a new one"}))
+    write_shard(shards / "00000.tar", rows)
+    raw = bytearray((text / "00001.tar").read_bytes())
+    raw[raw.index(b"NUMPY", 9000) + 200] ^= 1
+    (text / "00001.tar").write_bytes(raw)
+    (text / "00002.tar").unlink()
+    shutil.copy(text / "00003.tar", text / "77777.tar")
+    assert "3 of 4 sidecars" in check(copy)
+    told = capsys.readouterr().out
+    assert "00000.tar: 1 missing (first: new); 2 stale (first: 00001); 1 extra (first: 00006)" in told
+    assert "00001.tar: 1 damaged (first: 01" in told
+    assert "00002.tar: 9 missing" in told and "No such file" in told
+    assert "1 sidecars belong to none of these shards" in told and "77777.tar" in told
+
+    encoded = []
+    real = TextEncoder.token_ids
+    monkeypatch.setattr(TextEncoder, "token_ids", lambda self, texts: encoded.extend(texts) or real(self, texts))
+    good = (text / "00003.tar").stat().st_mtime_ns
+    embed(Embed(str(shards), str(text), mode="repair", batch=4))
+    assert len(encoded) == 2 + 1 + 1 + 9, encoded
+    assert (text / "00003.tar").stat().st_mtime_ns == good
+    embed(Embed(str(shards), str(text), mode="check"))
+    embed(arguments(shards, copy / "anew", t5))
+    (text / "77777.tar").unlink()
+    assert contents(copy / "anew") == contents(text)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no record", "order", "empty"])
+def test_other_damages_are_found_and_mended(copy, made, damage):
+    path = copy / "text" / "00001.tar"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:9000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "no record":
+        stats_path(path).write_text(json.dumps({"count": 9, "successes": 9}))
+    else:
+        told = json.loads(stats_path(path).read_text())
+        hashes, sums = told["captions_blake2b"], told["npy_crc32"]
+        hashes, sums = hashes[16:32] + hashes[:16] + hashes[32:], sums[8:16] + sums[:8] + sums[16:]
+        turned = {"captions_blake2b": hashes, "npy_crc32": sums}
+        rows = list(read_shard(path, {"npy"}))
+        write_shard(path, [rows[1], rows[0], *rows[2:]], turned)
+    check(copy)
+    embed(Embed(str(copy / "shards"), str(copy / "text"), mode="repair"))
+    assert contents(copy / "text") == contents(made / "text")
+
+
+def test_embeddings_may_be_made_before_the_images_and_elsewhere(t5, tmp_path):
+    captions = tmp_path / "one-disk" / "captions"
+    for shard in find_shards(write_shards(tmp_path / "whole", 2, 5)):
+        rows = [(key, {"txt": members["txt"]}) for key, members in read_shard(shard.location, {"txt"})]
+        write_shard(captions / shard.name, rows)
+    text = tmp_path / "another-disk" / "text"
+    embed(arguments(captions, text, t5))
+    shards = write_shards(tmp_path / "later", 2, 5)
+    embed(Embed(str(shards), str(text), mode="check"))
+    embed(arguments(shards, tmp_path / "after", t5))
+    assert contents(text) == contents(tmp_path / "after")
+
+
+@pytest.mark.parametrize("text", ["?!... ---", "x" * 1_000_000, "word " * 20_000, "&#xD800;", "\x00\x1b[31m"])
+def test_odd_captions_have_finite_states(t5, text):
+    states = TextEncoder(str(t5), 77, "float32", CPU)([text, text + "\ud800"])
+    assert states.shape == (2, 77, 64) and np.isfinite(states).all() and states.std() > 0.05
+
+
+def test_the_meta_alone(t5, tmp_path):
+    embed(Embed("nowhere", str(tmp_path / "text"), str(t5), mode="meta"))
+    meta = TextMeta.read(tmp_path / "text")
+    assert (meta.tokens, meta.compute, meta.dtype, meta.cleaning) == (77, "bfloat16", "float16", "if-1")
+    assert {path.name for path in (tmp_path / "text").iterdir()} == {"meta.json", "empty.npy"}
+    assert read_empty(tmp_path / "text", meta).shape == (77, 64)
