@@ -17,7 +17,7 @@ from torch import Tensor
 from data.cli import parse
 from model.attention import Projection
 from model.unet import UNet, UNetConfig
-from model.weights import lora_to_diffusers
+from model.weights import lora_to_diffusers, merge_lora
 from train.checkpoint import load_weights
 from train.config import LoRAConfig
 
@@ -91,6 +91,15 @@ def read_adapter(path: str | Path) -> Adapter:
         raise ValueError(f"'{file}' holds no LoRA matrices: name a {FILE}")
     rank = next(value.shape[0] for key, value in lora.items() if ".lora_A." in key)
     return Adapter(lora, float(told.get("unet.lora_alpha", rank)) / rank)
+
+
+def lay_over(unet: UNet, path: str | Path) -> None:
+    """Add what a LoRA file learned to the net's weights.
+
+    Raises: ValueError if there is none, or it is of another net.
+    """
+    adapter = read_adapter(path)
+    unet.load_state_dict(merge_lora(unet.state_dict(), adapter.lora, adapter.scale, unet.config))
 
 
 def export(args: Export) -> None:
