@@ -119,6 +119,20 @@ def test_what_cannot_work_is_told_in_a_line(cluster, repo, tmp_path, options, en
     assert lines and all(told in line for line in lines), log.read_text()
 
 
+def test_the_cards_own_line_in_an_allocation(cluster, repo, data, tmp_path):
+    run_dir = tmp_path / "run"
+    line = ["deepspeed", "train/main.py", *(o for o in FIRST if o != f"steps={STEPS}"), "steps=4", f"run_dir={run_dir}"]
+    line += [f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
+    environment = cluster.environment | {"PREFLIGHT": "0"}
+    environment["PATH"] = f"{repo / 'launch/slurm/bin'}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        ["salloc", "--nodes=2", "--gpus-per-node=1", "--exclusive=user", *line],
+        cwd=repo, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_manifest(complete(run_dir)[-1])["ranks"] == 2 and (run_dir / "done").exists()
+
+
 def test_a_missing_partition(cluster, repo):
     command = ["sbatch", "--partition=gpu", "--nodes=2", "launch/slurm/train.sbatch"]
     done = subprocess.run(command, cwd=repo, env=cluster.environment, capture_output=True, text=True)

@@ -155,11 +155,11 @@ def check_hostfile(path: Path, allocation: Allocation) -> None:
         )
 
 
-def check_commands() -> None:
-    """Raises: ValueError if Slurm's commands or the launcher aren't on the path."""
-    for command, remedy in (
-        ("srun", "load Slurm's module, or add its folder to PATH"),
-        ("deepspeed", "activate the environment that `make install` made"),
-    ):
-        if not shutil.which(command):
-            raise ValueError(f"`{command}` is not on PATH of {socket.gethostname()}: {remedy}")
+def check_commands(launcher: Path) -> None:
+    """Raises: ValueError if Slurm's commands or DeepSpeed's launcher aren't there."""
+    if not shutil.which("srun"):
+        raise ValueError(
+            f"`srun` is not on PATH of {socket.gethostname()}: load Slurm's module, or add its folder to PATH"
+        )
+    if not launcher.exists():
+        raise ValueError(f"no '{launcher}': run `make install`, and start this with the Python of .venv")

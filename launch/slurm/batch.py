@@ -22,7 +22,9 @@ from train.preempt import REQUEUE
 # What train/main.py and launch/preflight.py leave with when the user must mend something.
 MISTAKE = 2
 # USR1 would kill the launcher, which has no handler; it is ignored there, and the ranks set a handler of their own.
-NODE = 'trap "" USR1; exec deepspeed --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" "$@"'
+NODE = 'trap "" USR1; exec "$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" "$@"'
+# By its path, for on PATH may stand launch/slurm/bin/deepspeed.
+LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 
 @dataclass(slots=True)
@@ -56,7 +58,7 @@ class Job:
         log = f"{self.logs}/{name}-%j-%N.log"
         say(f"{name}: {len(nodes)} nodes x {self.allocation.ranks_per_node}, logs in {log}")
         command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--overlap"]
-        command += ["--kill-on-bad-exit=1", "--open-mode=append", f"--output={log}", "bash", "-c", NODE, "node"]
+        command += ["--kill-on-bad-exit=1", "--open-mode=append", f"--output={log}", "bash", "-c", NODE, str(LAUNCHER)]
         command += ["--hostfile", str(self.hostfile), "--master_addr", self.allocation.master_addr]
         command += ["--master_port", str(self.allocation.master_port), *program]
         # It must not die of what is meant for this script, so it has a session of its own.
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     overrides = sys.argv[1:] if argv is None else argv
     try:
         allocation = find_allocation()
-        check_commands()
+        check_commands(LAUNCHER)
         config = compose_config(overrides)
         accumulation(config, allocation.ranks)
         run_dir = Path(config.run_dir)
@@ -136,9 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     say(why)
     if again and not job.cancelled:
-        # This ends the script itself, whose own status then does not count.
-        subprocess.run(["scontrol", "requeue", allocation.job_id], check=True)
-        signal.pause()
+        if subprocess.run(["scontrol", "requeue", allocation.job_id], check=False).returncode == 0:
+            signal.pause()  # it ends this script, whose own status then does not count
+        say("it could not be requeued (only what sbatch submitted can be): start it again")
     return 0 if (run_dir / "done").exists() else status or 1
 
 
