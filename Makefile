@@ -10,7 +10,7 @@ ifeq ($(PYTHON),)
 PYTHON := python3
 endif
 
-.PHONY: help install smoke test test-slow chaos bench gpu-bench lint browser
+.PHONY: help install smoke test test-slow test-slurm chaos bench gpu-bench lint browser
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  install, run the tests that take minutes'
 	@echo 'make chaos      install, train through 50 kills and other faults (half an hour)'
+	@echo 'make test-slurm install, train on a real Slurm of two nodes on this machine (root and apt)'
 	@echo 'make bench      install, count bytes and time the net against its peers (half an hour)'
 	@echo 'make gpu-bench  install, time training steps of M, L and XL on a GPU'
 	@echo 'make lint       install, check style (ruff) and types (mypy)'
@@ -47,6 +48,8 @@ test-slow: install
 
 chaos: install
 	.venv/bin/python -m tests.chaos
+test-slurm: install
+	.venv/bin/python -m pytest -q -rs -m slow tests/test_slurm.py
 
 # The original net, as its authors published it: an opponent here, and nothing that the project needs.
 .bench/installed: | install
