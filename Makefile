@@ -48,6 +48,7 @@ test-slow: install
 
 chaos: install
 	.venv/bin/python -m tests.chaos
+
 test-slurm: install
 	.venv/bin/python -m pytest -q -rs -m slow tests/test_slurm.py
 

@@ -98,7 +98,9 @@ def read_rate(config: Config, needed: float) -> tuple[float, list[str]]:
 def room_for_checkpoints(config: Config, ranks: int) -> list[str]:
     """What is wrong with run_dir as this node sees it."""
     run_dir = Path(config.run_dir)
-    one = checkpoint_bytes(states(parameters(config), ranks, config.optim.name, WEIGHT_BYTES[config.precision]), ranks)
+    trained, frozen = parameters(config)
+    kept = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen)
+    one = checkpoint_bytes(kept, ranks)
     needed = (config.keep_checkpoints + 1) * one
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
