@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import IFPipeline
 from omegaconf import MISSING
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -55,6 +52,10 @@ def add_lora(
     is added.
     Source: Hu et al. 2021.
     """
+    # Here, for they take seconds to import, and every start imports this file.
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear
+
     if weights:
         unet.load_state_dict(weights)
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS)
@@ -107,8 +108,9 @@ def export(args: Export) -> None:
 
     Raises: ValueError for what cannot be exported; OSError if it cannot be written.
     """
-    # Not above: it reads fine-tuned runs, and so imports this.
-    from train.pretrained import read_trained
+    from diffusers import IFPipeline
+
+    from train.pretrained import read_trained  # it reads fine-tuned runs, and so imports this
 
     out = Path(args.out)
     if out.exists():
