@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import warnings
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -166,11 +167,14 @@ def _unpack(out: np.ndarray, stored: np.ndarray) -> None:
         dim = out.shape[1]
         step = np.ascontiguousarray(stored[:, dim:]).view("<f4")
         finite = bool(np.isfinite(step).all())
+        out[:] = stored[:, :dim]
         with np.errstate(all="ignore"):
-            np.multiply(stored[:, :dim], step, out=out, casting="unsafe")
+            out *= step
     elif stored.dtype == np.uint16:
         finite = _is_finite(stored)
-        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
+        bits = out.view(np.uint32)
+        bits[:] = stored
+        bits <<= 16
     else:
         finite = _is_finite(stored)
         out[:] = stored
@@ -205,7 +209,7 @@ def read_into(out: np.ndarray, source: bytes | Span, meta: TextMeta) -> None:
         expected = _npy_header(*meta.stored)
         header = bytearray(len(expected))
         direct = meta.dtype == meta.array_dtype
-        stored = out if direct else np.empty(meta.stored[1], meta.stored[0])
+        stored = out if direct else _scratch(*meta.stored, threading.get_ident())
         if source.read_into(header, stored) == len(expected) + stored.nbytes and header == expected:
             if not direct:
                 _unpack(out, stored)
@@ -214,6 +218,12 @@ def read_into(out: np.ndarray, source: bytes | Span, meta: TextMeta) -> None:
             return
         source = source.read()
     _unpack(out, _stored(source, meta))
+
+
+@lru_cache(maxsize=8)
+def _scratch(kind: str, shape: tuple[int, int], thread: int) -> np.ndarray:
+    """Memory for what is read: to ask for it anew each time takes longer than the reading."""
+    return np.empty(shape, kind)
 
 
 def _stored(data: bytes, meta: TextMeta) -> np.ndarray:
