@@ -11,7 +11,8 @@ import pytest
 from launch.compose import compose_config
 from launch.hardware import GPUS
 from launch.memory import REDUCE_BUCKET, moments_bytes, most_that_fits, partition, states
-from launch.plan import Options, main, make_plan
+from launch.plan import Options, Plan, main, make_plan
+from launch.plan_page import render
 from launch.step_cost import image_flops, step_bytes
 from launch.traffic import checkpoint_bytes, collectives
 from model.recompute import MEMORY
@@ -41,7 +42,7 @@ def measured(repo, tmp_path, ranks: int, *overrides: str) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("ranks", "precision", "optimizer", "memory"),
-    [(2, "bf16", "adamw8bit", "keep"), (1, "fp32", "adamw", "recompute_blocks"), (1, "fp32", "adamw8bit", "keep")],
+    [(2, "bf16", "adamw8bit", "keep"), (1, "fp32", "adamw", "recompute_blocks")],
 )
 def test_bytes_of_a_real_step(repo, tmp_path, ranks, precision, optimizer, memory):
     overrides = [
@@ -140,9 +141,13 @@ def test_the_most_that_fits_is_found_with_few_walks(room):
     assert len(asked) <= 7, asked
 
 
-def test_link_and_mfu_make_the_time(repo):
-    config = compose_config(TINY)
-    plan = make_plan(Options(nodes=2, gpus_per_node=1, link=8, link_efficiency=0.5, mfu=0.1), config)
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    options = Options(nodes=2, gpus_per_node=1, link=8, link_efficiency=0.5, mfu=0.1)
+    return make_plan(options, compose_config(TINY))
+
+
+def test_link_and_mfu_make_the_time(plan):
     assert set(plan.choices) == set(MEMORY)
     # A ring of two: gradients twice and weights once, half of each, at 1 GB/s of which half is reached.
     assert plan.times.communication == pytest.approx((2 * 2 + 2) * plan.parameters / 2 / 0.5e9, rel=0.001)
@@ -152,11 +157,10 @@ def test_link_and_mfu_make_the_time(repo):
     assert slow.bottleneck == "reading" and slow.step == 1000
 
 
-def test_the_page(capsys):
-    main([*TINY, "nodes=1", "gpus_per_node=2", "gpu=rtx3090-24g"])
-    page = capsys.readouterr().out
+def test_the_page(plan):
+    page = render(plan)
     for part in (*MEMORY, "MEMORY OF A GPU", "FLOPS", "COMMUNICATION", "DATA", "CHECKPOINTS", "TIME", "bottleneck",
-                 "ASSUMED", "rtx3090-24g", "GPU-hours", "largest micro batch that fits"):  # fmt: skip
+                 "ASSUMED", "a100-80g", "8 Gbit/s a node", "GPU-hours", "largest micro batch that fits"):  # fmt: skip
         assert part in page, part
     assert max(map(len, page.splitlines())) <= 160
 

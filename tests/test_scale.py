@@ -25,7 +25,7 @@ OVERRIDES = (
 NET = OVERRIDES.split()
 
 
-@pytest.fixture(scope="module", params=[0, 300, RANKS - 1])
+@pytest.fixture(scope="module", params=[0, RANKS - 1])
 def one_of_many(request, repo, tmp_path_factory) -> tuple[int, dict[str, torch.Tensor]]:
     out = tmp_path_factory.mktemp("rank") / "found.safetensors"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}

@@ -22,7 +22,11 @@ from train.preempt import REQUEUE
 # What train/main.py and launch/preflight.py leave with when the user must mend something.
 MISTAKE = 2
 # USR1 would kill the launcher, which has no handler; it is ignored there, and the ranks set a handler of their own.
-NODE = 'trap "" USR1; exec "$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" "$@"'
+# The log goes by Slurm's name of the node, which need not be the machine's.
+NODE = """
+log=$1-$SLURMD_NODENAME.log; shift; exec >>"$log" 2>&1; trap "" USR1
+exec "$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" "$@"
+"""
 # By its path, for on PATH may stand launch/slurm/bin/deepspeed.
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
@@ -55,10 +59,10 @@ class Job:
     def run(self, name: str, *program: str) -> int:
         """Start a program by every rank, and wait; returns the worst exit status, that of a signal above 128."""
         nodes = self.allocation.nodes
-        log = f"{self.logs}/{name}-%j-%N.log"
-        say(f"{name}: {len(nodes)} nodes x {self.allocation.ranks_per_node}, logs in {log}")
+        log = f"{self.logs}/{name}-{self.allocation.job_id}"
+        say(f"{name}: {len(nodes)} nodes x {self.allocation.ranks_per_node}, logs in {log}-NODE.log")
         command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--overlap"]
-        command += ["--kill-on-bad-exit=1", "--open-mode=append", f"--output={log}", "bash", "-c", NODE, str(LAUNCHER)]
+        command += ["--kill-on-bad-exit=1", "bash", "-c", NODE, str(LAUNCHER), log]
         command += ["--hostfile", str(self.hostfile), "--master_addr", self.allocation.master_addr]
         command += ["--master_port", str(self.allocation.master_port), *program]
         # It must not die of what is meant for this script, so it has a session of its own.
@@ -138,9 +142,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     say(why)
     if again and not job.cancelled:
-        if subprocess.run(["scontrol", "requeue", allocation.job_id], check=False).returncode == 0:
-            signal.pause()  # it ends this script, whose own status then does not count
-        say("it could not be requeued (only what sbatch submitted can be): start it again")
+        # It ends this script, scontrol included, and the script's own status then does not count.
+        if subprocess.run(["scontrol", "requeue", allocation.job_id], check=False).returncode > 0:
+            say("it could not be requeued (only what sbatch submitted can be): start it again")
+        elif not job.cancelled:
+            signal.pause()
     return 0 if (run_dir / "done").exists() else status or 1
 
 
