@@ -32,7 +32,7 @@ def load(repo: Path, *overrides: str) -> Config:
 )
 def test_the_released_sizes_are_as_the_card_says(repo, name, count, batch, steps, ranks):
     config = load(repo, f"+experiment={name}")
-    assert parameters(config) == count
+    assert parameters(config) == (count, 0)
     assert (config.global_batch, config.steps, config.diffusion_steps) == (batch, steps, 1000)
     assert accumulation(config, ranks) == 1
     optim, data = config.optim, config.data
