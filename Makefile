@@ -10,13 +10,15 @@ ifeq ($(PYTHON),)
 PYTHON := python3
 endif
 
-.PHONY: help install smoke test test-slow bench gpu-bench lint browser
+.PHONY: help install smoke test test-slow test-slurm chaos bench gpu-bench lint browser
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make smoke      install, make demo data, embed it, train on it with two ranks (on the CPU)'
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  install, run the tests that take minutes'
+	@echo 'make chaos      install, train through 50 kills and other faults (half an hour)'
+	@echo 'make test-slurm install, train on a real Slurm of two nodes on this machine (root and apt)'
 	@echo 'make bench      install, count bytes and time the net against its peers (half an hour)'
 	@echo 'make gpu-bench  install, time training steps of M, L and XL on a GPU'
 	@echo 'make lint       install, check style (ruff) and types (mypy)'
@@ -43,6 +45,12 @@ test: install
 
 test-slow: install
 	.venv/bin/python -m pytest -q -m slow tests
+
+chaos: install
+	.venv/bin/python -m tests.chaos
+
+test-slurm: install
+	.venv/bin/python -m pytest -q -rs -m slow tests/test_slurm.py
 
 # The original net, as its authors published it: an opponent here, and nothing that the project needs.
 .bench/installed: | install

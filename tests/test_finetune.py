@@ -24,7 +24,7 @@ from model.weights import lora_to_diffusers, merge_lora
 from tests.test_evaluate import NET, write_run
 from tests.test_export import random_net
 from train import adapter, dreambooth
-from train.adapter import FILE, add_lora, read_adapter
+from train.adapter import FILE, add_lora, lay_over, read_adapter
 from train.checkpoint import complete, load_weights
 from train.config import Config, LoRAConfig, check
 from train.export import build_unet
@@ -183,6 +183,10 @@ def test_a_tuned_checkpoint_serves_here_and_in_diffusers(base, tuned, tmp_path):
     pipeline = pipeline_of(before.state_dict())
     pipeline.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(pipeline.unet(*batch()).sample, expected, rtol=1e-4, atol=1e-5)
+    lay_over(before, tmp_path / "lora")
+    torch.testing.assert_close(before(*batch()), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the adapter is of another net"):
+        lay_over(random_net(replace(NET, model_channels=64), 1), tmp_path / "lora")
     with pytest.raises(SystemExit, match="is of a whole net, not of a LoRA"):
         adapter.main([f"checkpoint={base / 'run'}", f"out={tmp_path / 'none'}"])
     with pytest.raises(SystemExit, match="is there already"):

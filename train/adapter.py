@@ -7,17 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import IFPipeline
 from omegaconf import MISSING
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.cli import parse
 from model.attention import Projection
 from model.unet import UNet, UNetConfig
-from model.weights import lora_to_diffusers
+from model.weights import lora_to_diffusers, merge_lora
 from train.checkpoint import load_weights
 from train.config import LoRAConfig
 
@@ -55,6 +52,10 @@ def add_lora(
     is added.
     Source: Hu et al. 2021.
     """
+    # Here, for they take seconds to import, and every start imports this file.
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear
+
     if weights:
         unet.load_state_dict(weights)
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS)
@@ -93,13 +94,23 @@ def read_adapter(path: str | Path) -> Adapter:
     return Adapter(lora, float(told.get("unet.lora_alpha", rank)) / rank)
 
 
+def lay_over(unet: UNet, path: str | Path) -> None:
+    """Add what a LoRA file learned to the net's weights.
+
+    Raises: ValueError if there is none, or it is of another net.
+    """
+    adapter = read_adapter(path)
+    unet.load_state_dict(merge_lora(unet.state_dict(), adapter.lora, adapter.scale, unet.config))
+
+
 def export(args: Export) -> None:
     """Write the folder aside, then rename.
 
     Raises: ValueError for what cannot be exported; OSError if it cannot be written.
     """
-    # Not above: it reads fine-tuned runs, and so imports this.
-    from train.pretrained import read_trained
+    from diffusers import IFPipeline
+
+    from train.pretrained import read_trained  # it reads fine-tuned runs, and so imports this
 
     out = Path(args.out)
     if out.exists():

@@ -24,6 +24,7 @@ from data.shards import find_shards
 from data.tars import write_json
 from data.text import check_sidecars
 from model.unet import UNet, UNetConfig
+from train.adapter import lay_over
 from train.eval_set import EvalSet, Pieces
 from train.features import DIM, Extractor, load_extractor
 from train.frechet import frechet_distance, kernel_distance
@@ -47,7 +48,8 @@ class Evaluate:
     checkpoint: a run's folder, for its latest, or a step's; with model=if_i_xl, a file of conf/model, released weights.
     shards, text: captioned pictures and their embeddings, as for a training. scores: fid; fd_lite0 and kid_lite0, which
     are no FID; alignment, for the captions of data.demo. inception: the file of its weights. references: a file that an
-    earlier evaluation wrote, to spare the time. micro_batch: pictures at a time. weights: ema or master.
+    earlier evaluation wrote, to spare the time. adapter: a LoRA in diffusers' form, laid over the net. micro_batch:
+    pictures at a time. weights: ema or master.
     """
 
     checkpoint: str = MISSING
@@ -63,6 +65,7 @@ class Evaluate:
     weights: str = "ema"
     micro_batch: int = 64
     model: str = ""
+    adapter: str = ""
     inception: str = ""
     references: str = ""
 
@@ -104,6 +107,8 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
         write_json(out / SETTINGS, now)
 
     unet = net.load(device)
+    if args.adapter:
+        lay_over(unet, args.adapter)
     drawn = {scale: Pieces(out / f"guidance-{scale:g}", "images", args.samples) for scale in args.guidance_scales}
     for scale, images in drawn.items():
         work.fill(images, partial(draw, unet, scheduler, eval_set, args, scale), f"guidance {scale:g}")
@@ -236,8 +241,8 @@ def find_eval_set(args: Evaluate, net: Net) -> EvalSet:
 def settings(args: Evaluate, net: Net, eval_set: EvalSet) -> dict:
     """What the pictures of a folder depend on, beside their guidance scale."""
     return {
-        "net": net.told, "image_size": net.config.image_size, "samples": args.samples, "seed": args.seed,
-        "steps": args.steps, "scheduler": args.scheduler, "captions": eval_set.digest,
+        "net": net.told, "adapter": args.adapter, "image_size": net.config.image_size, "samples": args.samples,
+        "seed": args.seed, "steps": args.steps, "scheduler": args.scheduler, "captions": eval_set.digest,
         "encoder": eval_set.meta.weights_sha256,
     }  # fmt: skip
 

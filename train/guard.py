@@ -114,10 +114,10 @@ class Watchdog:
 
     def feed(self, seconds: float = 0.0) -> None:
         """All is well for so many seconds from now on."""
-        now, seconds = time.monotonic(), seconds or self._seconds
-        self._until = now + seconds
-        if now - self._armed > min(10.0, GRACE / 3):  # it starts a thread each time
-            faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
+        now, wanted = time.monotonic(), seconds or self._seconds
+        self._until = now + wanted
+        if seconds or now - self._armed > GRACE / 3:  # not each time, for it starts a thread
+            faulthandler.dump_traceback_later(wanted + GRACE, exit=True)
             self._armed = now
 
     def stop(self) -> None:
@@ -126,7 +126,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(max(self._until - time.monotonic(), 0.05)):
+        while not self._stopped.wait(min(self._seconds / 4, 5.0)):
             if time.monotonic() > self._until:
                 self._end()
 

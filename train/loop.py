@@ -90,6 +90,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             with meters.phase("save"):
                 saver.begin(step, engine, ema)
         if last or (config.sample.every and step % config.sample.every == 0):
+            watchdog.feed(6 * config.hang_seconds)  # the first rank samples, the others wait
             with meters.phase("sample"), ema.in_place_of_weights(engine):
                 if show:
                     show.samples(step, engine.model)

@@ -1,0 +1,162 @@
+"""Looks at every node before the first step: python -m launch.preflight OVERRIDES, by the launcher of the training.
+
+Takes the overrides of train/main.py; launch/slurm/batch.py runs it on all nodes before a first start. Exit status 2 and
+a line for each fault, which names the node and the remedy.
+"""
+
+import os
+import socket
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch.distributed as dist
+
+from launch.compose import own_and_config
+from launch.node_checks import code_hash, devices, read_rate, room_for_checkpoints, seen_in_run_dir, versions
+from launch.plan import Options as PlanOptions
+from launch.plan import of_data
+from launch.wires import all_reduce_rate, clock_offsets, pair_rates
+from train.config import Config, accumulation
+
+# A healthy pair may be this many times slower than the median before its nodes are named.
+SLOW_PAIR = 3.0
+MISTAKE = 2
+
+
+@dataclass(slots=True)
+class Options:
+    """Every node looked at before the first step; other arguments are those of train/main.py.
+
+    step_seconds: what the plan says a step takes; data must come fast enough for it.  max_skew: seconds between clocks.
+    test_mb: the size of the messages that measure the network.
+    """
+
+    step_seconds: float = 0.5
+    max_skew: float = 2.0
+    test_mb: int = 64
+
+
+@dataclass(slots=True)
+class Report:
+    """What one rank found.  faults: what is wrong there whatever the others say."""
+
+    node: str
+    local_rank: int
+    code: str
+    versions: dict[str, str]
+    devices: str
+    read_rate: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+def look(options: Options, config: Config, ranks: int, nodes: int) -> Report:
+    """Everything that a rank can tell by itself; what belongs to the node is looked at by its first rank."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    seen, faults = devices(local_rank)
+    report = Report(node, local_rank, code_hash(), versions(), seen, faults=faults)
+    if local_rank == 0:
+        reading, _, _ = of_data(PlanOptions(), config)
+        needed = reading.sample * config.global_batch / options.step_seconds / nodes
+        report.read_rate, faults = read_rate(config, needed)
+        report.faults += faults + room_for_checkpoints(config, ranks)
+    return report
+
+
+def compare(reports: list[Report]) -> list[str]:
+    """The faults of all ranks, and where one differs from the most."""
+    faults = [f"{r.node}, rank {i}: {fault}" for i, r in enumerate(reports) for fault in r.faults]
+    usual_code = Counter(r.code for r in reports).most_common(1)[0][0]
+    other = {r.node: r.code for r in reports if r.code != usual_code}
+    faults += [
+        f"{node}: other code ({code[:12]}, the others have {usual_code[:12]}): update the checkout there, or put it on "
+        "storage that all nodes share"
+        for node, code in other.items()
+    ]
+    for name in reports[0].versions:
+        usual = Counter(r.versions.get(name, "none") for r in reports).most_common(1)[0][0]
+        differing = {r.node: r.versions.get(name, "none") for r in reports if r.versions.get(name, "none") != usual}
+        faults += [
+            f"{node}: {name} {version}, the others have {usual}: install the same environment there (`make install`)"
+            for node, version in differing.items()
+        ]
+    kinds = Counter(r.devices for r in reports).most_common()
+    faults += [
+        f"{r.node}, rank {i}: {r.devices}, the others have {kinds[0][0]}: mend it, or sbatch --exclude={r.node}"
+        for i, r in enumerate(reports)
+        if r.devices != kinds[0][0]
+    ]
+    return faults
+
+
+def slow_pairs(rates: dict[tuple[str, str], float]) -> list[str]:
+    """The pairs of nodes that are far below the median."""
+    if not rates:
+        return []
+    usual = median(rates.values())
+    return [
+        f"{a} and {b}: {rate / 1e9:.2f} GB/s between them, the median is {usual / 1e9:.2f}: look at their links, or "
+        "leave out the one that is in more such lines, with sbatch --exclude"
+        for (a, b), rate in rates.items()
+        if rate * SLOW_PAIR < usual
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 2 if there is any fault."""
+    argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
+    options, config = own_and_config(Options, argv)
+    from train.engine import init_distributed
+
+    rank, ranks, device = init_distributed()
+    try:
+        accumulation(config, ranks)
+    except ValueError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    names: list = [None] * ranks
+    dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    reports: list = [None] * ranks
+    dist.all_gather_object(reports, look(options, config, ranks, len(set(names))))
+    shared = seen_in_run_dir(config, names)
+    offsets = clock_offsets()
+    whole = all_reduce_rate(device, options.test_mb)
+    rates = pair_rates(device, options.test_mb, names)
+    faults: list[str] = []
+    if rank == 0:
+        faults = compare(reports) + shared + slow_pairs(rates)
+        middle = median(offsets)
+        faults += [
+            f"{name}: its clock is {offset - middle:+.1f} s off: start chrony or ntpd there"
+            for name, offset in dict(zip(names, offsets, strict=True)).items()
+            if abs(offset - middle) > options.max_skew
+        ]
+        summary(reports, whole, rates, faults)
+    told = [faults]
+    dist.broadcast_object_list(told, src=0)
+    dist.barrier()
+    dist.destroy_process_group()
+    return MISTAKE if told[0] else 0
+
+
+def summary(reports: list[Report], whole: float, rates: dict[tuple[str, str], float], faults: list[str]) -> None:
+    """What was measured, and the faults on stderr."""
+    nodes = list(dict.fromkeys(r.node for r in reports))
+    print(f"{len(reports)} ranks on {len(nodes)} nodes; {reports[0].devices}; {reports[0].versions}")
+    print(f"all-reduce among all: {whole / 1e9:.2f} GB/s of bus bandwidth")
+    if rates:
+        slowest = min(rates, key=lambda pair: rates[pair])
+        print(f"slowest pair of nodes: {' and '.join(slowest)}, {rates[slowest] / 1e9:.2f} GB/s each way")
+    first = [r for r in reports if r.local_rank == 0]
+    least = min(first, key=lambda r: r.read_rate)
+    print(f"data and embeddings: {least.node} reads slowest, {least.read_rate / 1e6:.1f} MB/s")
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    print("every node is ready" if not faults else f"{len(faults)} faults, see above")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

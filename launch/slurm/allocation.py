@@ -1,0 +1,165 @@
+"""What Slurm gave to this job, and whether a training can start in it."""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+NO_SLURM = (
+    "this is no Slurm job (no SLURM_JOB_ID): submit one, `sbatch launch/slurm/train.sbatch +experiment=if_i_xl`, or "
+    "take nodes with salloc; on a single machine `deepspeed train/main.py +experiment=...` is enough"
+)
+# Below what Linux hands out by itself (32768 on), above the ports of services.
+FIRST_PORT, PORTS = 15_000, 15_000
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """nodes: in the order of their ranks.  master_addr, master_port: where all ranks meet, on the first node.
+
+    restarts: how often Slurm has started this job again.
+    """
+
+    job_id: str
+    nodes: list[str]
+    ranks_per_node: int
+    master_addr: str
+    master_port: int
+    restarts: int
+
+    @property
+    def ranks(self) -> int:
+        return len(self.nodes) * self.ranks_per_node
+
+    def hostfile(self) -> str:
+        """As DeepSpeed reads it."""
+        return "".join(f"{node} slots={self.ranks_per_node}\n" for node in self.nodes)
+
+
+def find_allocation(environment: Mapping[str, str] = os.environ) -> Allocation:
+    """The allocation that this process runs in.
+
+    Raises: ValueError in one line for what can't work: no Slurm, a job array, a port that is taken, settings of another
+    job left in the environment.
+    """
+    job = environment.get("SLURM_JOB_ID")
+    if not job:
+        raise ValueError(NO_SLURM)
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        raise ValueError(
+            f"job {job} is task {environment['SLURM_ARRAY_TASK_ID']} of an array, whose tasks would all write into one "
+            "run_dir: submit it without --array; one job starts all nodes"
+        )
+    nodes = expand(environment["SLURM_JOB_NODELIST"])
+    master = environment.get("MASTER_ADDR", nodes[0])
+    if master != nodes[0]:
+        raise ValueError(
+            f"MASTER_ADDR={master} is set, but job {job} begins with {nodes[0]}: unset it, it is of another job"
+        )
+    return Allocation(
+        job_id=job,
+        nodes=nodes,
+        ranks_per_node=ranks_per_node(environment),
+        master_addr=address(nodes[0]),
+        master_port=free_port(int(job), environment.get("MASTER_PORT")),
+        restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
+    )
+
+
+def ranks_per_node(environment: Mapping[str, str]) -> int:
+    """RANKS_PER_NODE, or the GPUs that Slurm gave on a node.
+
+    Raises: ValueError if neither says.
+    """
+    for name in ("RANKS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):
+        value = environment.get(name, "").rpartition(":")[2]  # a100:8
+        if value:
+            if not value.isdigit() or int(value) < 1:
+                raise ValueError(f"{name}={environment[name]} must be a number of processes on each node, at least 1")
+            return int(value)
+    raise ValueError(
+        f"job {environment['SLURM_JOB_ID']} has no GPUs (no SLURM_GPUS_ON_NODE): submit it with --gpus-per-node=8, or "
+        "set RANKS_PER_NODE to train on CPUs"
+    )
+
+
+def expand(nodelist: str) -> list[str]:
+    """node[1-3] as its names, in Slurm's order."""
+    command = ["scontrol", "show", "hostnames", nodelist]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def address(node: str) -> str:
+    """A node's address as Slurm knows it, which need not be a name that DNS resolves."""
+    shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True).stdout.split()
+    known = [word.partition("=")[2] for word in shown if word.startswith("NodeAddr=")]
+    return known[0] if known else node
+
+
+def free_port(job: int, wanted: str | None) -> int:
+    """A port of this node, the first of the job, on which nobody listens; by the job's number, so that jobs don't meet.
+
+    Raises: ValueError if the one that MASTER_PORT asks for is taken.
+    """
+    if wanted:
+        if not wanted.isdigit() or not 1024 <= int(wanted) < 65536:
+            raise ValueError(f"MASTER_PORT={wanted} must be a port from 1024 to 65535: unset it, and one is chosen")
+        if taken(int(wanted)):
+            raise ValueError(
+                f"MASTER_PORT={wanted} is taken on {socket.gethostname()}, by another job or what is left of one: "
+                "unset it, and a free one is chosen"
+            )
+        return int(wanted)
+    ports = (FIRST_PORT + (job + offset) % PORTS for offset in range(PORTS))
+    return next(port for port in ports if not taken(port))
+
+
+def taken(port: int) -> bool:
+    """Whether someone listens on a port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def check_hostfile(path: Path, allocation: Allocation) -> None:
+    """Make sure that a hostfile names the nodes of the allocation, in order.
+
+    Raises: ValueError naming where it doesn't.
+    """
+    try:
+        lines = [line.split() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    except OSError as error:
+        raise ValueError(f"HOSTFILE={path} cannot be read: {error}; unset it, and one is written") from None
+    named = [line[0] for line in lines]
+    if named != allocation.nodes:
+        missing = [node for node in allocation.nodes if node not in named]
+        foreign = [node for node in named if node not in allocation.nodes]
+        fault = f"lacks {missing[0]}" if missing else f"names {foreign[0]}" if foreign else "has them in another order"
+        raise ValueError(
+            f"HOSTFILE={path} disagrees with Slurm: job {allocation.job_id} has {len(allocation.nodes)} nodes, "
+            f"the file {len(named)}, and {fault}: unset HOSTFILE, and one is written"
+        )
+    slots = {line[0]: line[1].partition("=")[2] for line in lines if len(line) > 1}
+    other = [node for node in named if slots.get(node) != str(allocation.ranks_per_node)]
+    if other:
+        raise ValueError(
+            f"HOSTFILE={path} gives {other[0]} slots={slots.get(other[0])}, Slurm {allocation.ranks_per_node}: unset "
+            "HOSTFILE, and one is written"
+        )
+
+
+def check_commands(launcher: Path) -> None:
+    """Raises: ValueError if Slurm's commands or DeepSpeed's launcher aren't there."""
+    if not shutil.which("srun"):
+        raise ValueError(
+            f"`srun` is not on PATH of {socket.gethostname()}: load Slurm's module, or add its folder to PATH"
+        )
+    if not launcher.exists():
+        raise ValueError(f"no '{launcher}': run `make install`, and start this with the Python of .venv")

@@ -1,0 +1,148 @@
+"""The batch script of a training: checks, one launcher a node, the warning passed on, requeued until it is done.
+
+    python -m launch.slurm.batch +experiment=if_i_xl        inside a job; launch/slurm/train.sbatch runs it
+
+Environment: RANKS_PER_NODE (else the GPUs of a node), MAX_RESTARTS (100), PREFLIGHT (1: before the first start, 0:
+never), LOGS (run_dir/logs), HOSTFILE and MASTER_PORT (else made and chosen).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.compose import ROOT, compose_config
+from launch.slurm.allocation import Allocation, check_commands, check_hostfile, find_allocation
+from train.checkpoint import complete
+from train.config import accumulation
+from train.preempt import REQUEUE
+
+# What train/main.py and launch/preflight.py leave with when the user must mend something.
+MISTAKE = 2
+# USR1 would kill the launcher, which has no handler; it is ignored there, and the ranks set a handler of their own.
+NODE = 'trap "" USR1; exec "$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" "$@"'
+# By its path, for on PATH may stand launch/slurm/bin/deepspeed.
+LAUNCHER = Path(sys.executable).with_name("deepspeed")
+
+
+@dataclass(slots=True)
+class Job:
+    """A job in its allocation.  warned: Slurm said that the end is near; cancelled: it ends the job itself."""
+
+    allocation: Allocation
+    hostfile: Path
+    logs: Path
+    warned: bool = False
+    cancelled: bool = False
+    steps: list[subprocess.Popen] = field(default_factory=list)
+
+    def listen(self) -> None:
+        """Take the signals that reach the batch script alone (USR1), or everything (TERM)."""
+        signal.signal(signal.SIGUSR1, self._warn)
+        signal.signal(signal.SIGTERM, self._cancel)
+
+    def _warn(self, *_: object) -> None:
+        say("Slurm's warning: all ranks are asked to save and leave")
+        self.warned = True
+        # Without --batch it goes to the steps and not to this script again.
+        subprocess.run(["scancel", "--signal=USR1", self.allocation.job_id], check=False)
+
+    def _cancel(self, *_: object) -> None:
+        self.cancelled = True
+
+    def run(self, name: str, *program: str) -> int:
+        """Start a program by every rank, and wait; returns the worst exit status, that of a signal above 128."""
+        nodes = self.allocation.nodes
+        log = f"{self.logs}/{name}-%j-%N.log"
+        say(f"{name}: {len(nodes)} nodes x {self.allocation.ranks_per_node}, logs in {log}")
+        command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--overlap"]
+        command += ["--kill-on-bad-exit=1", "--open-mode=append", f"--output={log}", "bash", "-c", NODE, str(LAUNCHER)]
+        command += ["--hostfile", str(self.hostfile), "--master_addr", self.allocation.master_addr]
+        command += ["--master_port", str(self.allocation.master_port), *program]
+        # It must not die of what is meant for this script, so it has a session of its own.
+        step = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        while True:
+            try:
+                status = step.wait()
+                return status if status >= 0 else 128 - status
+            except InterruptedError:
+                continue
+
+
+def say(text: str) -> None:
+    """A line for the job's own log."""
+    print(f"[{os.environ.get('SLURM_JOB_ID', '-')}] {text}", flush=True)
+
+
+def latest_step(run_dir: Path) -> int:
+    """The step of the latest whole checkpoint, 0 if there is none."""
+    return max((int(folder.name.rpartition("-")[2]) for folder in complete(run_dir)), default=0)
+
+
+def verdict(
+    status: int, done: bool, warned: bool, restarts: int, most: int, began_at: int, reached: int
+) -> tuple[bool, str]:
+    """Whether to requeue, and why; the exit status of launchers is not trusted to tell that a run is finished.
+
+    began_at, reached: steps of the latest checkpoint before and now.
+    """
+    if done:
+        return False, "finished: RUN_DIR/done is there"
+    if status == MISTAKE and not warned:
+        return False, "something must be mended, see the first node's log; not requeued"
+    if restarts >= most:
+        return False, f"started again {restarts} times, MAX_RESTARTS={most}: look at the logs, then submit it again"
+    if status == REQUEUE or warned:
+        return True, f"stopped at step {reached} as asked: requeued"
+    if reached > began_at:
+        return True, f"ended with status {status} after saving step {reached} (began at {began_at}): requeued"
+    return (
+        False,
+        f"ended with status {status} without a checkpoint later than step {began_at}; not requeued, see the logs",
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the job's exit status."""
+    overrides = sys.argv[1:] if argv is None else argv
+    try:
+        allocation = find_allocation()
+        check_commands(LAUNCHER)
+        config = compose_config(overrides)
+        accumulation(config, allocation.ranks)
+        run_dir = Path(config.run_dir)
+        logs = Path(os.environ.get("LOGS") or run_dir / "logs").absolute()
+        logs.mkdir(parents=True, exist_ok=True)
+        hostfile = Path(os.environ.get("HOSTFILE") or logs / f"hostfile-{allocation.job_id}")
+        if "HOSTFILE" not in os.environ:
+            hostfile.write_text(allocation.hostfile())
+        check_hostfile(hostfile, allocation)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    job = Job(allocation, hostfile, logs)
+    job.listen()
+    if os.environ.get("PREFLIGHT", "1") != "0" and not allocation.restarts:
+        status = job.run("preflight", "--module", "launch.preflight", *overrides)
+        if status or job.cancelled:
+            say(f"the preflight ended with status {status}, so no training is started: {logs}/preflight-*.log say why")
+            return status
+    began_at, status = latest_step(run_dir), REQUEUE
+    if not job.warned:
+        status = job.run("train", "train/main.py", *overrides)
+    most = int(os.environ.get("MAX_RESTARTS", "100"))
+    again, why = verdict(
+        status, (run_dir / "done").exists(), job.warned, allocation.restarts, most, began_at, latest_step(run_dir)
+    )
+    say(why)
+    if again and not job.cancelled:
+        if subprocess.run(["scontrol", "requeue", allocation.job_id], check=False).returncode == 0:
+            signal.pause()  # it ends this script, whose own status then does not count
+        say("it could not be requeued (only what sbatch submitted can be): start it again")
+    return 0 if (run_dir / "done").exists() else status or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""How fast the ranks reach each other, and how far their clocks are apart; all of it collective calls."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+ROUNDS = 5
+
+
+def clock_offsets() -> list[float]:
+    """The clocks of all ranks, read as nearly at once as a barrier allows."""
+    dist.barrier()
+    clocks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(clocks, time.time())
+    return clocks
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def all_reduce_rate(device: torch.device, megabytes: int) -> float:
+    """Bus bandwidth in bytes/s, as nccl-tests count it: 2 (n - 1) / n of the bytes, over the time of one all-reduce."""
+    ranks, message = dist.get_world_size(), torch.ones(megabytes * 2**18, device=device)
+    dist.all_reduce(message)
+    _synchronize(device)
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(ROUNDS):
+        dist.all_reduce(message)
+    _synchronize(device)
+    taken = (time.perf_counter() - start) / ROUNDS
+    return 2 * (ranks - 1) / ranks * message.nbytes / taken
+
+
+def tournament(players: list[int]) -> list[list[tuple[int, int]]]:
+    """Rounds in which everyone meets each other once, all pairs of a round side by side (the circle method)."""
+    ring: list[int | None] = [*players, *([None] if len(players) % 2 else [])]
+    rounds = []
+    for _ in range(len(ring) - 1):
+        pairs = [(ring[i], ring[-1 - i]) for i in range(len(ring) // 2)]
+        rounds.append([(a, b) for a, b in pairs if a is not None and b is not None])
+        ring = [ring[0], ring[-1], *ring[1:-1]]
+    return rounds
+
+
+def pair_rates(device: torch.device, megabytes: int, names: list[str]) -> dict[tuple[str, str], float]:
+    """Bytes/s each way between the first ranks of every two nodes, on the first rank; nothing on others.
+
+    names: of each rank's node.
+    """
+    first = [names.index(name) for name in dict.fromkeys(names)]
+    rank, mine = dist.get_rank(), {}
+    sent = torch.ones(megabytes * 2**18, device=device)
+    received = torch.empty_like(sent)
+    for pairs in tournament(first):
+        partner = next((a + b - rank for a, b in pairs if rank in (a, b)), None)
+        dist.barrier()
+        if partner is None:
+            continue
+        for warm in (True, False):
+            start = time.perf_counter()
+            both = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
+            for work in dist.batch_isend_irecv(both):
+                work.wait()
+            _synchronize(device)
+            if not warm:
+                mine[partner] = sent.nbytes / (time.perf_counter() - start)
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if rank:
+        return {}
+    return {(names[a], names[b]): min(rate, everyone[b][a]) for a in first for b, rate in everyone[a].items() if a < b}

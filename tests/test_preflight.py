@@ -1,0 +1,86 @@
+"""The preflight on two ranks that stand for two nodes: one that fails is named, with the remedy."""
+
+import os
+import shutil
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from launch.preflight import slow_pairs
+from launch.wires import tournament
+from tests.trainings import SMALL, free_port, make_data
+
+FAST = ["test_mb=1", "step_seconds=60"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def preflight(trees: list[Path], overrides: list[list[str]]) -> tuple[list[int], str, str]:
+    """One process in each tree with its own overrides; exit statuses, and what the first one said."""
+    port, started = str(free_port()), []
+    for rank, (tree, own) in enumerate(zip(trees, overrides, strict=True)):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "SLURMD_NODENAME": f"node{rank + 1}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "launch.preflight", *SMALL, *FAST, *own]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=tree, env=environment, **pipes))
+    said = [process.communicate(timeout=200) for process in started]
+    return [process.returncode for process in started], *said[0]
+
+
+def test_two_good_nodes_and_three_kinds_of_bad_ones(repo, data, tmp_path):
+    good = [f"run_dir={tmp_path / 'run'}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
+    status, out, err = preflight([repo, repo], [good, good])
+    assert status == [0, 0], err[-3000:]
+    assert "2 ranks on 2 nodes" in out and "every node is ready" in out
+    assert "slowest pair of nodes: node1 and node2" in out and "all-reduce among all" in out
+    assert not list((tmp_path / "run").glob(".preflight-*"))
+
+    # Of the second node: storage that isn't mounted, a folder of its own, and a checkout that is a line behind.
+    other = tmp_path / "checkout"
+    other.mkdir()
+    for room in ("train", "model", "data", "launch", "conf"):
+        shutil.copytree(repo / room, other / room, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(other / "model/losses.py", "a") as source:
+        source.write("# changed\n")
+    bad = [f"run_dir={tmp_path / 'own'}", "data.shards=nowhere", good[2]]
+    status, out, err = preflight([repo, other], [good, bad])
+    assert status == [2, 2]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and all(line.startswith("error: node2") for line in errors), errors
+    for told in ("no folder 'nowhere'", "is not the one that node1 sees", "other code"):
+        assert any(told in line for line in errors), told
+    assert "every node is ready" not in out
+
+
+def test_no_room_and_slow_storage_are_told(repo, data, tmp_path):
+    good = [f"run_dir={tmp_path / 'run'}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
+    greedy = [*good, "keep_checkpoints=100000000", "step_seconds=1e-9"]
+    status, _, err = preflight([repo, repo], [greedy, greedy])
+    assert status == [2, 2]
+    assert err.count("GB free") == 2 and err.count("MB/s a node") == 2
+    assert "node1, rank 0" in err and "node2, rank 1" in err
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 7, 64])
+def test_everyone_meets_everyone_once(nodes):
+    rounds = tournament(list(range(nodes)))
+    met = [tuple(sorted(pair)) for pairs in rounds for pair in pairs]
+    assert sorted(met) == list(combinations(range(nodes), 2))
+    for pairs in rounds:
+        assert len({player for pair in pairs for player in pair}) == 2 * len(pairs)
+
+
+def test_a_slow_pair_is_named():
+    rates = {("a", "b"): 10e9, ("a", "c"): 2e9, ("b", "c"): 9e9, ("c", "d"): 10e9}
+    (told,) = slow_pairs(rates)
+    assert told.startswith("a and c: 2.00 GB/s")
+    assert not slow_pairs({}) and not slow_pairs({("a", "b"): 1.0})
