@@ -32,7 +32,7 @@ def load(repo: Path, *overrides: str) -> Config:
 )
 def test_the_released_sizes_are_as_the_card_says(repo, name, count, batch, steps, ranks):
     config = load(repo, f"+experiment={name}")
-    assert parameters(config) == count
+    assert parameters(config) == (count, 0)
     assert (config.global_batch, config.steps, config.diffusion_steps) == (batch, steps, 1000)
     assert accumulation(config, ranks) == 1
     optim, data = config.optim, config.data
@@ -45,7 +45,8 @@ def test_the_released_sizes_are_as_the_card_says(repo, name, count, batch, steps
 
 def test_every_experiment_composes(repo):
     names = [path.stem for path in (repo / "conf" / "experiment").glob("*.yaml")]
-    folders = {load(repo, f"+experiment={name}").run_dir for name in names}
+    # A fine-tuning says what it begins from.
+    folders = {load(repo, f"+experiment={name}", "init_from=weights").run_dir for name in names}
     assert len(folders) == len(names) >= 5, "each experiment has a folder of its own"
 
 

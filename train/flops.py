@@ -6,6 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.unet import UNet, UNetConfig
+from train.adapter import add_lora
+from train.config import LoRAConfig
 
 # Dense bfloat16 peak, FLOP/s, from the makers' data sheets; the longer name before the one it begins with.
 PEAK = {
@@ -19,10 +21,15 @@ PEAK = {
 }
 
 
-def training_flops(config: UNetConfig, tokens: int) -> float:
-    """FLOP of the forward and backward of one image, recomputation not counted; no memory is taken for the net."""
+def training_flops(config: UNetConfig, tokens: int, lora: LoRAConfig | None = None) -> float:
+    """FLOP of the forward and backward of one image, recomputation not counted; no memory is taken for the net.
+
+    lora: where it alone is trained, the gradients of the frozen weights are not computed.
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         unet = UNet(replace(config, memory="keep"))
+        if lora and lora.rank:
+            add_lora(unet, lora, on_meta=True)
         x = torch.empty(1, config.in_channels, config.image_size, config.image_size)
         unet(x, torch.zeros(1, dtype=torch.int64), torch.empty(1, tokens, config.encoder_dim)).sum().backward()
     return float(counter.get_total_flops())

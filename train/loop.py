@@ -31,8 +31,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     inputs.to(device)
-    unet = build_net(config, inputs, device)
-    engine = build_engine(unet, config, ranks)
+    engine = build_engine(build_net(config, inputs, device), config, ranks)
     if begins_from_weights(config):
         engine.set_weights(inputs.weights)
         inputs.weights = None
