@@ -1,6 +1,7 @@
 """key=value arguments, the same for every command: `python -m data.demo out=DIR seed=1`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TypeVar
 
@@ -40,3 +41,14 @@ def parse(schema: type[T], argv: list[str] | None = None) -> T:
     for key, text in given.items():
         setattr(arguments, key, text)
     return arguments
+
+
+def command(action: Callable[[T], object], schema: type[T], argv: list[str] | None = None) -> None:
+    """Do what the arguments ask for.
+
+    Raises: SystemExit with one line for what the user can mend: a ValueError or OSError of the action.
+    """
+    try:
+        action(parse(schema, argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

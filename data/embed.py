@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data.captions import CLEANING, cleaner
 from data.claims import Claim, claim
-from data.cli import parse
+from data.cli import command
 from data.encoder import COMPUTE, TextEncoder, load_encoder
 from data.shards import Shard, find_shards
 from data.sidecars import extra_sidecars, look_at, write_sidecar
@@ -236,7 +236,4 @@ def check(shards: list[Shard], folder: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        embed(parse(Embed))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command(embed, Embed)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from data.cli import parse
+from data.cli import command
 from data.shards import INDEX, is_folder, locate, shard_bytes, stats_count
 from data.sources import join, split, write_whole
 from data.tars import count_samples
@@ -111,7 +111,4 @@ def _report(what: str, lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        index(parse(Index))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command(index, Index)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import MISSING
 
-from data.cli import parse
+from data.cli import command
 from data.contact_sheet import contact_sheet
 from data.findings import Eye, Findings, look
 from data.inspect_page import Summary, page
@@ -105,8 +105,6 @@ def _lines(summary: Summary, found: Findings) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        inspect(parse(Inspect))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        command(inspect, Inspect)
     except KeyboardInterrupt:
         raise SystemExit("stopped: no report was written") from None

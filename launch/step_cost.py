@@ -1,7 +1,7 @@
 """What one micro batch costs, of the real net on tensors without contents: bytes and floating-point operations."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +118,13 @@ def inputs(config: UNetConfig, micro_batch: int, tokens: int) -> tuple[Tensor, T
     x_t = torch.randn(micro_batch, config.in_channels, size, size, dtype=torch.float32)
     text_emb = torch.randn(micro_batch, tokens, config.encoder_dim, dtype=torch.float32)
     return x_t, torch.randint(1000, (micro_batch,)), text_emb
+
+
+def kept_bytes(forward: Callable[[], Tensor]) -> int:
+    """Bytes that forward() leaves in memory while its result lives, the result's own left out."""
+    with LiveBytes() as live:
+        result = forward()
+        return live.now - result.untyped_storage().nbytes()
 
 
 def walk_bytes(unet: UNet, args: tuple[Tensor, Tensor, Tensor]) -> Bytes:

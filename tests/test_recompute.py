@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from launch.kept_bytes import kept_bytes
+from launch.step_cost import kept_bytes
 from model.recompute import MEMORY
 from model.unet import UNet, UNetConfig
 from tests.benchmarks.nets import DIFFUSERS, OURS
@@ -67,7 +67,7 @@ def kept(activation: str, memory: str, fake: bool = False) -> int:
         with FakeTensorMode():
             return kept(activation, memory)
     unet, args = net(activation=activation, memory=memory), inputs()
-    return kept_bytes(lambda: unet(*args), unet, *args)
+    return kept_bytes(lambda: unet(*args))
 
 
 def test_each_choice_keeps_less():
@@ -94,9 +94,9 @@ def test_fake_tensors_tell_the_bytes_of_real_ones(memory):
 def test_bytes_of_a_known_graph():
     x, weight = torch.randn(10, 7), nn.Linear(7, 5)
     # tanh keeps its result; the linear layer keeps its input, which isn't counted.
-    assert kept_bytes(lambda: torch.tanh(weight(x)).sum(), weight, x) == 10 * 5 * 4
+    assert kept_bytes(lambda: torch.tanh(weight(x)).sum()) == 10 * 5 * 4
     with torch.no_grad():
-        assert kept_bytes(lambda: torch.tanh(weight(x)).sum(), weight, x) == 0
+        assert kept_bytes(lambda: torch.tanh(weight(x)).sum()) == 0
 
 
 @pytest.mark.parametrize("memory", MEMORY[1:])

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.cli import parse
+from data.cli import command
 from model.attention import Projection
 from model.unet import UNet, UNetConfig
 from model.weights import lora_to_diffusers, merge_lora
@@ -133,10 +133,7 @@ def export(args: Export) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        export(parse(Export, argv))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command(export, Export, argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from PIL import Image
 from tqdm import tqdm
 
-from data.cli import parse
+from data.cli import command
 from data.embed import Embed, embed
 from data.encoder import load_encoder
 from data.making import key_of
@@ -132,10 +132,7 @@ def _write(folder: Path, pictures: list[tuple[bytes, str]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        prepare(parse(DreamBooth, argv))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command(prepare, DreamBooth, argv)
 
 
 if __name__ == "__main__":

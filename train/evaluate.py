@@ -19,7 +19,7 @@ from omegaconf import MISSING, OmegaConf
 from tqdm import tqdm
 
 from data.alignment import alignment
-from data.cli import parse
+from data.cli import command
 from data.shards import find_shards
 from data.tars import write_json
 from data.text import check_sidecars
@@ -338,10 +338,7 @@ def show(
 def main(argv: list[str] | None = None) -> None:
     # The deepspeed launcher appends --local_rank=N; the rank is in the environment too.
     argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
-    try:
-        evaluate(parse(Evaluate, argv))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command(evaluate, Evaluate, argv)
 
 
 if __name__ == "__main__":

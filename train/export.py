@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from data.cli import parse
+from data.cli import command
 from data.encoder import TextEncoder, load_encoder
 from data.text import TextMeta
 from model.unet import UNetConfig
@@ -130,10 +130,7 @@ def load_t5(name: str, meta: TextMeta) -> TextEncoder:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        export(parse(Export, argv))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command(export, Export, argv)
 
 
 if __name__ == "__main__":

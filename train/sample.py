@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.cli import parse
+from data.cli import command
 from data.config import DataConfig, Dataset, find_datasets
 from data.encoder import TextEncoder, load_encoder
 from data.stream import stored_prompts
@@ -244,10 +244,7 @@ def next_folder(parent: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        run(parse(Sample, argv))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command(run, Sample, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch._subclasses import FakeTensorMode
 
-from launch.kept_bytes import kept_bytes
+from launch.step_cost import kept_bytes
 from tests.benchmarks.nets import DIFFUSERS, ORIGINAL, OURS, build, inputs, size
 
 
@@ -20,7 +20,7 @@ def per_image(name: str, size_name: str, dtype: torch.dtype) -> float:
     try:
         with FakeTensorMode():
             net, args = build(name, config), inputs(config, batch)
-            return kept_bytes(lambda: net(*args), net, *args) / batch
+            return kept_bytes(lambda: net(*args)) / batch
     finally:
         torch.set_default_dtype(before)
 
