@@ -58,7 +58,7 @@ class EvalSet:
         Raises: ValueError if one cannot be read.
         """
         raws = list(self._read(first, stop, self.text))
-        embeddings = np.empty((len(raws), self.meta.tokens, self.meta.dim), self.meta.dtype)
+        embeddings = np.empty((len(raws), *self.meta.shape), self.meta.array_dtype)
         for raw, out in zip(raws, embeddings, strict=True):
             try:
                 read_into(out, raw.embedding, self.meta)
