@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from train.config import Config, accumulation, check
+from train.config import Config, accumulation, check, check_nodes
 from train.inputs import parameters
 
 
@@ -96,3 +96,15 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_one_that_fits(repo
         accumulation(config, 100)
     with pytest.raises(ValueError, match=r"micro_batch=8 would fit 384 ranks"):
         accumulation(load(repo, "+experiment=if_i_xl", "micro_batch=7"), 384)
+
+
+def test_a_launcher_that_takes_one_of_several_nodes_is_told():
+    job = {"SLURM_JOB_NUM_NODES": "2", "LOCAL_SIZE": "8"}
+    with pytest.raises(ValueError, match="the job has 2 nodes, and all 8 ranks were started on this one"):
+        check_nodes(job, 8)
+    with pytest.raises(ValueError, match="the job has 2 nodes"):
+        check_nodes({"SLURM_JOB_NUM_NODES": "2", "LOCAL_WORLD_SIZE": "1"}, 1)
+    check_nodes(job, 16)
+    check_nodes({**job, "SLURM_STEP_NUM_NODES": "1"}, 8)
+    check_nodes({"SLURM_JOB_NUM_NODES": "2"}, 8)  # a task a rank
+    check_nodes({"LOCAL_SIZE": "8"}, 8)

@@ -21,7 +21,7 @@ from data.cursor import ShardUnreadable  # noqa: E402
 from data.workers import LoaderDied  # noqa: E402
 from model.unet import check as check_unet  # noqa: E402
 from train.checkpoint import CheckpointFailed, check_resumable, check_same_everywhere  # noqa: E402
-from train.config import Config, accumulation, check  # noqa: E402
+from train.config import Config, accumulation, check, check_nodes  # noqa: E402
 from train.inputs import describe, find_inputs  # noqa: E402
 from train.preempt import REQUEUE, listen  # noqa: E402
 from train.tracker import check_login  # noqa: E402
@@ -48,6 +48,7 @@ def main(composed: DictConfig) -> None:
             if rank == 0:
                 print(describe(config, ranks))
             return
+        check_nodes(os.environ, ranks)
         accumulation(config, ranks)
         inputs = find_inputs(config, rank)
         check_resumable(config, inputs.samples)
