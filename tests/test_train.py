@@ -284,7 +284,7 @@ def test_dry_run_says_what_would_run_and_leaves(repo, data, tmp_path):
     for words in (
         "1 ranks x 4 micro batch x 2 accumulation = 8",
         "4 shards, 96 samples",
-        "16 x 64 float32",
+        "16 x 64, float32",
         "parameters",
     ):
         assert words in done.stdout
