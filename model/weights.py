@@ -77,16 +77,23 @@ def to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[s
 
     Raises: ValueError that names the first weights that are missing or too many.
     """
+    return {name: part for _, parts in each_to_diffusers(state_dict, config) for name, part in parts.items()}
+
+
+def each_to_diffusers(
+    state_dict: Mapping[str, Tensor], config: UNetConfig
+) -> Iterator[tuple[str, dict[str, Tensor]]]:  # fmt: skip
+    """The same one by one: our name, and what diffusers has in its place. Those that were told may be taken away.
+
+    Raises: ValueError, as to_diffusers.
+    """
     pairs = list(_pairs(config))
     _check_names(state_dict, [ours for ours, _ in pairs])
-    result = {}
     for ours, theirs in pairs:
         value = state_dict[ours]
         if _is_projection(ours) and value.ndim == 3:
             value = value.squeeze(-1)
-        for name, part in zip(theirs, _split_heads(value, len(theirs), config.num_head_channels), strict=True):
-            result[name] = part
-    return result
+        yield ours, dict(zip(theirs, _split_heads(value, len(theirs), config.num_head_channels), strict=True))
 
 
 def from_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:

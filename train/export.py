@@ -16,7 +16,7 @@ from data.cli import command
 from data.encoder import TextEncoder, load_encoder
 from data.text import TextMeta
 from model.unet import UNetConfig
-from model.weights import diffusers_config, to_diffusers
+from model.weights import diffusers_config, each_to_diffusers
 from train.model_card import check_license, model_card
 from train.pretrained import load_whole, read_trained
 from train.sampler import make_scheduler
@@ -91,7 +91,7 @@ def export(args: Export, shard_size: str = "10GB") -> None:
 
 
 def build_unet(weights: dict[str, Tensor], config: UNetConfig, dtype: torch.dtype) -> UNet2DConditionModel:
-    """diffusers' net with these weights.
+    """diffusers' net with these weights, which are taken out of the dict one by one: in memory is one copy of them.
 
     A net without a learned variance gets its output channels all the same, all zero: IFPipeline splits them off
     whether there are any or not.
@@ -103,11 +103,13 @@ def build_unet(weights: dict[str, Tensor], config: UNetConfig, dtype: torch.dtyp
         weights = weights | {name: torch.cat([weights[name], zeros]) for name, zeros in idle.items()}
     with torch.device("meta"):
         unet = UNet2DConditionModel(**diffusers_config(config))
-    # Copied one by one: weights that are cut from one piece of memory would count as one, and never be sharded.
-    state = {name: value.to(dtype, copy=True) for name, value in to_diffusers(weights, config).items()}
-    for name, value in state.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{name} is not finite in {dtype}: choose another dtype, or an earlier checkpoint")
+    state = {}
+    for ours, parts in each_to_diffusers(weights, config):
+        for name, value in parts.items():
+            state[name] = value.to(dtype)
+            if not torch.isfinite(state[name]).all():
+                raise ValueError(f"{name} is not finite in {dtype}: choose another dtype, or an earlier checkpoint")
+        del weights[ours]
     unet.load_state_dict(state, strict=True, assign=True)
     return unet
 
