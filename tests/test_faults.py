@@ -123,7 +123,8 @@ def test_a_full_or_vanished_disk_is_told_and_what_was_saved_stays(repo, data, tm
         subprocess.run(["mount", "-o", "remount,rw,size=64m", disk], check=True)
         assert complete(disk / "run") == saved
         run = start(repo, data, disk / "run", *TINY, "steps=400", ranks=2)
-        time.sleep(20)
+        while complete(disk / "run")[-1:] == saved[-1:] and run.poll() is None:
+            time.sleep(0.1)
         subprocess.run(["umount", "-l", disk], check=True)
         out, _ = run.communicate(timeout=200)
         assert run.returncode != 0, out[-2000:]

@@ -64,7 +64,9 @@ class Saver:
         }
 
         def write() -> None:
-            aside.mkdir(parents=True, exist_ok=True)
+            # Not run_dir itself: if that is gone, so is the disk it was on, and its place is no place to write to.
+            aside.parent.mkdir(exist_ok=True)
+            aside.mkdir(exist_ok=True)
             file = aside / part_file(self._rank)
             save_file(snapshot, file)
             _to_disk(file)
