@@ -162,6 +162,9 @@ class FewBitGELU(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FewBitGELU":
         # No state dict brings this table, and it must stay fp32: after .to(), .bfloat16() or .to_empty() it is written
         # anew, wherever it now is.
-        super()._apply(fn, recurse)
+        try:
+            super()._apply(fn, recurse)
+        except NotImplementedError:  # .to() finds nothing to take from meta, where a net stands until its weights come
+            self.levels = fn(torch.empty(0))
         self._fill()
         return self

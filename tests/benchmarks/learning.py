@@ -1,0 +1,184 @@
+"""What each choice is worth: short trainings on the demo scenes, several seeds of each, judged on held-out captions.
+
+python -m tests.benchmarks.learning arms=ablations picture=docs/ablations.png   [seeds=3 steps=500 jobs=2]
+python -m tests.benchmarks.learning arms=sizes picture=docs/sizes.png           nets of three sizes at the same compute
+trains what is missing, goes on where it was stopped, prints a table in Markdown and draws it. The data are those of
++experiment=scenes, made as docs/results.md says.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.cli import parse
+from launch.compose import compose_config
+from model.unet import UNet
+from train.flops import training_flops
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+BATCH = 16
+LAST = 0.2  # the share of a run's steps over which its loss is judged
+BASE = "the recipe"
+ARMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "ablations": {
+        BASE: (),
+        "exact GELU": ("model.activation=gelu",),
+        "AdamW, 32 bit": ("optim.name=adamw",),
+        "no caption dropout": ("data.cond_drop_prob=0",),
+    },
+    "sizes": {
+        "half": ("model.channel_mult=[1,1,2]",),
+        BASE: (),
+        "four times": ("model.model_channels=64",),
+    },
+}
+JUDGED = ("alignment", "kid_lite0")
+
+
+@dataclass
+class Learning:
+    """steps: of the recipe's net; another takes as many as cost the same. jobs: trainings at a time, a core each."""
+
+    arms: str = "ablations"
+    out: str = "runs/learning"
+    held_out: str = "datasets/held_out"
+    steps: int = 500
+    seeds: int = 3
+    jobs: int = 2
+    samples: int = 96
+    guidance_scales: tuple[float, ...] = (1.0, 3.0)
+    picture: str = ""
+
+
+@dataclass(slots=True)
+class Arm:
+    """A choice: what it changes, how many steps it is given, and what a training image costs it (FLOP)."""
+
+    name: str
+    changes: tuple[str, ...]
+    steps: int
+    parameters: float
+    flops: float
+
+
+def find_arms(args: Learning) -> list[Arm]:
+    """Raises: SystemExit for arms that are not known."""
+    if args.arms not in ARMS:
+        raise SystemExit(f"arms={args.arms} must be one of {', '.join(ARMS)}")
+    costs = {name: cost(changes) for name, changes in ARMS[args.arms].items()}
+    of_base = costs[BASE][1]
+    return [
+        Arm(name, changes, round(args.steps * of_base / costs[name][1]), *costs[name])
+        for name, changes in ARMS[args.arms].items()
+    ]
+
+
+def cost(changes: tuple[str, ...]) -> tuple[float, float]:
+    """Parameters of the net, and FLOP of a training image."""
+    config = compose_config(["+experiment=scenes", *changes])
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in UNet(config.model).parameters())
+    return float(parameters), training_flops(config.model, config.data.tokens)
+
+
+def make(args: Learning, arm: Arm, seed: int) -> dict:
+    """One run, trained and judged unless it already is: its end mse, and the scores at each guidance scale."""
+    folder = Path(args.out) / f"{arm.name.replace(' ', '_').replace(',', '')}-{seed}"
+    if not (folder / f"checkpoints/step-{arm.steps:08d}").exists():
+        run("train/main.py", "+experiment=scenes", f"run_dir={folder}", f"seed={seed}", f"steps={arm.steps}",
+            f"global_batch={BATCH}", f"micro_batch={BATCH}", f"optim.warmup_steps={max(arm.steps // 10, 2)}", "log_every=1",
+            f"save_every={arm.steps}", "sample.every=0", "sample.prompts=2", "sample.steps=4", *arm.changes)  # fmt: skip
+    scales = ",".join(f"{scale:g}" for scale in args.guidance_scales)
+    run("-m", "train.evaluate", f"checkpoint={folder}", f"shards={args.held_out}/shards",
+        f"text={args.held_out}/minilm", f"out={folder}/evaluation", f"scores=[{','.join(JUDGED)}]",
+        f"samples={args.samples}", f"guidance_scales=[{scales}]", "steps=20", "micro_batch=32")  # fmt: skip
+    mse = [json.loads(line)["mse"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = json.loads((folder / "evaluation/scores.json").read_text())["scores"]
+    return {"mse": statistics.mean(mse[-round(LAST * len(mse)) :])} | {
+        f"{name}, guidance {line['guidance_scale']:g}": line[name] for name in (*JUDGED, "alignment_chance")
+        for line in scores
+    }  # fmt: skip
+
+
+def run(*command: str) -> None:
+    """A command of this repository, on one core. Raises: SystemExit with the end of what it said if it fails."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Of several seeds: the mean and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def draw(arms: list[Arm], found: dict[str, list[dict]], path: str) -> None:
+    """A panel for each figure: a dot for each seed, the mean and its error beside it."""
+    names = [name for name in found[BASE][0] if "chance" not in name]
+    figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.6), layout="constrained")
+    for axes, name in zip(panels.flat, names, strict=True):
+        for at, arm in enumerate(arms):
+            values = [run[name] for run in found[arm.name]]
+            mean, error = mean_and_error(values)
+            axes.plot(np.full(len(values), at), values, "o", color=f"C{at}", ms=3, alpha=0.6)
+            axes.errorbar(at + 0.2, mean, error, fmt="s", color=f"C{at}", ms=5, capsize=4)
+        if name.startswith("alignment"):
+            chance = [run[name.replace("alignment", "alignment_chance")] for runs in found.values() for run in runs]
+            axes.axhline(statistics.mean(chance), ls="--", color="grey", lw=1)
+        axes.set_xticks(range(len(arms)), [arm.name for arm in arms], rotation=30, ha="right")
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3, axis="y")
+    aside = Path(path).with_suffix(".part")
+    figure.savefig(aside, dpi=110, format="png")
+    aside.replace(path)
+
+
+def main() -> None:
+    """Train and judge what is missing, then print the table."""
+    args = parse(Learning)
+    arms = find_arms(args)
+    # Seed by seed, so that what is there when it is stopped compares all arms.
+    todo = [(arm, seed) for seed in range(args.seeds) for arm in arms]
+    found: dict[str, list[dict]] = {arm.name: [] for arm in arms}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = [pool.submit(make, args, arm, seed) for arm, seed in todo]
+        try:
+            for (arm, _), result in zip(todo, tqdm(results, args.arms, unit="run"), strict=True):
+                found[arm.name].append(result.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    names = list(found[BASE][0])
+    print(f"| | parameters | GFLOP an image | steps of {BATCH} | " + " | ".join(names) + " |")
+    print("|---|---:|---:|---:|" + "---:|" * len(names))
+    for arm in arms:
+        figures = [mean_and_error([run[name] for run in found[arm.name]]) for name in names]
+        cells = " | ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in figures)
+        print(f"| {arm.name} | {arm.parameters / 1e6:.1f} M | {arm.flops / 1e9:.2f} | {arm.steps} | {cells} |")
+    for arm in arms:
+        # The same seed is the same net at the start, the same batches and noise: differences scatter less.
+        pairs, told = list(zip(found[arm.name], found[BASE], strict=True)), []
+        for name in names:
+            mean, error = mean_and_error([a[name] - b[name] for a, b in pairs])
+            told.append(f"{name} {mean:+.4f} ± {error:.4f}")
+        if arm.name != BASE:
+            print(f"\n{arm.name} less {BASE}, seed by seed: " + ", ".join(told))
+    if args.picture:
+        draw(arms, found, args.picture)
+
+
+if __name__ == "__main__":
+    main()
