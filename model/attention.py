@@ -37,7 +37,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         # The columns of both projections are grouped by head: all of head 0's q, k, v, then head 1's.
-        q, k, v = self._heads(self.run(self._project, x.flatten(2), self.norm, self.qkv), 3)
+        q, k, v = self._heads(self.run(self._project, x, self.norm, self.qkv), 3)
         text_k, text_v = self._heads(self.run(self._project, text, self.norm_encoder, self.encoder_kv), 2)
         k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
         # A copy of q, for a view would keep the k and v of the projection for backward too.
@@ -48,8 +48,8 @@ class AttentionBlock(nn.Module):
 
     @staticmethod
     def _project(x: Tensor, norm: nn.GroupNorm, projection: Projection) -> Tensor:
-        """[N, in_channels, L] -> [N, L, out_channels]"""
-        return projection(norm(x).transpose(1, 2))
+        """[N, in_channels, L], or H, W in place of L, -> [N, L, out_channels]"""
+        return projection(norm(x).flatten(2).transpose(1, 2))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[N, L, heads * parts * ch] -> `parts` times [N, L, heads, ch], views."""

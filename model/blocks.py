@@ -28,8 +28,10 @@ def zero_init(module: M) -> M:
 def scale_shift_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift, in one pass over x: each sample's scale and shift join the norm's own.
 
-    x: [N, channels, H, W]; scale, shift: [N, channels].
+    x: [N, channels, H, W], in two passes if it is channels_last; scale, shift: [N, channels].
     """
+    if not x.is_contiguous():  # samples cannot become groups without a copy
+        return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
     weight = norm.weight * (1 + scale)
     bias = torch.addcmul(shift, norm.bias, 1 + scale)
     samples_as_groups = x.reshape(1, -1, *x.shape[2:])

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -24,13 +25,17 @@ from data.text import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.unet import UNetConfig
 from tests.test_export import random_net
-from train.eval_set import EvalSet, Pieces
+from train.eval_set import EvalSet, Pictures, Pieces
 from train.evaluate import Evaluate, align, check, main, read_references, write_references
 from train.features import Extractor
+from train.neighbours import Neighbours, neighbours
+from train.neighbours import main as find_neighbours
+from train.sampler import make_scheduler, sample
 
 NET = UNetConfig(
     image_size=32, model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[16],
     num_head_channels=32, encoder_dim=64, encoder_channels=64, att_pool_heads=4,
+    activation="gelu_3bit",
 )  # fmt: skip
 SAMPLES = 20
 ARGUMENTS = f"""
@@ -67,7 +72,7 @@ def base(tmp_path_factory) -> Path:
 
 def eval_set(base: Path, samples: int = SAMPLES, seed: int = 2) -> EvalSet:
     return EvalSet(
-        find_shards(base / "shards"), str(base / "text"), TextMeta.read(base / "text"), samples=samples, seed=seed
+        find_shards(base / "shards"), samples, seed, text=str(base / "text"), meta=TextMeta.read(base / "text")
     )
 
 
@@ -142,16 +147,17 @@ def test_two_ranks_give_the_pictures_of_one(repo, base, one):
 
 def test_prompts_and_pictures_belong_together(base):
     every = eval_set(base, samples=40)
-    captions, embeddings = every.prompts(0, 40)
+    captions, embeddings = every.captions(0, 40), every.embeddings(0, 40)
     pictures = every.pictures(0, 40, 64)
     assert len(set(captions)) > 30 and embeddings.shape == (40, 16, 64)
     assert np.mean([matches(p.transpose(1, 2, 0), c) for p, c in zip(pictures, captions, strict=True)]) > 0.9
     part = eval_set(base)
-    some = part.prompts(0, SAMPLES)[0]
+    some = part.captions(0, SAMPLES)
     assert len(set(some) & set(captions)) == len(set(some)) and some != captions[:SAMPLES], "drawn from all shards"
-    assert part.prompts(7, 12)[0] == some[7:12]
+    assert part.captions(7, 12) == some[7:12]
+    np.testing.assert_array_equal(part.embeddings(7, 12), part.embeddings(0, SAMPLES)[7:12])
     np.testing.assert_array_equal(part.pictures(7, 12, 64), part.pictures(0, SAMPLES, 64)[7:12])
-    assert eval_set(base, seed=3).prompts(0, SAMPLES)[0] != some
+    assert eval_set(base, seed=3).captions(0, SAMPLES) != some
     scored = align(pictures, captions)
     assert scored["alignment"] > 0.95 and scored["alignment_exact"] > 0.9 and scored["alignment_chance"] < 0.6
 
@@ -186,7 +192,7 @@ def test_pieces_of_any_size_make_one_array(tmp_path):
         ("text=nowhere", "no text embeddings in 'nowhere'"),
         ("steps=0", "steps=0 must lie between"),
         ("model=if_i_m checkpoint=nowhere", "embeddings in 'text' are 64 wide"),
-        ("model=if_i_q", "model=if_i_q must be one of if_i_l, if_i_m, if_i_xl, small"),
+        ("model=if_i_q", "model=if_i_q must be one of if_i_l, if_i_m, if_i_xl, scenes, small"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_leave_nothing(base, monkeypatch, arguments, message):
@@ -233,7 +239,7 @@ def test_references_of_another_kind_are_refused(base, tmp_path):
 def test_a_picture_that_cannot_be_read_ends_the_evaluation(base, tmp_path):
     (tmp_path / "00000.tar").write_bytes((base / "shards" / "00000.tar").read_bytes()[:20000])
     (tmp_path / "00000_stats.json").write_bytes((base / "shards" / "00000_stats.json").read_bytes())
-    cut = EvalSet(find_shards(tmp_path), str(base / "text"), TextMeta.read(base / "text"), samples=16, seed=0)
+    cut = Pictures(find_shards(tmp_path), samples=16, seed=0)
     with pytest.raises(ValueError, match=r"cannot be used \(.*without it the score would be of other pictures"):
         cut.pictures(0, 16, 32)
 
@@ -242,3 +248,57 @@ def test_the_defaults_are_those_of_the_card():
     args = Evaluate(checkpoint="", shards="", text="", out="")
     assert (args.samples, args.scores) == (30_000, ["fid"])
     check(args)
+
+
+def test_the_nearest_training_pictures_are_found(base, one, tmp_path, capsys):
+    """Training pictures among the images have themselves for neighbours; what a random net drew is far from all."""
+    training = Pictures(find_shards(base / "shards"), samples=40, seed=0)
+    for i in range(3):
+        Image.fromarray(training.pictures(5 * i, 5 * i + 1, 32)[0].transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+    out = tmp_path / "grid.png"
+    copied, within = neighbours(Neighbours(str(tmp_path), str(base / "shards"), str(out), nearest=2))
+    np.testing.assert_allclose(copied[:, 0], 0, atol=1e-3)
+    assert copied[:, 1].min() > 1 and within.min() > 1 and Image.open(out).size[0] > 300
+    assert "100% of the images are nearer to one than 95 %" in capsys.readouterr().out
+    drawn, _ = neighbours(Neighbours(str(one / "guidance-1"), str(base / "shards"), str(out), shown=2))
+    assert drawn.shape == (SAMPLES, 4) and drawn[:, 0].min() > np.median(within)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("images=shards", "holds 0 pictures of 0 sizes: give a folder that train.evaluate"),
+        ("shards=nowhere", "nowhere"),
+        ("nearest=40", "nearest=40 must lie between 1 and 40 - 1 training pictures"),
+        ("of=41", "samples=41: the shards hold 40 captioned pictures"),
+    ],
+)
+def test_mistaken_neighbours_end_in_one_line(base, one, monkeypatch, argument, message):
+    monkeypatch.chdir(base)
+    given = ["images=one/guidance-1", "shards=shards", "out=new.png"]
+    with pytest.raises(SystemExit) as caught:
+        find_neighbours([a for a in given if a.split("=")[0] != argument.split("=")[0]] + [argument])
+    assert message in str(caught.value) and "\n" not in str(caught.value) and not Path("new.png").exists()
+
+
+def test_released_weights_are_judged_by_the_name_of_their_net(repo, base, tmp_path):
+    """model= and a file stand in for a run: the pictures are those of the net itself."""
+    net = UNetConfig(**OmegaConf.load(repo / "conf" / "model" / "scenes.yaml"))
+    unet = random_net(net, 3)
+    save_file(unet.state_dict(), tmp_path / "net.safetensors")
+    write_tiny_t5(TinyT5(out=str(tmp_path / "t5"), dim=net.encoder_dim))
+    embed(Embed(str(base / "shards"), str(tmp_path / "text"), str(tmp_path / "t5"), 77, "float32", "float32"))
+    program = [sys.executable, "-m", "train.evaluate", "model=scenes", f"checkpoint={tmp_path / 'net.safetensors'}",
+               f"shards={base / 'shards'}", f"text={tmp_path / 'text'}", f"out={tmp_path / 'out'}", "samples=4",
+               "scores=[alignment]", "guidance_scales=[2]", "steps=3"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(repo)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    chosen = EvalSet(
+        find_shards(base / "shards"), 4, 0, text=str(tmp_path / "text"), meta=TextMeta.read(tmp_path / "text")
+    )
+    text_emb, empty = torch.from_numpy(chosen.embeddings(0, 4)), torch.from_numpy(chosen.empty.copy())
+    expected = sample(unet, make_scheduler(1000, True), text_emb, empty, 2, 3, range(4)).numpy()
+    drawn = Pieces(tmp_path / "out" / "guidance-2", "images", 4).read()
+    # A random net makes more of a rounding than a trained one.
+    assert drawn.std() > 10 and np.abs(drawn.astype(int) - expected).mean() < 0.05

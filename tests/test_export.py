@@ -26,6 +26,7 @@ from train.sampler import make_scheduler, sample
 NET = UNetConfig(
     image_size=16, model_channels=64, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[8],
     num_head_channels=32, encoder_dim=48, encoder_channels=64, att_pool_heads=4,
+    activation="gelu_3bit",
 )  # fmt: skip
 EPS_ALONE = replace(NET, out_channels=3)
 TIMESTEPS = 250

@@ -161,9 +161,11 @@ def test_double_backward_is_refused():
 def test_the_table_survives_moves_casts_and_meta():
     expected = torch.tensor(best_steps(3)[1], dtype=torch.float32)
     with torch.device("meta"):
-        born_on_meta = FewBitGELU(3)
+        born_on_meta, stays_there = FewBitGELU(3), nn.Sequential(FewBitGELU(3)).bfloat16()
+    assert stays_there[0].levels.is_meta
     for module in (
         FewBitGELU(3).bfloat16(),
+        copy.deepcopy(stays_there).to("cpu", torch.bfloat16)[0],
         copy.deepcopy(FewBitGELU(3)).half(),
         nn.Sequential(born_on_meta).to_empty(device="cpu")[0],
     ):

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import IFPipeline
+from diffusers import IFPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data import demo
 from data.embed import Embed, embed
 from data.shards import find_shards
+from data.text import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from launch.step_cost import inputs, step_bytes, walk_bytes
 from model.unet import UNet, UNetConfig
@@ -27,10 +28,11 @@ from train import adapter, dreambooth
 from train.adapter import FILE, add_lora, lay_over, read_adapter
 from train.checkpoint import complete, load_weights
 from train.config import Config, LoRAConfig, check
-from train.export import build_unet
+from train.eval_set import EvalSet, Pieces
+from train.export import Export, build_unet, export
 from train.inputs import parameters
 from train.pretrained import read_trained
-from train.sampler import make_scheduler
+from train.sampler import make_scheduler, sample
 
 LORA = LoRAConfig(rank=4, alpha=6.0)
 
@@ -191,6 +193,36 @@ def test_a_tuned_checkpoint_serves_here_and_in_diffusers(base, tuned, tmp_path):
         adapter.main([f"checkpoint={base / 'run'}", f"out={tmp_path / 'none'}"])
     with pytest.raises(SystemExit, match="is there already"):
         adapter.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}"])
+
+    export(Export(str(tuned), str(tmp_path / "if"), weights="master"))
+    whole = UNet2DConditionModel.from_pretrained(tmp_path / "if" / "unet")
+    torch.testing.assert_close(whole(*batch()).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+# Both in one process, for the imports take longer than the drawing.
+DRAW_TWICE = """
+import sys
+from train.evaluate import main
+base, adapter = sys.argv[1:]
+rest = f"shards={base}/shards text={base}/text scores=[alignment] samples=4 guidance_scales=[2] steps=3".split()
+main([f"checkpoint={base}/tuned", f"out={base}/of-run", "weights=master", *rest])
+main([f"checkpoint={base}/run", f"adapter={adapter}", f"out={base}/of-adapter", *rest])
+"""
+
+
+def test_scores_are_of_the_tuned_net(repo, base, tuned, tmp_path):
+    adapter.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}", "weights=master"])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(repo)}
+    program = [sys.executable, "-c", DRAW_TWICE, str(base), str(tmp_path / "lora")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    of_run, of_adapter = (Pieces(base / name / "guidance-2", "images", 4).read() for name in ("of-run", "of-adapter"))
+    assert np.abs(of_run.astype(int) - of_adapter).max() <= 1
+    unet = read_trained(base / "run").load("ema", torch.device("cpu"))
+    chosen = EvalSet(find_shards(base / "shards"), 4, 0, str(base / "text"), TextMeta.read(base / "text"))
+    text_emb, empty = torch.from_numpy(chosen.embeddings(0, 4)), torch.from_numpy(chosen.empty.copy())
+    before = sample(unet, make_scheduler(1000, True), text_emb, empty, 2, 3, range(4))
+    assert np.abs(before.numpy().astype(int) - of_run).max() > 5, "and not of the net before"
 
 
 def test_tuning_goes_on_where_it_was(repo, base, tuned):

@@ -18,16 +18,14 @@ from data.transforms import preprocess
 RANGE = re.compile(r"(\d{6})-(\d{6})")
 
 
-@dataclass(slots=True)
-class EvalSet:
-    """`samples` captioned pictures, drawn without replacement from shards; prompt i is the i-th of them.
+@dataclass
+class Pictures:
+    """`samples` captioned pictures, drawn without replacement from shards.
 
     Raises: ValueError if there are fewer.
     """
 
     shards: list[Shard]
-    text: str
-    meta: TextMeta
     samples: int
     seed: int
 
@@ -47,27 +45,12 @@ class EvalSet:
         told = [[(shard.name, shard.count) for shard in self.shards], self.samples, self.seed]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
-    @property
-    def empty(self) -> np.ndarray:
-        """The embedding of the empty caption."""
-        return read_empty(self.text, self.meta)
-
-    def prompts(self, first: int, stop: int) -> tuple[list[str], np.ndarray]:
-        """Captions and their embeddings [n, tokens, dim] of the prompts from first to stop.
-
-        Raises: ValueError if one cannot be read.
-        """
-        raws = list(self._read(first, stop, self.text))
-        embeddings = np.empty((len(raws), *self.meta.shape), self.meta.array_dtype)
-        for raw, out in zip(raws, embeddings, strict=True):
-            try:
-                read_into(out, raw.embedding, self.meta)
-            except (ValueError, OSError) as error:
-                raise ValueError(_unusable(raw, error)) from None
-        return [raw.caption.decode("utf-8", "replace") for raw in raws], embeddings
+    def captions(self, first: int, stop: int) -> list[str]:
+        """Of the pictures from first to stop."""
+        return [raw.caption.decode("utf-8", "replace") for raw in self._read(first, stop, "")]
 
     def pictures(self, first: int, stop: int, image_size: int) -> np.ndarray:
-        """The pictures of the prompts, uint8 [n, 3, H, W], by the recipe's preprocessing without a shift of the crop.
+        """From first to stop, uint8 [n, 3, H, W], by the recipe's preprocessing without a shift of the crop.
 
         Raises: ValueError if one cannot be read.
         """
@@ -91,6 +74,33 @@ class EvalSet:
                     raise ValueError(_unusable(raw, raw.problem))
                 yield raw
             cursor.close()
+
+
+@dataclass
+class EvalSet(Pictures):
+    """Pictures whose captions are embedded; prompt i is the caption of the i-th."""
+
+    text: str
+    meta: TextMeta
+
+    @property
+    def empty(self) -> np.ndarray:
+        """The embedding of the empty caption."""
+        return read_empty(self.text, self.meta)
+
+    def embeddings(self, first: int, stop: int) -> np.ndarray:
+        """[n, tokens, dim], of the captions from first to stop.
+
+        Raises: ValueError if one cannot be read.
+        """
+        raws = list(self._read(first, stop, self.text))
+        made = np.empty((len(raws), *self.meta.shape), self.meta.array_dtype)
+        for raw, out in zip(raws, made, strict=True):
+            try:
+                read_into(out, raw.embedding, self.meta)
+            except (ValueError, OSError) as error:
+                raise ValueError(_unusable(raw, error)) from None
+        return made
 
 
 def _unusable(raw: RawSample, problem: object) -> str:

@@ -123,7 +123,7 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
             found[extract.name, scale] = features.read()
     if rank:
         return []
-    captions = eval_set.prompts(0, args.samples if "alignment" in args.scores else min(SHOWN, args.samples))[0]
+    captions = eval_set.captions(0, args.samples if "alignment" in args.scores else min(SHOWN, args.samples))
     lines = [
         {"guidance_scale": scale} | score(args.scores, scale, found, references, images, captions)
         for scale, images in drawn.items()
@@ -136,7 +136,7 @@ def draw(
     unet: UNet, scheduler: SchedulerMixin, eval_set: EvalSet, args: Evaluate, scale: float, first: int, stop: int
 ) -> np.ndarray:
     """Pictures of the prompts from first to stop, each by the seed of its own number; uint8 [n, 3, H, W]."""
-    text_emb, empty = torch.from_numpy(eval_set.prompts(first, stop)[1]), torch.from_numpy(eval_set.empty.copy())
+    text_emb, empty = torch.from_numpy(eval_set.embeddings(first, stop)), torch.from_numpy(eval_set.empty.copy())
     seeds = [args.seed * SEED_STRIDE + i for i in range(first, stop)]
     return sample(unet, scheduler, text_emb, empty, scale, args.steps, seeds).numpy()
 
@@ -235,7 +235,7 @@ def find_eval_set(args: Evaluate, net: Net) -> EvalSet:
             f"the captions in '{args.text}' were embedded by {meta.encoder}, which is not the encoder that the net was "
             "trained with: embed them with that one"
         )
-    return EvalSet(shards, args.text, meta, args.samples, args.seed)
+    return EvalSet(shards, args.samples, args.seed, args.text, meta)
 
 
 def settings(args: Evaluate, net: Net, eval_set: EvalSet) -> dict:

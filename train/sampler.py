@@ -95,9 +95,11 @@ def sample(
         unguided = unet.encode_text(empty[None].to(device))
         text = TextState(*(torch.cat([a, b.expand_as(a)]) for a, b in zip(text, unguided, strict=True)))
     learned = scheduler.config.variance_type == "learned_range"
+    # A CPU's convolutions are faster so; on GPUs the norms turn the layout back, and backward is slower on both.
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     set_steps(scheduler, steps)
     for t in scheduler.timesteps.tolist():
-        x = torch.cat([x_t, x_t]) if guided else x_t
+        x = (torch.cat([x_t, x_t]) if guided else x_t).to(memory_format=layout)
         output = unet(x, torch.full((len(x),), t, device=device), text).float()
         eps, variance = output[:, : config.in_channels], output[:n, config.in_channels :]
         if guided:

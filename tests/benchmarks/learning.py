@@ -98,8 +98,9 @@ def make(args: Learning, arm: Arm, seed: int) -> dict:
     folder = Path(args.out) / f"{arm.name.replace(' ', '_').replace(',', '')}-{seed}"
     if not (folder / f"checkpoints/step-{arm.steps:08d}").exists():
         run("train/main.py", "+experiment=scenes", f"run_dir={folder}", f"seed={seed}", f"steps={arm.steps}",
-            f"global_batch={BATCH}", f"micro_batch={BATCH}", f"optim.warmup_steps={max(arm.steps // 10, 2)}", "log_every=1",
-            f"save_every={arm.steps}", "sample.every=0", "sample.prompts=2", "sample.steps=4", *arm.changes)  # fmt: skip
+            f"global_batch={BATCH}", f"micro_batch={BATCH}", f"optim.warmup_steps={max(arm.steps // 10, 2)}",
+            "log_every=1", f"save_every={arm.steps}", "sample.every=0", "sample.prompts=2", "sample.steps=4",
+            *arm.changes)  # fmt: skip
     scales = ",".join(f"{scale:g}" for scale in args.guidance_scales)
     run("-m", "train.evaluate", f"checkpoint={folder}", f"shards={args.held_out}/shards",
         f"text={args.held_out}/minilm", f"out={folder}/evaluation", f"scores=[{','.join(JUDGED)}]",

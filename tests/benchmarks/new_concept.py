@@ -1,14 +1,17 @@
-"""A new concept from 5 pictures: what a DreamBooth run on the demo scenes' net learned, and what it kept.
+"""A new concept from 5 pictures: what DreamBooth runs on the demo scenes' net learned, and what they kept.
 
-python -m tests.benchmarks.new_concept pictures=DIR writes the 5 pictures: an orange ring, which no scene has.
-python -m tests.benchmarks.new_concept before=RUN_DIR after=RUN_DIR shards=DIR text=DIR prompt=... compares two runs.
+python -m tests.benchmarks.new_concept draw=datasets/rings shards=datasets/scenes/shards
+    writes the 5 pictures, an orange ring, which no scene has, and class_prompts.txt, captions of scenes, beside them.
+python -m tests.benchmarks.new_concept before=RUN_DIR after=[RUN_DIR,...] shards=DIR text=DIR grid=FILE
+    compares the net before with those after, each a run with a seed of its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import MISSING
 from PIL import Image
 
 from data.alignment import alignment
@@ -16,7 +19,7 @@ from data.cli import parse
 from data.encoder import load_encoder
 from data.shards import find_shards
 from data.text import TextMeta
-from train.eval_set import EvalSet
+from train.eval_set import EvalSet, Pictures
 from train.plots import plot_grid
 from train.pretrained import Trained, read_trained
 from train.sampler import make_scheduler, sample
@@ -28,23 +31,23 @@ MIN_ORANGE = 0.04
 
 @dataclass
 class NewConcept:
-    """Draws the pictures, or compares nets before and after; prompts: of the concept; captions: of the scenes, kept."""
+    """draw: the folder for pictures and prompts; pictures_each: of the concept; captions: of scenes."""
 
-    pictures: str = ""
+    shards: str = MISSING
+    draw: str = ""
     before: str = ""
-    after: str = ""
-    shards: str = ""
+    after: list[str] = field(default_factory=list)
     text: str = ""
     prompt: str = "a zwx ring"
-    pictures_each: int = 24
+    pictures_each: int = 16
     captions: int = 96
     guidance_scale: float = 3.0
-    steps: str = "25"
+    steps: str = "20"
     grid: str = "new_concept.png"
 
 
-def draw_rings(folder: Path) -> None:
-    """Five orange rings on grounds of different greys."""
+def draw_rings(folder: Path, captions: list[str]) -> None:
+    """Five orange rings on grounds of different greys; the captions, one a line."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[0.5:SIDE, 0.5:SIDE]
@@ -55,6 +58,7 @@ def draw_rings(folder: Path) -> None:
         picture[inside] = ORANGE
         picture += rng.normal(0, 4, picture.shape)
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"ring-{i}.png")
+    (folder / "class_prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
 
 
 def orange_share(images: np.ndarray) -> np.ndarray:
@@ -78,29 +82,44 @@ def pictures_of(trained: Trained, text_emb: torch.Tensor, empty: torch.Tensor, a
 def main() -> None:
     """Print the table and draw the grid."""
     args = parse(NewConcept)
-    if args.pictures:
-        draw_rings(Path(args.pictures))
+    if args.draw:
+        draw_rings(
+            Path(args.draw), Pictures(find_shards(args.shards), args.captions, seed=0).captions(0, args.captions)
+        )
         return
-    nets = {"before": read_trained(args.before), "after": read_trained(args.after)}
-    encoder = load_encoder(nets["before"].text)
+    before = read_trained(args.before)
+    encoder = load_encoder(before.text)
     concept = torch.from_numpy(encoder([args.prompt] * args.pictures_each))
-    kept = EvalSet(find_shards(args.shards), args.text, TextMeta.read(args.text), args.captions, seed=0)
-    captions, stored = kept.prompts(0, args.captions)
+    kept = EvalSet(find_shards(args.shards), args.captions, 0, args.text, TextMeta.read(args.text))
+    captions, stored = kept.captions(0, args.captions), kept.embeddings(0, args.captions)
     scenes, empty = torch.from_numpy(stored).float(), torch.from_numpy(encoder([""])[0])
-    print(f"| net | '{args.prompt}': pictures with the ring's colour | its share of pixels | scenes: alignment |")
-    print("|---|---:|---:|---:|")
+    print(f"| net | '{args.prompt}': orange pictures | share of orange | scenes: alignment | less that before |")
+    print("|---|---:|---:|---:|---:|")
     shown: list[np.ndarray] = []
-    for name, trained in nets.items():
+    of_before = None
+    for folder in (args.before, *args.after):
+        trained = read_trained(folder)
         rings, others = (pictures_of(trained, emb, empty, args) for emb in (concept, scenes))
         shares = orange_share(rings)
-        scores = [alignment(image.transpose(1, 2, 0), c).score for image, c in zip(others, captions, strict=True)]
+        scores = np.array(
+            [alignment(image.transpose(1, 2, 0), c).score for image, c in zip(others, captions, strict=True)]
+        )
+        of_before = scores if of_before is None else of_before
+        # Caption by caption, the same noise: what differs is the net alone.
+        apart = scores - of_before
         print(
-            f"| {name} | {int((shares > MIN_ORANGE).sum())} of {len(shares)} | {shares.mean():.1%} "
-            f"| {np.mean(scores):.3f} +- {np.std(scores) / len(scores) ** 0.5:.3f} |"
+            f"| {folder} | {int((shares > MIN_ORANGE).sum())} of {len(shares)} | {shares.mean():.1%} "
+            f"| {mean_and_error(scores)} | {mean_and_error(apart)} |",
+            flush=True,
         )
         shown += [rings[:8], others[:8]]
     told = [args.prompt] * 8 + captions[:8]
-    plot_grid(np.concatenate(shown), told * 2, "rows 1, 2: before; rows 3, 4: after", Path(args.grid))
+    plot_grid(np.concatenate(shown), told * (len(shown) // 2), "two rows a net, before first", Path(args.grid))
+
+
+def mean_and_error(values: np.ndarray) -> str:
+    """The mean and its standard error."""
+    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
 
 
 if __name__ == "__main__":
