@@ -23,6 +23,7 @@ from model.unet import check as check_unet  # noqa: E402
 from train.checkpoint import CheckpointFailed, check_resumable, check_same_everywhere  # noqa: E402
 from train.config import Config, accumulation, check, check_nodes  # noqa: E402
 from train.inputs import describe, find_inputs  # noqa: E402
+from train.lock import InUse, hold  # noqa: E402
 from train.preempt import REQUEUE, listen  # noqa: E402
 from train.tracker import check_login  # noqa: E402
 
@@ -68,8 +69,10 @@ def main(composed: DictConfig) -> None:
     except ValueError as error:
         leave(error, rank)
     try:
+        if rank == 0:
+            hold(Path(config.run_dir))
         finished = train(config, inputs, rank, ranks, device)
-    except (TooManyBad, NotFinite, CheckpointFailed, *OF_ONE_RANK) as error:
+    except (TooManyBad, NotFinite, CheckpointFailed, InUse, *OF_ONE_RANK) as error:
         leave(error, rank)
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):

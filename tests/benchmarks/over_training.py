@@ -1,0 +1,80 @@
+r"""A run's scores over its training: `train.evaluate` on several of its checkpoints, a table in Markdown and a picture.
+
+python -m tests.benchmarks.over_training run=runs/scenes at=[250,500,1200] out=evals/scenes picture=FILE.png \
+    shards=... text=... scores=[alignment] ...
+Arguments that are not its own go to train.evaluate. What is evaluated already is not done again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import matplotlib
+from omegaconf import MISSING
+
+from data.cli import parse
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+@dataclass
+class OverTraining:
+    """at: the steps of the checkpoints; out: evaluations go to out-STEP."""
+
+    run: str = MISSING
+    out: str = MISSING
+    at: list[int] = field(default_factory=list)
+    picture: str = ""
+
+
+def scores_at(args: OverTraining, step: int, rest: list[str]) -> list[dict[str, float]]:
+    """A line for each guidance scale. Raises: SystemExit if it cannot be evaluated."""
+    out = Path(f"{args.out}-{step:08d}")
+    checkpoint = f"{args.run}/checkpoints/step-{step:08d}"
+    command = [sys.executable, "-m", "train.evaluate", f"checkpoint={checkpoint}", f"out={out}", *rest]
+    if subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL).returncode:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return json.loads((out / "scores.json").read_text())["scores"]
+
+
+def draw(found: dict[int, list[dict[str, float]]], path: str) -> None:
+    """A panel for each score, a line for each guidance scale; grey: the same pictures under one another's captions."""
+    first = next(iter(found.values()))
+    names = [name for name in first[0] if name != "guidance_scale" and not name.endswith(("_std", "_chance"))]
+    figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
+    for axes, name in zip(panels.flat, names, strict=True):
+        for at, line in enumerate(first):
+            values = [lines[at][name] for lines in found.values()]
+            axes.plot(list(found), values, "o-", color=f"C{at}", label=f"guidance {line['guidance_scale']:g}")
+            if f"{name}_chance" in line:
+                chance = [lines[at][f"{name}_chance"] for lines in found.values()]
+                axes.plot(list(found), chance, "--", color=f"C{at}", alpha=0.5, label="under others' captions")
+        axes.set(xlabel="step", ylabel=name, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    aside = Path(path).with_suffix(".part")
+    figure.savefig(aside, dpi=110, format="png")
+    aside.replace(path)
+
+
+def main() -> None:
+    """Evaluate what is missing, then print the table."""
+    own = {f.name for f in fields(OverTraining)}
+    args = parse(OverTraining, [arg for arg in sys.argv[1:] if arg.partition("=")[0] in own])
+    rest = [arg for arg in sys.argv[1:] if arg.partition("=")[0] not in own]
+    found = {step: scores_at(args, step, rest) for step in sorted(args.at)}
+    names = list(next(iter(found.values()))[0])
+    print(f"| step | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
+    for step, lines in found.items():
+        for line in lines:
+            print(f"| {step} | {' | '.join(f'{line[name]:.4g}' for name in names)} |")
+    if args.picture:
+        draw(found, args.picture)
+
+
+if __name__ == "__main__":
+    main()
