@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -254,10 +253,12 @@ def test_command_and_ctrl_c(config, tmp_path, repo):
         write_shard(many / f"{number:05d}.tar", [(f"{n:04d}", {"jpg": large}) for n in range(20)])
     running = subprocess.Popen([*command, f"shards={many}", "samples=0"], cwd=repo, stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
-    while "inspect:" not in running.stderr.read(20):
-        time.sleep(0.01)
+    said = ""
+    while "inspect:" not in said:
+        assert running.poll() is None, said
+        said += running.stderr.read(20)
     running.send_signal(signal.SIGINT)
-    said = running.stderr.read()
+    said += running.stderr.read()
     assert running.wait(20) == 1 and "stopped: no report was written" in said and "Traceback" not in said
     assert os.listdir(tmp_path) == ["many"]
 
