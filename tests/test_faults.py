@@ -72,6 +72,7 @@ def test_a_loss_that_is_not_finite_is_skipped_by_all_ranks_or_ends_the_run(repo,
     assert any(key in file.read_text() for file in (tmp_path / "run/quarantine").iterdir())
 
 
+@pytest.mark.slow
 def test_a_hang_ends_with_the_stacks_of_every_rank(repo, data, tmp_path):
     run = Run(data, tmp_path / "run", "steps=1000", "hang_seconds=5")
     run.wait_for(2)

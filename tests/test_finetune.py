@@ -242,6 +242,7 @@ def test_tuning_goes_on_where_it_was(repo, base, tuned):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_another_rank_or_net_is_refused(repo, base, tuned):
     done = train(repo, base, "lora.rank=8")
     assert done.returncode == 2 and "was trained with lora=" in done.stderr

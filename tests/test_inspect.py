@@ -251,7 +251,9 @@ def test_command_and_ctrl_c(config, tmp_path, repo):
     many, large = tmp_path / "many", jpeg(0, (1500, 1500))
     for number in range(20):
         write_shard(many / f"{number:05d}.tar", [(f"{n:04d}", {"jpg": large}) for n in range(20)])
-    running = subprocess.Popen([*command, f"shards={many}", "samples=0"], cwd=repo, stderr=subprocess.PIPE, text=True)
+    # What a shell starts in the background ignores Ctrl-C, and so would this, were the tests run so.
+    running = subprocess.Popen([*command, f"shards={many}", "samples=0"], cwd=repo, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     assert running.stderr is not None
     said = ""
     while "inspect:" not in said:

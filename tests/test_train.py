@@ -134,6 +134,7 @@ def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
             assert torch.equal(value, after[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_over_http_through_failures_is_the_one_from_disk(repo, data, two_ranks, tmp_path):
     shutil.copytree(data / "shards", tmp_path / "shards")
     index(Index(str(tmp_path / "shards"), workers=1))
