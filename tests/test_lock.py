@@ -51,6 +51,7 @@ def test_without_locks_it_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     hold(tmp_path, wait=0)
+    assert (tmp_path / "lock").read_text() == "", "it does not say that it holds what it cannot hold"
 
 
 def test_a_training_waits_for_the_one_before_it(repo, tmp_path):

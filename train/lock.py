@@ -10,8 +10,6 @@ from pathlib import Path
 # Longer than an NFS server keeps the locks of a node that died (its lease, 90 s).
 WAIT = 120.0
 
-_held: list[int] = []
-
 
 class InUse(RuntimeError):
     """Another training is at the run_dir."""
@@ -46,4 +44,4 @@ def hold(run_dir: Path, wait: float = WAIT) -> None:
         time.sleep(min(1.0, wait / 10))
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    _held.append(file)
+    # And left open: with the file the lock would go.

@@ -27,7 +27,7 @@ def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
         axes.set(xlabel="step", ylabel=" / ".join(names), yscale="log" if log_scale else "linear")
         axes.grid(alpha=0.3)
         axes.legend()
-        _save(figure, path)
+        save(figure, path)
     return paths
 
 
@@ -42,7 +42,7 @@ def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path, c
         ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
         ax.set_title("\n".join(textwrap.wrap(caption, 22)[:4]), fontsize=7, y=-0.05, va="top", parse_math=False)
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
@@ -59,7 +59,7 @@ def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
         axes.set(xlabel="guidance scale", ylabel=name)
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -72,7 +72,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array(smoothed)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """As PNG, aside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     figure.savefig(aside, dpi=120, format="png")

@@ -95,7 +95,7 @@ def sample(
         unguided = unet.encode_text(empty[None].to(device))
         text = TextState(*(torch.cat([a, b.expand_as(a)]) for a, b in zip(text, unguided, strict=True)))
     learned = scheduler.config.variance_type == "learned_range"
-    # A CPU's convolutions are faster so; on GPUs the norms turn the layout back, and backward is slower on both.
+    # A CPU's convolutions are faster so, though not its backward; on a GPU the norms turn the layout back.
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     set_steps(scheduler, steps)
     for t in scheduler.timesteps.tolist():

@@ -5,20 +5,17 @@ makes the demo data where it's missing, skips runs that are done, prints a table
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 
 from data.cli import parse
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from tests.benchmarks.commands import run
+from train.plots import save
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 # Smaller than the smoke run's net, so that the whole takes minutes on two cores.
@@ -34,12 +31,6 @@ class Training:
     steps: int = 400
     seeds: int = 5
     picture: str = "docs/fewbit_training.png"
-
-
-def run(*command: str) -> None:
-    """A command of this repository, one rank, on the CPU."""
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, *command], check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
 def curve(args: Training, activation: str, seed: int) -> np.ndarray:
@@ -64,7 +55,7 @@ def draw(curves: dict[str, list[np.ndarray]], path: str) -> None:
             )
     axes.set(xlabel="step", ylabel="mse, mean of 20 steps", yscale="log", title="Demo scenes: each line is one seed")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    save(figure, Path(path))
 
 
 def main() -> None:

@@ -7,28 +7,25 @@ trains what is missing, goes on where it was stopped, prints a table in Markdown
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from data.cli import parse
 from launch.compose import compose_config
 from model.unet import UNet
+from tests.benchmarks.commands import run
 from train.flops import training_flops
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from train.plots import save
 
 BATCH = 16
+ONE_CORE = {"OMP_NUM_THREADS": "1"}
 LAST = 0.2  # the share of a run's steps over which its loss is judged
 BASE = "the recipe"
 ARMS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -100,25 +97,17 @@ def make(args: Learning, arm: Arm, seed: int) -> dict:
         run("train/main.py", "+experiment=scenes", f"run_dir={folder}", f"seed={seed}", f"steps={arm.steps}",
             f"global_batch={BATCH}", f"micro_batch={BATCH}", f"optim.warmup_steps={max(arm.steps // 10, 2)}",
             "log_every=1", f"save_every={arm.steps}", "sample.every=0", "sample.prompts=2", "sample.steps=4",
-            *arm.changes)  # fmt: skip
+            *arm.changes, **ONE_CORE)  # fmt: skip
     scales = ",".join(f"{scale:g}" for scale in args.guidance_scales)
     run("-m", "train.evaluate", f"checkpoint={folder}", f"shards={args.held_out}/shards",
         f"text={args.held_out}/minilm", f"out={folder}/evaluation", f"scores=[{','.join(JUDGED)}]",
-        f"samples={args.samples}", f"guidance_scales=[{scales}]", "steps=20", "micro_batch=32")  # fmt: skip
+        f"samples={args.samples}", f"guidance_scales=[{scales}]", "steps=20", "micro_batch=32", **ONE_CORE)  # fmt: skip
     mse = [json.loads(line)["mse"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores = json.loads((folder / "evaluation/scores.json").read_text())["scores"]
     return {"mse": statistics.mean(mse[-round(LAST * len(mse)) :])} | {
         f"{name}, guidance {line['guidance_scale']:g}": line[name] for name in (*JUDGED, "alignment_chance")
         for line in scores
     }  # fmt: skip
-
-
-def run(*command: str) -> None:
-    """A command of this repository, on one core. Raises: SystemExit with the end of what it said if it fails."""
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}:\n{(done.stdout + done.stderr)[-2000:]}")
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -132,19 +121,17 @@ def draw(arms: list[Arm], found: dict[str, list[dict]], path: str) -> None:
     figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.6), layout="constrained")
     for axes, name in zip(panels.flat, names, strict=True):
         for at, arm in enumerate(arms):
-            values = [run[name] for run in found[arm.name]]
+            values = [one[name] for one in found[arm.name]]
             mean, error = mean_and_error(values)
             axes.plot(np.full(len(values), at), values, "o", color=f"C{at}", ms=3, alpha=0.6)
             axes.errorbar(at + 0.2, mean, error, fmt="s", color=f"C{at}", ms=5, capsize=4)
         if name.startswith("alignment"):
-            chance = [run[name.replace("alignment", "alignment_chance")] for runs in found.values() for run in runs]
+            chance = [one[name.replace("alignment", "alignment_chance")] for runs in found.values() for one in runs]
             axes.axhline(statistics.mean(chance), ls="--", color="grey", lw=1)
         axes.set_xticks(range(len(arms)), [arm.name for arm in arms], rotation=30, ha="right")
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3, axis="y")
-    aside = Path(path).with_suffix(".part")
-    figure.savefig(aside, dpi=110, format="png")
-    aside.replace(path)
+    save(figure, Path(path))
 
 
 def main() -> None:
@@ -166,7 +153,7 @@ def main() -> None:
     print(f"| | parameters | GFLOP an image | steps of {BATCH} | " + " | ".join(names) + " |")
     print("|---|---:|---:|---:|" + "---:|" * len(names))
     for arm in arms:
-        figures = [mean_and_error([run[name] for run in found[arm.name]]) for name in names]
+        figures = [mean_and_error([one[name] for one in found[arm.name]]) for name in names]
         cells = " | ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in figures)
         print(f"| {arm.name} | {arm.parameters / 1e6:.1f} M | {arm.flops / 1e9:.2f} | {arm.steps} | {cells} |")
     for arm in arms:

@@ -83,23 +83,21 @@ def main() -> None:
     """Print the table and draw the grid."""
     args = parse(NewConcept)
     if args.draw:
-        draw_rings(
-            Path(args.draw), Pictures(find_shards(args.shards), args.captions, seed=0).captions(0, args.captions)
-        )
+        scenes = Pictures(find_shards(args.shards), args.captions, seed=0)
+        draw_rings(Path(args.draw), scenes.captions(0, args.captions))
         return
-    before = read_trained(args.before)
-    encoder = load_encoder(before.text)
+    nets = {folder: read_trained(folder) for folder in (args.before, *args.after)}
+    encoder = load_encoder(nets[args.before].text)
     concept = torch.from_numpy(encoder([args.prompt] * args.pictures_each))
     kept = EvalSet(find_shards(args.shards), args.captions, 0, args.text, TextMeta.read(args.text))
     captions, stored = kept.captions(0, args.captions), kept.embeddings(0, args.captions)
-    scenes, empty = torch.from_numpy(stored).float(), torch.from_numpy(encoder([""])[0])
+    scene_emb, empty = torch.from_numpy(stored).float(), torch.from_numpy(encoder([""])[0])
     print(f"| net | '{args.prompt}': orange pictures | share of orange | scenes: alignment | less that before |")
     print("|---|---:|---:|---:|---:|")
     shown: list[np.ndarray] = []
     of_before = None
-    for folder in (args.before, *args.after):
-        trained = read_trained(folder)
-        rings, others = (pictures_of(trained, emb, empty, args) for emb in (concept, scenes))
+    for folder, trained in nets.items():
+        rings, others = (pictures_of(trained, emb, empty, args) for emb in (concept, scene_emb))
         shares = orange_share(rings)
         scores = np.array(
             [alignment(image.transpose(1, 2, 0), c).score for image, c in zip(others, captions, strict=True)]
@@ -109,7 +107,7 @@ def main() -> None:
         apart = scores - of_before
         print(
             f"| {folder} | {int((shares > MIN_ORANGE).sum())} of {len(shares)} | {shares.mean():.1%} "
-            f"| {mean_and_error(scores)} | {mean_and_error(apart)} |",
+            f"| {with_error(scores)} | {with_error(apart)} |",
             flush=True,
         )
         shown += [rings[:8], others[:8]]
@@ -117,7 +115,7 @@ def main() -> None:
     plot_grid(np.concatenate(shown), told * (len(shown) // 2), "two rows a net, before first", Path(args.grid))
 
 
-def mean_and_error(values: np.ndarray) -> str:
+def with_error(values: np.ndarray) -> str:
     """The mean and its standard error."""
     return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
 

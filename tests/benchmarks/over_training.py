@@ -6,19 +6,17 @@ Arguments that are not its own go to train.evaluate. What is evaluated already i
 """
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import matplotlib
+from matplotlib import pyplot as plt
 from omegaconf import MISSING
+from tqdm import tqdm
 
 from data.cli import parse
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from tests.benchmarks.commands import run
+from train.plots import save
 
 
 @dataclass
@@ -32,17 +30,14 @@ class OverTraining:
 
 
 def scores_at(args: OverTraining, step: int, rest: list[str]) -> list[dict[str, float]]:
-    """A line for each guidance scale. Raises: SystemExit if it cannot be evaluated."""
+    """A line for each guidance scale.  Raises: SystemExit if it cannot be evaluated."""
     out = Path(f"{args.out}-{step:08d}")
-    checkpoint = f"{args.run}/checkpoints/step-{step:08d}"
-    command = [sys.executable, "-m", "train.evaluate", f"checkpoint={checkpoint}", f"out={out}", *rest]
-    if subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL).returncode:
-        raise SystemExit(f"failed: {' '.join(command)}")
+    run("-m", "train.evaluate", f"checkpoint={args.run}/checkpoints/step-{step:08d}", f"out={out}", *rest)
     return json.loads((out / "scores.json").read_text())["scores"]
 
 
 def draw(found: dict[int, list[dict[str, float]]], path: str) -> None:
-    """A panel for each score, a line for each guidance scale; grey: the same pictures under one another's captions."""
+    """A panel for each score, a line for each guidance scale; broken: the pictures under one another's captions."""
     first = next(iter(found.values()))
     names = [name for name in first[0] if name != "guidance_scale" and not name.endswith(("_std", "_chance"))]
     figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
@@ -56,9 +51,7 @@ def draw(found: dict[int, list[dict[str, float]]], path: str) -> None:
         axes.set(xlabel="step", ylabel=name, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    aside = Path(path).with_suffix(".part")
-    figure.savefig(aside, dpi=110, format="png")
-    aside.replace(path)
+    save(figure, Path(path))
 
 
 def main() -> None:
@@ -66,7 +59,7 @@ def main() -> None:
     own = {f.name for f in fields(OverTraining)}
     args = parse(OverTraining, [arg for arg in sys.argv[1:] if arg.partition("=")[0] in own])
     rest = [arg for arg in sys.argv[1:] if arg.partition("=")[0] not in own]
-    found = {step: scores_at(args, step, rest) for step in sorted(args.at)}
+    found = {step: scores_at(args, step, rest) for step in tqdm(sorted(args.at), args.run, unit="checkpoint")}
     names = list(next(iter(found.values()))[0])
     print(f"| step | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
     for step, lines in found.items():

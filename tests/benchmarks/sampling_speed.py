@@ -12,6 +12,7 @@ import torch
 from diffusers import IFPipeline
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.cli import parse
 from model.unet import UNet, UNetConfig
@@ -38,6 +39,17 @@ def config_of(net: str) -> UNetConfig:
     smoke = OmegaConf.load(ROOT / "conf/experiment/smoke.yaml").model if net == "smoke" else {}
     parts = OmegaConf.load(ROOT / "conf/model/small.yaml"), smoke
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(UNetConfig), *parts))  # type: ignore[return-value]
+
+
+def text_share(config: UNetConfig) -> float:
+    """FLOP of projecting and pooling a caption, as a share of those of a step without."""
+    with torch.device("meta"):
+        unet, x, t = UNet(config), torch.empty(1, 3, config.image_size, config.image_size), torch.zeros(1)
+        with FlopCounterMode(display=False) as of_text:
+            text = unet.encode_text(torch.empty(1, 77, config.encoder_dim))
+        with FlopCounterMode(display=False) as of_step:
+            unet(x, t, text)
+    return of_text.get_total_flops() / of_step.get_total_flops()
 
 
 def seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -85,13 +97,13 @@ def main() -> None:
     ratios = [b / a for a, b in times[1:]]  # the first round warms up
     rates = [args.images / statistics.median(column) for column in zip(*times[1:], strict=True)]
     print(
-        "| net, parameters | images, steps | ours, images/s | IFPipeline | ratio, median (smallest, largest) | apart |"
+        "| net, parameters | images, steps | ours, images/s | IFPipeline | ratio (smallest, largest) | text | apart |"
     )
-    print("|---|---|---:|---:|---:|---:|")
+    print("|---|---|---:|---:|---:|---:|---:|")
     print(
         f"| {args.net}, {sum(p.numel() for p in unet.parameters()) / 1e6:,.1f} M | {args.images}, {args.steps} "
         f"| {rates[0]:.3f} | {rates[1]:.3f} | {statistics.median(ratios):.3f} ({min(ratios):.2f}, {max(ratios):.2f}) "
-        f"| {apart:.0f}/255 |"
+        f"| {text_share(config):.1%} | {apart:.0f}/255 |"
     )
 
 
