@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -149,11 +150,18 @@ def test_prompts_and_pictures_belong_together(base):
     every = eval_set(base, samples=40)
     captions, embeddings = every.captions(0, 40), every.embeddings(0, 40)
     pictures = every.pictures(0, 40, 64)
+    told = []
+    for path in sorted((base / "shards").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            told += [tar.extractfile(name).read().decode() for name in tar.getnames() if name.endswith(".txt")]
+    assert captions == told, "all that there are, in the order of the shards"
     assert len(set(captions)) > 30 and embeddings.shape == (40, 16, 64)
     assert np.mean([matches(p.transpose(1, 2, 0), c) for p, c in zip(pictures, captions, strict=True)]) > 0.9
     part = eval_set(base)
     some = part.captions(0, SAMPLES)
     assert len(set(some) & set(captions)) == len(set(some)) and some != captions[:SAMPLES], "drawn from all shards"
+    drawn = np.sort(np.random.default_rng(2).permutation(40)[:SAMPLES])
+    assert some == [told[i] for i in drawn], "without replacement, by the seed: the same pictures for whoever asks"
     assert part.captions(7, 12) == some[7:12]
     np.testing.assert_array_equal(part.embeddings(7, 12), part.embeddings(0, SAMPLES)[7:12])
     np.testing.assert_array_equal(part.pictures(7, 12, 64), part.pictures(0, SAMPLES, 64)[7:12])

