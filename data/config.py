@@ -1,13 +1,32 @@
 """What a run is told of its data."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from data.shards import Shard, find_shards
-from data.transforms import ImageRules
+# Above this Pillow warns, and above twice this it refuses to crop.
+PILLOWS_LIMIT = 89_478_485
 
-if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online has need of it
-    from data.encoder import TextEncoder
+
+@dataclass(slots=True)
+class ImageRules:
+    """What is decoded, and how.
+
+    allow_webp: the libwebp 1.2.2 in Pillow 9.2.0 has a known hole (CVE-2023-4863); only for files that one trusts.
+    background: grey level, 0 to 255, behind what is transparent.
+    max_pixels, max_bytes: largest image that is decoded.
+    """
+
+    allow_webp: bool = False
+    background: int = 255
+    max_pixels: int = 64_000_000
+    max_bytes: int = 32 * 2**20
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.background <= 255:
+            raise ValueError(f"background={self.background}: must be a grey level from 0 to 255")
+        if not 1 <= self.max_pixels <= PILLOWS_LIMIT:
+            raise ValueError(f"max_pixels={self.max_pixels}: must be from 1 to {PILLOWS_LIMIT}, Pillow's own limit")
+        if self.max_bytes < 1:
+            raise ValueError(f"max_bytes={self.max_bytes}: must be at least 1")
 
 
 @dataclass(slots=True)
@@ -39,7 +58,7 @@ class DataConfig:
     place of shards and text.  tokens: length of an embedding.
     crop_shift: largest shift of the crop from the centre, as a share of its side.
     cond_drop_prob: share of captions replaced by the empty one.
-    streams, phases, shuffle_block: see data.order.Order.  workers: loader processes per rank, 0 reads in the trainer.
+    streams, phases, shuffle_block: see data.loader.order.  workers: loader processes per rank, 0 reads in the trainer.
     images: what is decoded.  max_bad_share: the run stops when more of the samples than this cannot be used.
     unreadable_shard: 'skip' makes bad samples of what cannot be read, 'fail' ends the run.
     """
@@ -61,26 +80,3 @@ class DataConfig:
     def datasets(self) -> list[DatasetConfig]:
         """Those of the mixture, or the one."""
         return list(self.mixture.values()) or [DatasetConfig(self.shards, self.text)]
-
-
-@dataclass(slots=True)
-class Dataset:
-    """Shards that were found, where their embeddings lie, and the share of every batch, in any unit.
-
-    encoder: what makes the embeddings from the captions, where they are not stored.
-    """
-
-    shards: list[Shard]
-    text: str
-    weight: float = 1.0
-    encoder: "TextEncoder | None" = None
-
-    @property
-    def samples(self) -> int:
-        """Samples in all shards."""
-        return sum(shard.count for shard in self.shards)
-
-
-def find_datasets(config: DataConfig) -> list[Dataset]:
-    """The shards of each dataset. Raises: ValueError if there are none."""
-    return [Dataset(find_shards(told.shards), told.text, told.weight) for told in config.datasets()]

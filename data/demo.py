@@ -8,9 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.cli import parse
-from data.making import check_shard_size, claim, finished, key_of
-from data.scenes import Scene, describe, draw
-from data.tars import write_shard
+from data.prepare.packing import check_shard_size, claim_folder, finished, key_of
+from data.prepare.scenes import Scene, describe, draw
+from data.storage.tars import write_shard
 
 # Raise it whenever the same seed would draw other pictures, so that old and new shards do not mix in one folder.
 VERSION = 1
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"seed={args.seed}: must not be negative")
     out = Path(args.out)
     recipe = {"samples": args.samples, "shard_size": args.shard_size, "seed": args.seed, "version": VERSION}
-    claim(out, "demo.json", recipe)
+    claim_folder(out, "demo.json", recipe)
     with tqdm(total=args.samples, desc="scenes", unit="img") as bar:
         for number, first in enumerate(range(0, args.samples, args.shard_size)):
             indices = range(first, min(first + args.shard_size, args.samples))

@@ -12,15 +12,16 @@ import torch
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from data.captions import CLEANING, cleaner
-from data.claims import Claim, claim
 from data.cli import command
-from data.encoder import COMPUTE, TextEncoder, load_encoder
-from data.shards import Shard, find_shards
-from data.sidecars import extra_sidecars, look_at, write_sidecar
-from data.sources import write_whole
-from data.tars import stats_path
-from data.text import EMPTY, META, STORED, TextMeta, pack, read_empty, sidecar, to_bytes
+from data.storage.claims import Claim, claim
+from data.storage.locations import write_whole
+from data.storage.shards import Shard, find_shards
+from data.storage.tars import stats_path
+from data.text.captions import CLEANING, cleaner
+from data.text.embeddings import encode_states, read_empty, to_bytes
+from data.text.encoder import COMPUTE, TextEncoder, load_encoder
+from data.text.meta import EMPTY, META, STORED, TextMeta, sidecar
+from data.text.sidecars import check_sidecar, extra_sidecars, write_sidecar
 
 MODES = ("embed", "meta", "check", "repair")
 # What is taken where neither the arguments nor a meta file says otherwise.
@@ -65,7 +66,7 @@ def embed(args: Embed) -> None:
         return
     shards = [] if args.mode == "meta" else find_shards(args.shards)
     out.mkdir(parents=True, exist_ok=True)
-    encoder, meta = _settle_first(args, out)
+    encoder, meta = _load_or_create_meta_once(args, out)
     if args.mode == "meta":
         print(f"{out}: the meta file of {meta.encoder}, {meta.tokens} x {meta.dim}, and the empty caption's embedding")
         return
@@ -78,7 +79,7 @@ def embed(args: Embed) -> None:
     def make(shard: Shard, held: Claim, progress: Callable[[int], object]) -> None:
         nonlocal without
         # Looked at once more, for another process may have mended it meanwhile, and only now is it ours.
-        found = look_at(shard, args.out, meta) if shard.name in wrong else None
+        found = check_sidecar(shard, args.out, meta) if shard.name in wrong else None
         if found is None or found.told():
             good = found.good if found else None
             without += write_sidecar(shard, out, encoder, meta.dtype, args.batch, held, progress, good)
@@ -103,17 +104,17 @@ def _check_arguments(args: Embed) -> None:
         raise ValueError(f"tokens={args.tokens} and batch={args.batch} must be at least 1")
 
 
-def _settle_first(args: Embed, out: Path) -> tuple[TextEncoder, TextMeta]:
+def _load_or_create_meta_once(args: Embed, out: Path) -> tuple[TextEncoder, TextMeta]:
     """Of many processes, one begins the folder; the others wait for it, and then load their encoders side by side."""
     while not ((out / META).exists() and (out / EMPTY).exists()):
         if held := claim(out / META):
             with held:
-                return settle(args, out)
+                return load_or_create_meta(args, out)
         time.sleep(LOOK_AGAIN)
-    return settle(args, out)
+    return load_or_create_meta(args, out)
 
 
-def settle(args: Embed, out: Path) -> tuple[TextEncoder, TextMeta]:
+def load_or_create_meta(args: Embed, out: Path) -> tuple[TextEncoder, TextMeta]:
     """The encoder and the meta of a folder: what its meta file says, or else the arguments, which are written there.
 
     Raises: ValueError if the arguments are not what the meta file says.
@@ -146,7 +147,7 @@ def settle(args: Embed, out: Path) -> tuple[TextEncoder, TextMeta]:
     try:
         read_empty(out, meta)
     except ValueError:
-        write_whole(str(out / EMPTY), to_bytes(pack(encoder([""])[0], meta.dtype)))
+        write_whole(str(out / EMPTY), to_bytes(encode_states(encoder([""])[0], meta.dtype)))
     return encoder, meta
 
 
@@ -202,7 +203,7 @@ class _Verdict:
 
 def _look_at_all(shards: list[Shard], folder: str, meta: TextMeta) -> list[_Verdict]:
     def look(shard: Shard) -> _Verdict:
-        found = look_at(shard, folder, meta)
+        found = check_sidecar(shard, folder, meta)
         return _Verdict(shard, found.told(), found.captions, len(found.good))
 
     verdicts = []

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.cli import parse
-from data.making import Picture, check_shard_size, claim, pack
+from data.prepare.packing import Picture, check_shard_size, claim_folder, pack_rows
 
 PICTURES = "lobehub-fluent-emoji-3d-1.1.0.tgz"
 # Later releases name more emoji and change the case of a few, so that the set would not stay the same.
@@ -90,11 +90,11 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         raise SystemExit(f"{packages} lacks {', '.join(missing)}; get them there with: {NPM}")
     hashes = {file: hashlib.sha256((packages / file).read_bytes()).hexdigest() for file in files}
-    claim(out, "fluent.json", {"packages": hashes, "shard_size": args.shard_size})
+    claim_folder(out, "fluent.json", {"packages": hashes, "shard_size": args.shard_size})
     emoji = captioned(packages, names_of(packages))
     if not emoji:
         raise SystemExit(f"{packages / PICTURES} holds no emoji that {' or '.join(NAMES)} names")
-    pack(list(emoji), lambda file: Picture(to_jpeg(emoji[file][1]), emoji[file][0], file), out, args.shard_size)
+    pack_rows(list(emoji), lambda file: Picture(to_jpeg(emoji[file][1]), emoji[file][0], file), out, args.shard_size)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from data.cli import command
-from data.shards import INDEX, is_folder, locate, shard_bytes, stats_count
-from data.sources import join, split, write_whole
-from data.tars import count_samples
+from data.storage.locations import join, split, write_whole
+from data.storage.shards import INDEX, is_folder, locate, shard_bytes, stats_count
+from data.storage.tars import count_samples
 
 # So many shards are named for each kind of fault.
 NAMED = 10

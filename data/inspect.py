@@ -9,12 +9,12 @@ import numpy as np
 from omegaconf import MISSING
 
 from data.cli import command
-from data.contact_sheet import contact_sheet
-from data.findings import Eye, Findings, look
-from data.inspect_page import Summary, page
-from data.shards import Shard, find_shards, shard_bytes
-from data.sources import write_whole
-from data.text import TextMeta, check_sidecars
+from data.inspection.contact_sheet import contact_sheet
+from data.inspection.findings import Eye, Findings, look
+from data.inspection.page import Summary, page
+from data.storage.locations import write_whole
+from data.storage.shards import Shard, find_shards, shard_bytes
+from data.text.meta import TextMeta, check_sidecars
 
 
 @dataclass

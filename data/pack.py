@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.cli import parse
-from data.making import Picture, Unusable, check_shard_size, claim, pack
+from data.prepare.packing import Picture, Unusable, check_shard_size, claim_folder, pack_rows
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 IMAGE_COLUMNS = ("path", "image", "file", "url")
@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         root, rows = source.parent, list_table(source)
     else:
         raise SystemExit(f"source={source} is neither a folder nor a .csv or .parquet file that exists")
-    claim(out, "pack.json", {"rows": len(rows), "listing": _digest(rows), "shard_size": args.shard_size})
-    pack(rows, lambda row: read_row(root, row), out, args.shard_size)
+    claim_folder(out, "pack.json", {"rows": len(rows), "listing": _digest(rows), "shard_size": args.shard_size})
+    pack_rows(rows, lambda row: read_row(root, row), out, args.shard_size)
 
 
 def _csv_columns(table: Path) -> dict[str, Sequence[object]]:

@@ -14,10 +14,10 @@ from statistics import median
 import torch.distributed as dist
 
 from launch.compose import own_and_config
-from launch.node_checks import code_hash, devices, read_rate, room_for_checkpoints, seen_in_run_dir, versions
-from launch.plan import Options as PlanOptions
-from launch.plan import of_data
-from launch.wires import all_reduce_rate, clock_offsets, pair_rates
+from launch.cost.estimate import Options as PlanOptions
+from launch.cost.estimate import of_data
+from launch.nodes.checks import code_hash, devices, read_rate, room_for_checkpoints, seen_in_run_dir, versions
+from launch.nodes.network import all_reduce_rate, clock_offsets, pair_rates
 from train.config import Config, accumulation
 
 # A healthy pair may be this many times slower than the median before its nodes are named.

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data.clients import s3, write_s3
+from data.storage.clients import s3, write_s3
 
 
 class FaultyServer(ThreadingHTTPServer):

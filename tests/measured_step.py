@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from launch.compose import compose_config
-from launch.step_cost import inputs
+from launch.cost.step_cost import inputs
 from model.unet import UNet
 from train.ema import EMA
 from train.engine import build_engine, init_distributed

@@ -12,7 +12,7 @@ from diffusers import IFPipeline
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.captions import MARKUP_LIMIT, cleaner, if_twice, lower_strip
+from data.text.captions import MARKUP_LIMIT, cleaner, if_twice, lower_strip
 
 
 class Theirs:
@@ -127,6 +127,6 @@ HOSTILE = {
 
 def test_long_captions_of_anything_take_seconds():
     """What looked again at the same characters would take from hours to years."""
-    code = "from data.captions import if_twice\nn = 300_000\n"
+    code = "from data.text.captions import if_twice\nn = 300_000\n"
     code += "\n".join(f"if_twice({caption})" for caption in HOSTILE.values())
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

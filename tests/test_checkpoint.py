@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.chaos import damage
-from train.checkpoint import MANIFEST, complete, file_sha256, find_fault, load_weights, sealed
+from train.checkpoint.format import MANIFEST, complete_checkpoints, file_sha256, find_fault, sealed
+from train.checkpoint.reader import CheckpointReader, load_weights, part_file
 from train.engine import Engine
-from train.parts import Parts, part_file
 
 PARAMETERS = {"a.weight": [100, 70], "a.bias": [9001], "b": [40_000]}
 TOTAL = 7000 + 9001 + 40_000
@@ -73,7 +73,7 @@ def step_of(values: torch.Tensor, moments: dict, which: int) -> torch.Tensor:
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 2), (2, 5)])
 @pytest.mark.parametrize("kind", ["adamw8bit", "adamw"])
 def test_other_ranks_get_the_same_masters_and_the_moments_within_a_rounding(tmp_path, flat, before, after, kind):
-    parts = Parts(write(tmp_path / "c", before, flat, adamw(kind, cut(flat, before))), before)
+    parts = CheckpointReader(write(tmp_path / "c", before, flat, adamw(kind, cut(flat, before))), before)
     size = len(cut(flat, after)[0])
     whole = parts.moments(0, before * parts.size)
     optimizer = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "adamw": torch.optim.AdamW}[kind]
@@ -99,7 +99,7 @@ def test_other_ranks_get_the_same_masters_and_the_moments_within_a_rounding(tmp_
 
 def test_moments_go_from_8_to_32_bits_and_back(tmp_path, flat):
     states = adamw("adamw8bit", cut(flat, 2))
-    parts = Parts(write(tmp_path / "c", 2, flat, states), 2)
+    parts = CheckpointReader(write(tmp_path / "c", 2, flat, states), 2)
     first, second, step = parts.moments(0, parts.size)
     wide = Engine(None, None, torch.optim.AdamW([torch.nn.Parameter(flat)])).as_moments(first, second, step)
     exact = adamw("adamw", cut(flat, 2))[0]
@@ -124,7 +124,7 @@ def test_every_flipped_bit_cut_and_missing_file_is_found(tmp_path, flat):
                 load_weights(tmp_path / "good")
             (tmp_path / "good" / name).write_bytes(kept)
         (tmp_path / "good" / name).write_bytes(kept[:-1])
-        assert find_fault(tmp_path / "good") and not complete(tmp_path)
+        assert find_fault(tmp_path / "good") and not complete_checkpoints(tmp_path)
         (tmp_path / "good" / name).unlink()
         assert find_fault(tmp_path / "good")
         (tmp_path / "good" / name).write_bytes(kept)

@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from train.config import Config, accumulation, check, check_nodes
-from train.inputs import parameters
+from train.summary import parameters
 
 
 def load(repo: Path, *overrides: str) -> Config:

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import clients, sources
-from data.cursor import RawSample, ShardCursor, ShardUnreadable
-from data.shards import Shard
-from data.tars import Span, count_samples, stats_path, write_shard
-from data.text import TextMeta, check_sidecars, read_empty
+from data.loader.cursor import RawSample, ShardCursor, ShardUnreadable
+from data.storage import clients, locations
+from data.storage.shards import Shard
+from data.storage.tars import Span, count_samples, stats_path, write_shard
+from data.text.embeddings import read_empty
+from data.text.meta import TextMeta, check_sidecars
 
 pytest_plugins = ["faulty_server"]
 
@@ -151,8 +152,8 @@ def test_an_unreadable_sidecar_too(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     for module, name, value in (
-        (clients, "READ_TIMEOUT", 0.2), (clients, "CHUNK", 512), (sources, "FIRST_WAIT", 0.001),
-        (sources, "FIRST_BLOCK", 4096), (sources, "LARGEST_BLOCK", 16384),
+        (clients, "READ_TIMEOUT", 0.2), (clients, "CHUNK", 512), (locations, "FIRST_WAIT", 0.001),
+        (locations, "FIRST_BLOCK", 4096), (locations, "LARGEST_BLOCK", 16384),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
 

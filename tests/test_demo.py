@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from data import demo
-from data.alignment import Alignment, alignment, find, matches
-from data.scenes import COLOURS, RELATIONS, SHAPES, SIZES, TONES, describe, draw
-from data.shards import find_shards
-from data.tars import read_shard, stats_path
-from data.transforms import preprocess
+from data.images import preprocess
+from data.prepare.scenes import COLOURS, RELATIONS, SHAPES, SIZES, TONES, describe, draw
+from data.storage.shards import find_shards
+from data.storage.tars import read_shard, stats_path
+from train.evaluation.scene_alignment import Alignment, alignment, find, matches
 
 MEMBERS = {"jpg", "txt", "json"}
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data.config import DataConfig, find_datasets
-from data.shards import find_shards
-from data.stream import MicroBatches, micro_batches
-from data.tars import stats_path, write_shard
-from data.text import TextMeta, to_bytes
+from data.config import DataConfig
+from data.loader.dataset import find_datasets
+from data.loader.stream import MicroBatches, micro_batches
+from data.storage.shards import find_shards
+from data.storage.tars import stats_path, write_shard
+from data.text.embeddings import to_bytes
+from data.text.meta import TextMeta
 
 TOKENS, DIM, GLOBAL_BATCH = 2, 4, 8
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
+from train.checkpoint.reader import CheckpointReader, part_file
 from train.ema import EMA
-from train.parts import Parts, part_file
 
 
 def test_it_is_the_plain_average_with_a_smaller_decay_at_first():
@@ -42,7 +42,7 @@ def test_it_goes_on_as_the_plain_average_through_saves_and_other_ranks(tmp_path)
             folder.mkdir()
             for rank, (ema, engine) in enumerate(zip(emas, engines, strict=True)):
                 save_file({"master": engine.master.detach(), "ema": ema.average}, folder / part_file(rank))
-            parts, engines = Parts(folder, len(engines)), engines_of(flat, ranks)
+            parts, engines = CheckpointReader(folder, len(engines)), engines_of(flat, ranks)
             emas = [EMA(engine, 0.9) for engine in engines]
             size = len(engines[0].master)
             for rank, ema in enumerate(emas):

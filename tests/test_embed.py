@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.claims import STALE, claim
 from data.embed import Embed, embed
-from data.encoder import TextEncoder
-from data.shards import find_shards
-from data.tars import read_shard, stats_path, write_shard
-from data.text import TextMeta, from_bytes, pack, read_empty, read_into, to_bytes
+from data.storage.claims import STALE, claim
+from data.storage.shards import find_shards
+from data.storage.tars import read_shard, stats_path, write_shard
+from data.text.embeddings import encode_states, from_bytes, read_empty, read_into, to_bytes
+from data.text.encoder import TextEncoder
+from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 
 CPU = torch.device("cpu")
@@ -95,8 +96,8 @@ def test_what_is_not_finite_is_neither_stored_nor_read(dtype):
         broken = states.copy()
         broken[1, 2] = bad
         with pytest.raises(ValueError, match=f"too large for {dtype}"):
-            pack(broken, dtype)
-    hostile = pack(states, dtype).copy()
+            encode_states(broken, dtype)
+    hostile = encode_states(states, dtype).copy()
     spoilt = {"float16": np.inf, "float32": np.nan, "bfloat16": 0xFF81, "int8": -1}[dtype]
     hostile[1, -4 if dtype == "int8" else 2 :] = spoilt  # of int8 the step of a token
     with pytest.raises(ValueError, match="not finite"):
@@ -105,7 +106,7 @@ def test_what_is_not_finite_is_neither_stored_nor_read(dtype):
 
 def test_bfloat16_rounds_as_torch_does():
     states = (torch.randn(40, 50) * torch.logspace(-30, 30, 50)).float()
-    stored = pack(states.numpy(), "bfloat16")
+    stored = encode_states(states.numpy(), "bfloat16")
     np.testing.assert_array_equal(stored, states.bfloat16().view(torch.uint16).numpy())
 
 

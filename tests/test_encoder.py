@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from data.encoder import TextEncoder, load_encoder
+from data.text.encoder import TextEncoder, load_encoder
 from data.tiny_t5 import TinyT5, write_tiny_t5
 
 CPU = torch.device("cpu")

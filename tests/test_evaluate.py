@@ -19,19 +19,22 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data import demo
-from data.alignment import matches
 from data.embed import Embed, embed
-from data.shards import find_shards
-from data.text import TextMeta
+from data.storage.shards import find_shards
+from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.unet import UNetConfig
 from tests.test_export import random_net
-from train.eval_set import EvalSet, Pictures, Pieces
-from train.evaluate import Evaluate, align, check, main, read_references, write_references
-from train.features import Extractor
+from train.evaluate import Evaluate, check, main
+from train.evaluation.chunked_array import ChunkedArray
+from train.evaluation.eval_set import EvalSet, Pictures
+from train.evaluation.features import Extractor
+from train.evaluation.references import read_references, write_references
+from train.evaluation.scene_alignment import matches
+from train.evaluation.scores import align
 from train.neighbours import Neighbours, neighbours
 from train.neighbours import main as find_neighbours
-from train.sampler import make_scheduler, sample
+from train.sampling.sampler import make_scheduler, sample
 
 NET = UNetConfig(
     image_size=32, model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[16],
@@ -128,7 +131,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_scores(base, one):
     for name in ("scores.png", "guidance-1/grid.png", "guidance-3/grid.png"):
         assert Image.open(one / name).size[0] > 300
     assert not list(one.rglob("*.part"))
-    images = [Pieces(one / f"guidance-{scale}", "images", SAMPLES).read() for scale in (1, 3)]
+    images = [ChunkedArray(one / f"guidance-{scale}", "images", SAMPLES).read() for scale in (1, 3)]
     assert images[0].shape == (SAMPLES, 3, 32, 32) and images[0].std() > 10
     assert not np.array_equal(*images), "guidance makes a difference"
 
@@ -139,7 +142,9 @@ def test_two_ranks_give_the_pictures_of_one(repo, base, one):
     assert done.returncode == 0, told[-2000:] + error[-3000:]
     assert len(list((base / "two" / "guidance-1").glob("*.images.npy"))) == SAMPLES // 4
     for scale in (1, 3):
-        of_one, of_two = (Pieces(base / out / f"guidance-{scale}", "images", SAMPLES).read() for out in ("one", "two"))
+        of_one, of_two = (
+            ChunkedArray(base / out / f"guidance-{scale}", "images", SAMPLES).read() for out in ("one", "two")
+        )
         # Batches of another make-up: the same but for rounding.
         assert np.abs(of_one.astype(int) - of_two).max() <= 1
     for a, b in zip(scores(base, "one"), scores(base, "two"), strict=True):
@@ -172,7 +177,7 @@ def test_prompts_and_pictures_belong_together(base):
 
 def test_pieces_of_any_size_make_one_array(tmp_path):
     values = np.arange(30).reshape(10, 3)
-    pieces = Pieces(tmp_path, "x", 10)
+    pieces = ChunkedArray(tmp_path, "x", 10)
     assert pieces.missing(4) == [(0, 4), (4, 8), (8, 10)]
     pieces.write(4, values[4:6])
     (tmp_path / "000006-000008.x.part").write_bytes(b"cut short")
@@ -307,6 +312,6 @@ def test_released_weights_are_judged_by_the_name_of_their_net(repo, base, tmp_pa
     )
     text_emb, empty = torch.from_numpy(chosen.embeddings(0, 4)), torch.from_numpy(chosen.empty.copy())
     expected = sample(unet, make_scheduler(1000, True), text_emb, empty, 2, 3, range(4)).numpy()
-    drawn = Pieces(tmp_path / "out" / "guidance-2", "images", 4).read()
+    drawn = ChunkedArray(tmp_path / "out" / "guidance-2", "images", 4).read()
     # A random net makes more of a rounding than a trained one.
     assert drawn.std() > 10 and np.abs(drawn.astype(int) - expected).mean() < 0.05

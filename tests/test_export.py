@@ -1,4 +1,4 @@
-"""What train.export writes, through diffusers' own loaders; and the way back, train.pretrained."""
+"""What train.export writes, through diffusers' own loaders; and the way back, train.weights.pretrained."""
 
 import json
 import pickle
@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5EncoderModel
 
-from data.encoder import TextEncoder
-from data.text import TextMeta
+from data.text.encoder import TextEncoder
+from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
+from model.convert import diffusers_config
 from model.unet import UNet, UNetConfig
-from model.weights import diffusers_config
-from train.checkpoint import load_weights
+from train.checkpoint.reader import load_weights
 from train.export import Export, export, main
-from train.pretrained import find_checkpoint, load_pretrained
-from train.sampler import make_scheduler, sample
+from train.sampling.sampler import make_scheduler, sample
+from train.weights.pretrained import find_checkpoint, load_pretrained
 
 NET = UNetConfig(
     image_size=16, model_channels=64, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[8],
@@ -45,7 +45,7 @@ def random_net(config: UNetConfig, seed: int) -> UNet:
 
 
 def write_run(run_dir: Path, config: UNetConfig, text: Path, tokens: int = 77) -> Path:
-    """A run with one checkpoint of two ranks, laid out as train.checkpoint does."""
+    """A run with one checkpoint of two ranks, laid out as train.checkpoint.format does."""
     folder = run_dir / "checkpoints" / "step-00000007"
     folder.mkdir(parents=True)
     nets = {"master": random_net(config, 1), "ema": random_net(config, 2)}

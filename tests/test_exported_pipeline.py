@@ -12,12 +12,12 @@ from huggingface_hub import CommitOperationAdd, ModelCard
 from torch import Tensor
 
 from data.tiny_t5 import TinyT5, write_tiny_t5
-from model.weights import diffusers_config
+from model.convert import diffusers_config
 from tests.test_export import NET, TIMESTEPS, load, trained, write_meta, write_run
 from train.export import Export, export, main
-from train.model_card import model_card
-from train.pretrained import read_trained
-from train.sampler import PRESETS, make_scheduler, sample
+from train.sampling.sampler import PRESETS, make_scheduler, sample
+from train.weights.model_card import model_card
+from train.weights.pretrained import read_trained
 
 PROMPT = "a red circle left of a blue square"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tars import read_shard, write_shard
+from data.storage.tars import read_shard, write_shard
 from tests.chaos import TINY, Run, ask_a_rank, damage, differences, kill_a_rank_that_saves, kill_a_worker
 from tests.trainings import launch, make_data, metrics, start
-from train.checkpoint import complete
-from train.preempt import REQUEUE
+from train.checkpoint.format import complete_checkpoints
+from train.faults.preempt import REQUEUE
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_kills_signals_and_damage_leave_the_run_that_nothing_happened_to(repo, d
         status = run.end(tree)
         assert status == (REQUEUE if fault is not kill_a_rank_that_saves else status) != 0, run.said()[-3000:]
         assert not (run_dir / "done").exists()
-    newest = complete(run_dir)[-1]
+    newest = complete_checkpoints(run_dir)[-1]
     damage(newest, "rank-00001.safetensors", draw)
     done = launch(repo, data, run_dir, *TINY, steps, ranks=2)
     assert done.returncode == 0 and (run_dir / "done").exists(), done.stderr[-3000:]
@@ -97,7 +97,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_optimizer(repo, data, tmp_pa
     run_dir = tmp_path / "changing"
     shutil.copytree(tmp_path / "two", run_dir)
     for kept, ranks, name in ((6, 1, "adamw8bit"), (12, 3, "adamw"), (18, 2, "adamw8bit")):
-        for folder in complete(run_dir):
+        for folder in complete_checkpoints(run_dir):
             if int(folder.name[5:]) > kept:
                 shutil.rmtree(folder)
         done = launch(repo, data, run_dir, *quiet, f"optim.name={name}", ranks=ranks)
@@ -116,15 +116,15 @@ def test_a_full_or_vanished_disk_is_told_and_what_was_saved_stays(repo, data, tm
         done = launch(repo, data, disk / "run", *TINY, "steps=200", "keep_checkpoints=100", ranks=2)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
         assert "could not be written" in done.stderr and "those before are intact" in done.stderr
-        saved = complete(disk / "run")
+        saved = complete_checkpoints(disk / "run")
         assert saved and not list((disk / "run/checkpoints").glob("*.part"))
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         done = launch(repo, data, disk / "run", *TINY, "steps=200", ranks=2)
         assert done.returncode != 0 and "ead-only" in done.stderr
         subprocess.run(["mount", "-o", "remount,rw,size=64m", disk], check=True)
-        assert complete(disk / "run") == saved
+        assert complete_checkpoints(disk / "run") == saved
         run = start(repo, data, disk / "run", *TINY, "steps=400", ranks=2)
-        while complete(disk / "run")[-1:] == saved[-1:] and run.poll() is None:
+        while complete_checkpoints(disk / "run")[-1:] == saved[-1:] and run.poll() is None:
             time.sleep(0.1)
         subprocess.run(["umount", "-l", disk], check=True)
         out, _ = run.communicate(timeout=200)

@@ -16,23 +16,25 @@ from safetensors.torch import load_file, save_file
 
 from data import demo
 from data.embed import Embed, embed
-from data.shards import find_shards
-from data.text import TextMeta
+from data.storage.shards import find_shards
+from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
-from launch.step_cost import inputs, step_bytes, walk_bytes
+from launch.cost.step_cost import inputs, step_bytes, walk_bytes
+from model.convert import lora_to_diffusers, merge_lora
 from model.unet import UNet, UNetConfig
-from model.weights import lora_to_diffusers, merge_lora
 from tests.test_evaluate import NET, write_run
 from tests.test_export import random_net
-from train import adapter, dreambooth
-from train.adapter import FILE, add_lora, lay_over, read_adapter
-from train.checkpoint import complete, load_weights
+from train import dreambooth, export_lora
+from train.checkpoint.format import complete_checkpoints
+from train.checkpoint.reader import load_weights
 from train.config import Config, LoRAConfig, check
-from train.eval_set import EvalSet, Pieces
+from train.evaluation.chunked_array import ChunkedArray
+from train.evaluation.eval_set import EvalSet
 from train.export import Export, build_unet, export
-from train.inputs import parameters
-from train.pretrained import read_trained
-from train.sampler import make_scheduler, sample
+from train.sampling.sampler import make_scheduler, sample
+from train.summary import parameters
+from train.weights.lora import FILE, add_lora, merge_adapter, read_adapter
+from train.weights.pretrained import read_trained
 
 LORA = LoRAConfig(rank=4, alpha=6.0)
 
@@ -172,7 +174,7 @@ def test_dreambooth_has_a_few_pictures_and_the_nets_own(base):
 
 @torch.no_grad()
 def test_a_tuned_checkpoint_serves_here_and_in_diffusers(base, tuned, tmp_path):
-    last = complete(tuned)[-1]
+    last = complete_checkpoints(tuned)[-1]
     weights = load_weights(last, "master")
     assert all(".lora_" in name for name in weights) and len(weights) == 24, "the frozen net is not saved again"
     assert min(v.abs().max() for n, v in weights.items() if ".lora_B." in n) > 1e-4, "every matrix has been trained"
@@ -181,18 +183,18 @@ def test_a_tuned_checkpoint_serves_here_and_in_diffusers(base, tuned, tmp_path):
     expected = ours(*batch())
     assert (expected - before(*batch())).abs().max() > 1e-3
 
-    adapter.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}", "weights=master"])
+    export_lora.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}", "weights=master"])
     pipeline = pipeline_of(before.state_dict())
     pipeline.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(pipeline.unet(*batch()).sample, expected, rtol=1e-4, atol=1e-5)
-    lay_over(before, tmp_path / "lora")
+    merge_adapter(before, tmp_path / "lora")
     torch.testing.assert_close(before(*batch()), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="the adapter is of another net"):
-        lay_over(random_net(replace(NET, model_channels=64), 1), tmp_path / "lora")
+        merge_adapter(random_net(replace(NET, model_channels=64), 1), tmp_path / "lora")
     with pytest.raises(SystemExit, match="is of a whole net, not of a LoRA"):
-        adapter.main([f"checkpoint={base / 'run'}", f"out={tmp_path / 'none'}"])
+        export_lora.main([f"checkpoint={base / 'run'}", f"out={tmp_path / 'none'}"])
     with pytest.raises(SystemExit, match="is there already"):
-        adapter.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}"])
+        export_lora.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}"])
 
     export(Export(str(tuned), str(tmp_path / "if"), weights="master"))
     whole = UNet2DConditionModel.from_pretrained(tmp_path / "if" / "unet")
@@ -211,12 +213,14 @@ main([f"checkpoint={base}/run", f"adapter={adapter}", f"out={base}/of-adapter", 
 
 
 def test_scores_are_of_the_tuned_net(repo, base, tuned, tmp_path):
-    adapter.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}", "weights=master"])
+    export_lora.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}", "weights=master"])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(repo)}
     program = [sys.executable, "-c", DRAW_TWICE, str(base), str(tmp_path / "lora")]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    of_run, of_adapter = (Pieces(base / name / "guidance-2", "images", 4).read() for name in ("of-run", "of-adapter"))
+    of_run, of_adapter = (
+        ChunkedArray(base / name / "guidance-2", "images", 4).read() for name in ("of-run", "of-adapter")
+    )
     assert np.abs(of_run.astype(int) - of_adapter).max() <= 1
     unet = read_trained(base / "run").load("ema", torch.device("cpu"))
     chosen = EvalSet(find_shards(base / "shards"), 4, 0, str(base / "text"), TextMeta.read(base / "text"))
@@ -227,15 +231,15 @@ def test_scores_are_of_the_tuned_net(repo, base, tuned, tmp_path):
 
 def test_tuning_goes_on_where_it_was(repo, base, tuned):
     told = (tuned / "metrics.jsonl").read_text()
-    whole = load_file(complete(tuned)[-1] / "rank-00000.safetensors")
-    for path in (complete(tuned)[-1], tuned / "done"):
+    whole = load_file(complete_checkpoints(tuned)[-1] / "rank-00000.safetensors")
+    for path in (complete_checkpoints(tuned)[-1], tuned / "done"):
         if path.is_dir():
             path.rename(path.with_name("aside"))
         else:
             path.unlink(missing_ok=True)
     done = train(repo, base)
     assert done.returncode == 0, done.stderr[-3000:]
-    again = load_file(complete(tuned)[-1] / "rank-00000.safetensors")
+    again = load_file(complete_checkpoints(tuned)[-1] / "rank-00000.safetensors")
     assert torch.equal(again["master"], whole["master"]) and torch.equal(again["ema"], whole["ema"])
     lines = [[json.loads(line)["loss"] for line in text.splitlines()]
              for text in (told, (tuned / "metrics.jsonl").read_text())]  # fmt: skip

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from data.transforms import BadImage, ImageRules, decode
+from data.config import ImageRules
+from data.images import BadImage, decode
 
 REASONS = {
     "not a JPEG or PNG", "too many bytes", "too many pixels", "too many scans", "truncated image", "corrupt image",

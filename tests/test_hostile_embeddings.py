@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.text import TextMeta, from_bytes, to_bytes
+from data.text.embeddings import from_bytes, to_bytes
+from data.text.meta import TextMeta
 
 REASONS = {"embedding not readable", "embedding of another shape or dtype", "embedding not finite"}
 TOKENS, DIM = 4, 6

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.transforms import BadImage, ImageRules, preprocess
+from data.config import ImageRules
+from data.images import BadImage, preprocess
 from tests.test_hostile import JPEG, PNG, REASONS, chunk, encoded, exif_of, noise, with_segment
 
 

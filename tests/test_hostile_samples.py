@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cursor import RawSample, ShardCursor
 from data.embed import Embed, embed
-from data.shards import find_shards
-from data.text import TextMeta, from_bytes
+from data.loader.cursor import RawSample, ShardCursor
+from data.storage.shards import find_shards
+from data.text.embeddings import from_bytes
+from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 
 JPEG = b"\xff\xd8\xff picture of "

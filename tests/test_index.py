@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data import clients, sources
 from data.index import Index, index
-from data.shards import Shard, find_shards
-from data.tars import stats_path, write_shard
+from data.storage import clients, locations
+from data.storage.shards import Shard, find_shards
+from data.storage.tars import stats_path, write_shard
 
 pytest_plugins = ["faulty_server"]
 
@@ -151,7 +151,7 @@ def test_wrong_datasets_are_told_in_words(folder, tmp_path):
 def test_shards_behind_a_server_need_an_index_which_the_command_makes(
     folder, tmp_path, http_server, monkeypatch, capfd
 ):
-    monkeypatch.setattr(sources, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(locations, "FIRST_WAIT", 0.001)
     stats_path(folder / "00001.tar").unlink()  # one is counted by its headers
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     server = http_server

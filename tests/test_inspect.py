@@ -16,14 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from data.config import DataConfig, find_datasets
-from data.contact_sheet import contact_sheet, shown
-from data.findings import Eye, Tile, choose, look
+from data.config import DataConfig
 from data.inspect import Inspect, inspect
-from data.shards import find_shards
-from data.stream import MicroBatches, micro_batches
-from data.tars import write_shard
-from data.text import TextMeta, to_bytes
+from data.inspection.contact_sheet import contact_sheet, shown
+from data.inspection.findings import Eye, Tile, choose, look
+from data.loader.dataset import find_datasets
+from data.loader.stream import MicroBatches, micro_batches
+from data.storage.shards import find_shards
+from data.storage.tars import write_shard
+from data.text.embeddings import to_bytes
+from data.text.meta import TextMeta
 
 TOKENS, DIM = 2, 4
 HOSTILE = (

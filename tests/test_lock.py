@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.trainings import make_data, start
-from train.lock import InUse, hold
+from train.faults.run_lock import InUse, lock_run_dir
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from train.lock import hold
-hold(Path(sys.argv[1]))
+from train.lock import lock_run_dir
+lock_run_dir(Path(sys.argv[1]))
 if os.fork():
     print("held", flush=True)
 time.sleep(60)
@@ -38,10 +38,10 @@ def holder(repo, tmp_path):
 
 def test_one_at_a_time_and_free_when_killed(holder, tmp_path, capsys):
     with pytest.raises(InUse, match=rf"another training is at run_dir=.*\(process {holder.pid} on .*\): wait for"):
-        hold(tmp_path, wait=0.3)
+        lock_run_dir(tmp_path, wait=0.3)
     assert capsys.readouterr().err.count("waiting up to") == 1
     holder.kill()
-    hold(tmp_path, wait=5)
+    lock_run_dir(tmp_path, wait=5)
     assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
 
 
@@ -50,7 +50,7 @@ def test_without_locks_it_goes_on(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
-    hold(tmp_path, wait=0)
+    lock_run_dir(tmp_path, wait=0)
     assert (tmp_path / "lock").read_text() == "", "it does not say that it holds what it cannot hold"
 
 

@@ -9,21 +9,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.batch import Batch
+from data.loader.batch import Batch
 from model.unet import UNetConfig
-from train.alerts import Alerts
 from train.config import Config, LoRAConfig
-from train.flops import training_flops
-from train.meters import EVERY, PHASES, Meters
-from train.origin import describe_start
-from train.tracker import read_lines, read_metrics
+from train.monitor.alerts import Alerts
+from train.monitor.flops import training_flops
+from train.monitor.metrics import EVERY, PHASES, Metrics
+from train.monitor.provenance import describe_start
+from train.monitor.run_log import read_lines, read_metrics
 
 CPU = torch.device("cpu")
 
 
 @dataclass
 class Moving:
-    """What Meters reads of an engine and an average."""
+    """What Metrics reads of an engine and an average."""
 
     master: torch.Tensor
     average: torch.Tensor
@@ -51,7 +51,7 @@ def losses(*mse: float) -> dict[str, torch.Tensor]:
 
 
 def test_the_means_are_those_of_the_good_samples(alone):
-    meters = Meters(CPU, Config())
+    meters = Metrics(CPU, Config())
     state = Moving(torch.ones(10 * EVERY), torch.full((10 * EVERY,), 0.75), norm=0.5)
     weight = torch.tensor([1.0, 1.0, 0.0, 1.0])
     meters.add(losses(1, 2, 100, 6), torch.tensor([0, 249, 300, 999]), weight, batch([("x", "truncated")]))
@@ -80,7 +80,7 @@ def test_the_means_are_those_of_the_good_samples(alone):
 
 
 def test_the_time_of_a_step_is_split_by_phase(alone):
-    meters, state = Meters(CPU, Config()), Moving(torch.ones(EVERY), torch.ones(EVERY))
+    meters, state = Metrics(CPU, Config()), Moving(torch.ones(EVERY), torch.ones(EVERY))
     for _ in range(2):
         for name, seconds in (("data", 0.02), ("forward", 0.05)):
             with meters.phase(name):
@@ -96,7 +96,7 @@ def test_the_time_of_a_step_is_split_by_phase(alone):
 def test_nothing_of_a_step_waits_for_the_device():
     """On the meta device there are no numbers: whoever reads one fails."""
     with torch.device("meta"):
-        meters, state = Meters(torch.device("meta"), Config()), Moving(torch.ones(EVERY), torch.ones(EVERY))
+        meters, state = Metrics(torch.device("meta"), Config()), Moving(torch.ones(EVERY), torch.ones(EVERY))
         meters._before = torch.ones(1)
         for _ in range(2):
             with meters.phase("forward"):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.mixture import Mixture, share_out
-from data.order import Order
+from data.loader.mixture import Mixture, share_out
+from data.loader.order import Order
 
 
 def sequence(mixture: Mixture, steps: int, global_batch: int) -> list[list[tuple[int, int, int, int, int]]]:

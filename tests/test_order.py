@@ -8,7 +8,7 @@ from benchmarks.places import positions_of, samples_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import Block, Order
+from data.loader.order import Block, Order
 
 shard_counts = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
 

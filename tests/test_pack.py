@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from data import fluent, pack
-from data.shards import find_shards
-from data.tars import read_shard, stats_path
+from data.storage.shards import find_shards
+from data.storage.tars import read_shard, stats_path
 
 MEMBERS = {"jpg", "png", "webp", "txt", "json"}
 

@@ -5,8 +5,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from model.convert import diffusers_config, from_diffusers, to_diffusers
 from model.unet import UNet, UNetConfig
-from model.weights import diffusers_config, from_diffusers, to_diffusers
 
 # 64 channels at least: with one channel a group, a norm would wipe out the biases before it and their gradients.
 SHAPES = {

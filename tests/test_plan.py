@@ -9,15 +9,16 @@ from dataclasses import replace
 import pytest
 
 from launch.compose import compose_config
-from launch.hardware import GPUS
-from launch.memory import REDUCE_BUCKET, moments_bytes, most_that_fits, partition, states
-from launch.plan import Options, Plan, main, make_plan
-from launch.plan_page import render
-from launch.step_cost import image_flops, step_bytes
-from launch.traffic import checkpoint_bytes, collectives
+from launch.cost.estimate import Options, Plan, make_plan
+from launch.cost.memory import REDUCE_BUCKET, moments_bytes, most_that_fits, partition, states
+from launch.cost.page import render
+from launch.cost.step_cost import image_flops, step_bytes
+from launch.cost.traffic import checkpoint_bytes, collectives
+from launch.plan import main
 from model.recompute import MEMORY
 from model.unet import UNetConfig
 from tests.trainings import free_port
+from train.monitor.gpus import GPUS
 
 SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16"]
 TINY = [*SMALL, "precision=bf16", "model.image_size=16", "model.channel_mult=[1,2]", "model.attention_resolutions=[8]"]

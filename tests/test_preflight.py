@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.nodes.network import tournament
 from launch.preflight import slow_pairs
-from launch.wires import tournament
 from tests.trainings import SMALL, free_port, make_data
 
 FAST = ["test_mb=1", "step_seconds=60"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.quarantine import Quarantine
+from train.faults.quarantine import Quarantine
 
 
 def listed(run_dir: Path, rank: int = 0) -> list[dict]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from launch.step_cost import kept_bytes
+from launch.cost.step_cost import kept_bytes
 from model.recompute import MEMORY
 from model.unet import UNet, UNetConfig
 from tests.benchmarks.nets import DIFFUSERS, OURS

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.report import main, read_run, report
-from train.report_page import CURVES, POINTS
+from train.monitor.report_page import CURVES, POINTS
+from train.monitor.run_log import read_run
+from train.report import main, report
 
 HOSTILE = '</script><img src=x onerror=alert(1)>"&'
 FLAGS = [

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from data import demo
 from data.config import DataConfig
 from data.embed import Embed, embed
-from data.encoder import TextEncoder
-from data.text import TextMeta, read_empty
+from data.text.embeddings import read_empty
+from data.text.encoder import TextEncoder
+from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.diffusion import Diffusion
 from model.unet import TextState, UNet
 from tests.test_export import NET, TIMESTEPS, random_net, write_run
-from train.pretrained import read_trained
 from train.sample import Sample, main, run
-from train.sampler import PRESETS, SCHEDULERS, make_scheduler, sample, set_steps
+from train.sampling.sampler import PRESETS, SCHEDULERS, make_scheduler, sample, set_steps
+from train.weights.pretrained import read_trained
 
 QUICK = ["n=3", "steps=5", "guidance_scale=3"]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.order import Order
+from data.loader.order import Order
 from launch.compose import compose_config
-from launch.memory import partition, states
-from launch.traffic import checkpoint_bytes
+from launch.cost.memory import partition, states
+from launch.cost.traffic import checkpoint_bytes
+from train.checkpoint.reader import CheckpointReader, part_file
 from train.config import accumulation
-from train.parts import Parts, part_file
 
 RANKS = 512
 OVERRIDES = (
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_512_ranks_is_taken_up_by_others(tmp_path):
     for rank in range(RANKS):
         own = padded[rank * size : (rank + 1) * size].clone()
         save_file({"master": own, "ema": own + 1}, tmp_path / part_file(rank))
-    parts = Parts(tmp_path, RANKS)
+    parts = CheckpointReader(tmp_path, RANKS)
     for ranks in (384, 500, 1):
         part = partition(count, ranks)
         pieces = [parts.read("master", rank * part, (rank + 1) * part) for rank in range(ranks)]

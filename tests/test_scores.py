@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from train.features import DIM, INCEPTION_FILE, load_extractor
-from train.frechet import frechet_distance, kernel_distance
+from train.evaluation.features import DIM, INCEPTION_FILE, load_extractor
+from train.evaluation.scores import frechet_distance, kernel_distance
 
 CPU = torch.device("cpu")
 

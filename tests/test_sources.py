@@ -8,9 +8,9 @@ import socket
 
 import pytest
 
-from data import clients, sources
-from data.clients import Unreadable
-from data.sources import join, list_names, open_location, read_bytes, size_of, split, write_whole
+from data.storage import clients, locations
+from data.storage.clients import Unreadable
+from data.storage.locations import join, list_names, open_location, read_bytes, size_of, split, write_whole
 
 pytest_plugins = ["faulty_server"]
 
@@ -21,8 +21,8 @@ DATA = random.Random(0).randbytes(100_000)
 def server(request, monkeypatch):
     """HTTP, or S3 with the same faults in front of it. Blocks are small, waits short."""
     for module, name, value in (
-        (clients, "READ_TIMEOUT", 0.25), (clients, "CHUNK", 512), (sources, "FIRST_WAIT", 0.001),
-        (sources, "FIRST_BLOCK", 4096), (sources, "LARGEST_BLOCK", 16384),
+        (clients, "READ_TIMEOUT", 0.25), (clients, "CHUNK", 512), (locations, "FIRST_WAIT", 0.001),
+        (locations, "FIRST_BLOCK", 4096), (locations, "LARGEST_BLOCK", 16384),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     running = request.getfixturevalue(f"{request.param}_server")
@@ -70,13 +70,13 @@ def test_after_so_many_tries_it_is_over(server, fault):
         pytest.raises(Unreadable, match=r"some/0\.tar: 8 tries in a row"),
     ):
         file.read()
-    assert len(server.asked) == 2 + sources.TRIES
+    assert len(server.asked) == 2 + locations.TRIES
 
 
 def test_waits_double_and_end_at_the_longest(server, monkeypatch):
     waits = []
-    monkeypatch.setattr(sources.time, "sleep", waits.append)
-    monkeypatch.setattr(sources, "LONGEST_WAIT", 0.03)
+    monkeypatch.setattr(locations.time, "sleep", waits.append)
+    monkeypatch.setattr(locations, "LONGEST_WAIT", 0.03)
     server.faults, server.for_good = ["500"], True
     with pytest.raises(Unreadable):
         open_location(join(server.where, "0.tar"))
@@ -112,14 +112,14 @@ def test_reading_on_takes_few_requests_and_a_jump_takes_little(server):
     where = server.put("long.tar", DATA * 10)
     with open_location(where) as file:
         assert file.read() == DATA * 10
-    assert len(server.asked) <= 2 + len(DATA) * 10 / sources.LARGEST_BLOCK + 3
+    assert len(server.asked) <= 2 + len(DATA) * 10 / locations.LARGEST_BLOCK + 3
     server.asked.clear()
     server.sent = 0
     with open_location(where) as file:
         for place in range(100_000, 900_000, 100_000):
             file.seek(place)
             assert file.read(100) == DATA[:100]
-    assert server.sent <= 9 * sources.FIRST_BLOCK
+    assert server.sent <= 9 * locations.FIRST_BLOCK
 
 
 def child(location: str, start: int, barrier, answers) -> None:
@@ -157,7 +157,7 @@ def test_a_server_without_ranges_serves_small_files_and_is_named_for_large_ones(
 
 
 def test_nobody_there_is_told_in_one_line(monkeypatch):
-    monkeypatch.setattr(sources, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(locations, "FIRST_WAIT", 0.001)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"

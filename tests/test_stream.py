@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from data.config import DataConfig, DatasetConfig, find_datasets
-from data.cursor import ShardUnreadable
-from data.draws import Draw, Draws
+from data.config import DataConfig, DatasetConfig
 from data.embed import Embed, embed
-from data.shards import find_shards
-from data.stream import MicroBatches, micro_batches, stored_prompts
-from data.tars import read_shard, stats_path, write_shard
-from data.text import TextMeta, check_sidecars, from_bytes, read_empty, to_bytes
+from data.loader.cursor import ShardUnreadable
+from data.loader.dataset import find_datasets
+from data.loader.draws import Draw, Draws
+from data.loader.prompts import stored_prompts
+from data.loader.stream import MicroBatches, micro_batches
+from data.storage.shards import find_shards
+from data.storage.tars import read_shard, stats_path, write_shard
+from data.text.embeddings import from_bytes, read_empty, to_bytes
+from data.text.meta import TextMeta, check_sidecars
 
 TOKENS, DIM = 4, 8
 

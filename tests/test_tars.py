@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from data.tar_headers import Damaged
-from data.tars import ShardReader, count_samples, read_shard
+from data.storage.tar_headers import Damaged
+from data.storage.tars import ShardReader, count_samples, read_shard
 
 EXTENSIONS = {"jpg", "txt", "json", "npy"}
 KINDS = [tarfile.REGTYPE] * 8 + [tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE]

@@ -11,12 +11,15 @@ from diffusers import IFPipeline
 from PIL import Image
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from data.batch import Batch
-from data.config import DataConfig, TextConfig, find_datasets
+from data.config import DataConfig, TextConfig
 from data.embed import Embed, embed
-from data.stream import MicroBatches, micro_batches, stored_prompts
-from data.tars import write_shard
-from data.text import TextMeta, read_empty
+from data.loader.batch import Batch
+from data.loader.dataset import find_datasets
+from data.loader.prompts import stored_prompts
+from data.loader.stream import MicroBatches, micro_batches
+from data.storage.tars import write_shard
+from data.text.embeddings import read_empty
+from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.unet import UNetConfig
 from tests.test_export import NET, write_run

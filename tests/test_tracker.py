@@ -10,7 +10,8 @@ from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 from train.config import Config, WandbConfig
-from train.tracker import STARTS, Tracker
+from train.monitor.run_log import STARTS
+from train.monitor.tracker import Tracker
 
 
 def records(run_dir: Path) -> list[wandb_internal_pb2.Record]:

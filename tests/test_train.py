@@ -11,15 +11,17 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
-from data.config import Dataset
 from data.embed import Embed, embed
 from data.index import Index, index
-from data.shards import Shard, find_shards
-from data.tars import read_shard, write_shard
+from data.loader.dataset import Dataset
+from data.storage.shards import Shard, find_shards
+from data.storage.tars import read_shard, write_shard
 from model.unet import UNet, UNetConfig
 from tests.faulty_server import serving
 from tests.trainings import STEPS, free_port, launch, make_data, metrics
-from train.checkpoint import check_same_everywhere, complete, load_weights
+from train.checkpoint.format import complete_checkpoints
+from train.checkpoint.reader import load_weights
+from train.checkpoint.resume import check_same_everywhere
 from train.config import Config
 
 
@@ -52,7 +54,7 @@ def test_a_run_leaves_curves_samples_and_checkpoints(two_ranks):
     for name in ("loss.png", "lr.png", f"samples/step-{STEPS:08d}.png"):
         assert Image.open(two_ranks / name).size[0] > 300
     assert list(two_ranks.glob("wandb/offline-run-*/*.wandb"))
-    assert [path.name for path in complete(two_ranks)] == ["step-00000003", "step-00000006"]
+    assert [path.name for path in complete_checkpoints(two_ranks)] == ["step-00000003", "step-00000006"]
     assert not list(two_ranks.rglob("*.part"))
 
 
@@ -82,7 +84,7 @@ def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for low, full in list(zip(metrics(tmp_path / "bf16"), metrics(two_ranks), strict=False))[:2]:
         assert low["loss"] == pytest.approx(full["loss"], rel=0.03)
-    state = load_file(complete(tmp_path / "bf16")[-1] / "rank-00000.safetensors")
+    state = load_file(complete_checkpoints(tmp_path / "bf16")[-1] / "rank-00000.safetensors")
     assert state["master"].dtype == state["ema"].dtype == torch.float32
     finer = state["master"].bfloat16().float() != state["master"]
     assert finer.float().mean() > 0.5, "the masters are finer than bf16"
@@ -167,9 +169,11 @@ def test_a_shard_that_stays_unreadable_ends_the_run_or_is_passed_over(repo, data
 
 
 def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
-    unet = UNet(UNetConfig(**json.loads((complete(two_ranks)[-1] / "manifest.json").read_text())["config"]["model"]))
+    unet = UNet(
+        UNetConfig(**json.loads((complete_checkpoints(two_ranks)[-1] / "manifest.json").read_text())["config"]["model"])
+    )
     for name in ("ema", "master"):
-        weights = load_weights(complete(two_ranks)[-1], name)
+        weights = load_weights(complete_checkpoints(two_ranks)[-1], name)
         unet.load_state_dict(weights, strict=True)
         assert weights["out.2.weight"].abs().max() > 0, "the zero-initialised layer has moved"
     with pytest.raises(ValueError, match="not a whole checkpoint"):
@@ -177,14 +181,14 @@ def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
 
 
 def test_a_run_begins_from_the_weights_of_another_in_full_precision(repo, data, two_ranks, tmp_path):
-    weights, run_dir = load_weights(complete(two_ranks)[-1]), tmp_path / "tuned"
+    weights, run_dir = load_weights(complete_checkpoints(two_ranks)[-1]), tmp_path / "tuned"
     # A rate of nearly nothing: what is saved after the first steps is what was begun with.
     still = ("optim.lr_start=1e-12", "optim.lr_peak=1e-12", "optim.lr_end=1e-12", "precision=bf16")
     begin = ("wandb.mode=disabled", "steps=3", f"init_from={two_ranks}", *still)
     done = launch(repo, data, run_dir, *begin, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in ("master", "ema"):
-        for name, value in load_weights(complete(run_dir)[-1], kind).items():
+        for name, value in load_weights(complete_checkpoints(run_dir)[-1], kind).items():
             torch.testing.assert_close(value, weights[name], rtol=1e-6, atol=1e-9)
     assert metrics(run_dir)[0]["mse"] < metrics(two_ranks)[0]["mse"] - 0.02
     # Once there is a checkpoint, the run goes on from that.
@@ -196,7 +200,7 @@ def test_a_damaged_checkpoint_is_passed_over(two_ranks, tmp_path):
     run_dir = tmp_path / "damaged"
     shutil.copytree(two_ranks, run_dir)
     (run_dir / "checkpoints" / "step-00000006" / "rank-00001.safetensors").write_bytes(b"half")
-    assert [path.name for path in complete(run_dir)] == ["step-00000003"]
+    assert [path.name for path in complete_checkpoints(run_dir)] == ["step-00000003"]
 
 
 def test_bad_images_are_counted_reported_and_add_nothing_and_too_many_stop_the_run(repo, data, tmp_path):
@@ -254,7 +258,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(re
     done = launch(repo, data, run_dir, "wandb.mode=disabled", ranks=2, file_size=limit)
     assert done.returncode != 0
     assert "could not be written" in done.stderr and "those before are intact" in done.stderr
-    assert [path.name for path in complete(run_dir)] == ["step-00000003"]
+    assert [path.name for path in complete_checkpoints(run_dir)] == ["step-00000003"]
 
 
 def say_what_is_seen(rank: int, port: int, cases: list, told: str) -> None:

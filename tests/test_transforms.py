@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.draws import Draw, generator
-from data.transforms import preprocess, shifted_center_box
+from data.images import preprocess, shifted_center_box
+from data.loader.draws import Draw, generator
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -62,7 +62,7 @@ def test_the_smallest_and_the_longest_pictures_are_taken(size, kind):
 
 
 def test_real_pictures_are_as_pillow_alone_makes_them(shared):
-    tars = pytest.importorskip("data.tars")
+    tars = pytest.importorskip("data.storage.tars")
     shards = sorted((shared / "data" / "fluent").glob("*.tar"))
     if not shards:
         pytest.skip("no img2dataset shards")

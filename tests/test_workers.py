@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from data.batch import Batch
-from data.workers import LoaderDied, Workers
+from data.loader.batch import Batch
+from data.loader.workers import LoaderDied, Workers
 
 
 def toy_workers(act: Callable[[int], None], samples: int = 32) -> Workers:
@@ -50,8 +50,8 @@ def test_an_error_in_a_worker_is_the_runs_error():
 
 
 def test_a_worker_that_hangs_ends_the_run_and_a_slow_one_does_not(monkeypatch):
-    monkeypatch.setattr("data.workers.LOOK_EVERY", 0.1)
-    monkeypatch.setattr("data.workers.LONGEST_WAIT", 1.5)
+    monkeypatch.setattr("data.loader.workers.LOOK_EVERY", 0.1)
+    monkeypatch.setattr("data.loader.workers.LONGEST_WAIT", 1.5)
     batches = toy_workers(lambda number: time.sleep({2: 0.5, 4: 100}.get(number, 0)))
     assert [int(next(batches).visit[0]) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(LoaderDied, match=r"no loader worker made a batch for [12] s before micro batch 4"):

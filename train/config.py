@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from data.config import DataConfig, TextConfig
-from data.mixture import share_out
+from data.loader.mixture import share_out
 from model.unet import UNetConfig
 
 
@@ -65,7 +65,7 @@ class Config:
     micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks.
     diffusion_steps: T.  precision: 'bf16' or 'fp32'.  *_every: in optimizer steps.
     keep_checkpoints: the latest so many are kept, and of the older ones each keep_every-th step, 0 for none.
-    init_from: weights to begin with, as train.pretrained takes them; none: random ones. Of no effect where run_dir
+    init_from: weights to begin with, see train/weights/pretrained.py; none: random. Of no effect where run_dir
     has a checkpoint to go on from.
     max_skipped: steps in a row without a finite loss and gradient, each of them skipped, that end the run.
     hang_seconds: without a micro batch made, until a rank prints its stacks and ends; above the 540 s that the loader

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from data.cli import command
 from data.embed import Embed, embed
-from data.encoder import load_encoder
-from data.making import key_of
+from data.images import BadImage, decode
 from data.pack import list_folder
-from data.tars import stats_path, write_shard
-from data.transforms import BadImage, decode
-from train.pretrained import Trained, read_trained
-from train.sampler import make_scheduler, sample, set_steps
+from data.prepare.packing import key_of
+from data.storage.tars import stats_path, write_shard
+from data.text.encoder import load_encoder
+from train.sampling.sampler import make_scheduler, sample, set_steps
+from train.weights.pretrained import Trained, read_trained
 
 FEW = 100
 

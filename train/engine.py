@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from model.unet import UNet
+from train.checkpoint.reader import BLOCK
 from train.config import Config, OptimConfig, accumulation
-from train.parts import BLOCK
 
 # bitsandbytes' own default: a tensor of fewer elements keeps 32-bit states.
 FEWEST_8BIT = 4096

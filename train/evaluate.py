@@ -6,7 +6,6 @@ On several devices: `deepspeed --module train.evaluate ...`, or torchrun's `-m t
 import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,27 +14,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import SchedulerMixin
-from omegaconf import MISSING, OmegaConf
-from tqdm import tqdm
+from omegaconf import MISSING
 
-from data.alignment import alignment
 from data.cli import command
-from data.shards import find_shards
-from data.tars import write_json
-from data.text import check_sidecars
-from model.unet import UNet, UNetConfig
-from train.adapter import lay_over
-from train.eval_set import EvalSet, Pieces
-from train.features import DIM, Extractor, load_extractor
-from train.frechet import SUBSET_SIZE, frechet_distance, kernel_distance
-from train.plots import plot_grid, plot_scores
-from train.pretrained import load_pretrained, read_trained
-from train.sampler import make_scheduler, sample, set_steps
+from data.storage.shards import find_shards
+from data.storage.tars import write_json
+from data.text.meta import check_sidecars
+from model.unet import UNet
+from train.evaluation.chunked_array import ChunkedArray, Work
+from train.evaluation.eval_set import EvalSet
+from train.evaluation.features import DIM, load_extractor
+from train.evaluation.references import _features, find_references
+from train.evaluation.scores import FEATURES, score
+from train.evaluation.subject import Net, find_net
+from train.monitor.plots import plot_grid, plot_scores
+from train.sampling.sampler import make_scheduler, sample, set_steps
+from train.weights.lora import merge_adapter
+from train.weights.pretrained import read_trained
 
-# Which features each score is computed on; alignment reads the pixels.
-FEATURES = {"fid": "inception", "fd_lite0": "lite0", "kid_lite0": "lite0", "alignment": ""}
 SETTINGS, SCORES = "evaluation.json", "scores.json"
-RELEASED_STEPS = 1000
 SHOWN = 16
 # Seeds of different evaluations don't meet below so many pictures.
 SEED_STRIDE = 1_000_003
@@ -70,24 +67,13 @@ class Evaluate:
     references: str = ""
 
 
-@dataclass(slots=True)
-class Net:
-    """What is judged: how to load it, what it was trained with, and in one line which it is."""
-
-    config: UNetConfig
-    diffusion_steps: int
-    load: Callable[[torch.device], UNet]
-    told: str
-    text: tuple[str, str] | None  # hashes of the encoder and tokenizer of the training
-
-
 def evaluate(args: Evaluate) -> list[dict[str, float]]:
     """All ranks draw and extract, the first scores; returns a line of scores for each guidance scale.
 
     Raises: ValueError for what cannot be evaluated; OSError if something cannot be read or written.
     """
     check(args)
-    net = find_net(args)
+    net = find_net(args.checkpoint, args.model, args.weights)
     eval_set = find_eval_set(args, net)
     scheduler = make_scheduler(net.diffusion_steps, net.config.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)
@@ -108,17 +94,17 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
 
     unet = net.load(device)
     if args.adapter:
-        lay_over(unet, args.adapter)
-    drawn = {scale: Pieces(out / f"guidance-{scale:g}", "images", args.samples) for scale in args.guidance_scales}
+        merge_adapter(unet, args.adapter)
+    drawn = {scale: ChunkedArray(out / f"guidance-{scale:g}", "images", args.samples) for scale in args.guidance_scales}
     for scale, images in drawn.items():
         work.fill(images, partial(draw, unet, scheduler, eval_set, args, scale), f"guidance {scale:g}")
     del unet
 
     references, found = {}, {}
     for extract in extractors:
-        references[extract.name] = find_references(args, extract, eval_set, net.config.image_size, work)
+        references[extract.name] = find_references(out, args.references, extract, eval_set, net.config.image_size, work)
         for scale, images in drawn.items():
-            features = Pieces(images.folder, extract.name, args.samples)
+            features = ChunkedArray(images.folder, extract.name, args.samples)
             work.fill(features, partial(_features, extract, images.read), f"guidance {scale:g}, {extract.name}")
             found[extract.name, scale] = features.read()
     if rank:
@@ -141,41 +127,6 @@ def draw(
     return sample(unet, scheduler, text_emb, empty, scale, args.steps, seeds).numpy()
 
 
-def find_references(args: Evaluate, extract: Extractor, eval_set: EvalSet, image_size: int, work: "Work") -> np.ndarray:
-    """Features of the captions' own pictures [N, dim], from the file that was named or made here; a collective call."""
-    if args.references:
-        return read_references(args.references, extract, eval_set, image_size)
-    own = Pieces(Path(args.out) / "references", extract.name, args.samples)
-    pictures = partial(eval_set.pictures, image_size=image_size)
-    work.fill(own, partial(_features, extract, pictures), f"references, {extract.name}")
-    features = own.read()
-    if work.rank == 0:
-        path = Path(args.out) / f"references-{extract.name}.npz"
-        write_references(path, features, extract.name, eval_set, image_size)
-    return features
-
-
-def _features(extract: Extractor, pictures: Callable[[int, int], np.ndarray], first: int, stop: int) -> np.ndarray:
-    return extract(torch.from_numpy(pictures(first, stop)))
-
-
-@dataclass(slots=True)
-class Work:
-    """How the ranks share what is to be made, `size` pictures at a time."""
-
-    size: int
-    rank: int
-    ranks: int
-
-    def fill(self, pieces: Pieces, make: Callable[[int, int], np.ndarray], told: str) -> None:
-        """Make this rank's share of what is missing; done when all have made theirs; a collective call."""
-        todo = pieces.missing(self.size)
-        dist.barrier()  # nobody writes before all have looked
-        for first, stop in tqdm(todo[self.rank :: self.ranks], told, unit="batch", disable=bool(self.rank) or not todo):
-            pieces.write(first, make(first, stop))
-        dist.barrier()
-
-
 def check(args: Evaluate) -> None:
     """Raises: ValueError for arguments that cannot be, and for fewer samples than a score needs."""
     unknown = [name for name in args.scores if name not in FEATURES]
@@ -194,35 +145,6 @@ def check(args: Evaluate) -> None:
                 f"samples={args.samples} are too few for {name}: the covariance of {DIM[FEATURES[name]]} features "
                 f"needs samples={DIM[FEATURES[name]] + 1} or more; kid_lite0 does with fewer"
             )
-
-
-def find_net(args: Evaluate) -> Net:
-    """The checkpoint, or with model= released weights; nothing of it is loaded yet. Raises: ValueError."""
-    if args.model:
-        file = Path(__file__).resolve().parent.parent / "conf" / "model" / f"{args.model}.yaml"
-        if not file.is_file():
-            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
-            raise ValueError(f"model={args.model} must be one of {known}")
-        schema = OmegaConf.structured(UNetConfig)
-        config: UNetConfig = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(file)))  # type: ignore[assignment]
-
-        def released(device: torch.device) -> UNet:
-            with torch.device("meta"):
-                unet = UNet(config)
-            unet.load_state_dict(load_pretrained(args.checkpoint, config), assign=True)
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            return unet.to(device, dtype).eval().requires_grad_(False)
-
-        return Net(config, RELEASED_STEPS, released, f"{args.checkpoint} as {args.model}", None)
-    trained = read_trained(args.checkpoint)
-    text = (trained.text.weights_sha256, trained.text.tokenizer_sha256)
-
-    def load(device: torch.device) -> UNet:
-        low = device.type == "cuda" and trained.run["precision"] == "bf16"
-        return trained.load(args.weights, device, torch.bfloat16 if low else torch.float32)
-
-    told = f"{trained.run['run_dir']}, step {trained.step}, {args.weights}"
-    return Net(trained.model, trained.diffusion_steps, load, told, text)
 
 
 def find_eval_set(args: Evaluate, net: Net) -> EvalSet:
@@ -256,72 +178,8 @@ def check_same(out: Path, now: dict) -> None:
         raise ValueError(f"'{out}' holds another evaluation, of {', '.join(changed)}: choose another out=")
 
 
-def write_references(path: Path, values: np.ndarray, name: str, eval_set: EvalSet, image_size: int) -> None:
-    """Features of the references, and what they are of, for a later evaluation; aside and renamed."""
-    aside = path.with_suffix(".part")
-    with open(aside, "wb") as file:
-        np.savez(file, features=values, extractor=name, image_size=image_size, captions=eval_set.digest)
-    aside.replace(path)
-
-
-def read_references(path: str, extract: Extractor, eval_set: EvalSet, image_size: int) -> np.ndarray:
-    """Raises: ValueError if they are of other pictures, of another size or count, or of another extractor."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            features, name = file["features"], str(file["extractor"])
-            size, digest = int(file["image_size"]), str(file["captions"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"references={path} cannot be read ({error}): give a file that an evaluation wrote") from None
-    for what, there, now in (
-        ("features", f"{name} ({features.shape[-1]})", f"{extract.name} ({extract.dim})"),
-        ("pixels", size, image_size),
-        ("pictures", len(features), eval_set.samples),
-        ("captions and draw", digest[:8], eval_set.digest[:8]),
-    ):
-        if there != now:
-            raise ValueError(
-                f"references={path} are of other {what}: {there}, this evaluation has {now}; leave references= out, "
-                "and they are made anew"
-            )
-    return features
-
-
-def score(
-    scores: list[str], scale: float, found: dict[tuple[str, float], np.ndarray], references: dict[str, np.ndarray],
-    images: Pieces, captions: list[str],
-) -> dict[str, float]:  # fmt: skip
-    """The scores at one guidance scale, by name; *_std and alignment_chance beside them."""
-    line: dict[str, float] = {}
-    for name in scores:
-        features = FEATURES[name]
-        if name == "alignment":
-            line |= align(images.read(), captions)
-        elif name == "kid_lite0":
-            line[name], deviation = kernel_distance(found[features, scale], references[features])
-            if len(references[features]) > SUBSET_SIZE:  # of fewer every subset is the same
-                line[f"{name}_std"] = deviation
-        else:
-            line[name] = frechet_distance(found[features, scale], references[features])
-    return line
-
-
-def align(images: np.ndarray, captions: list[str]) -> dict[str, float]:
-    """How much of the captions the pictures show, how many show all, and how much they show of one another's.
-
-    images: uint8 [N, 3, H, W].
-    """
-    own = [alignment(image.transpose(1, 2, 0), caption) for image, caption in zip(images, captions, strict=True)]
-    others = captions[1:] + captions[:1]
-    chance = [alignment(image.transpose(1, 2, 0), caption) for image, caption in zip(images, others, strict=True)]
-    return {
-        "alignment": float(np.mean([a.score for a in own])),
-        "alignment_exact": float(np.mean([a.exact for a in own])),
-        "alignment_chance": float(np.mean([a.score for a in chance])),
-    }
-
-
 def show(
-    args: Evaluate, net: Net, lines: list[dict[str, float]], drawn: dict[float, Pieces], captions: list[str]
+    args: Evaluate, net: Net, lines: list[dict[str, float]], drawn: dict[float, ChunkedArray], captions: list[str]
 ) -> None:
     """scores.json, scores.png, a grid for each scale, and the scores in print."""
     out, told = Path(args.out), f"{net.told}; {args.samples:,} pictures of {net.config.image_size} px, "

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from data.cli import command
-from data.encoder import TextEncoder, load_encoder
-from data.text import TextMeta
+from data.text.encoder import TextEncoder, load_encoder
+from data.text.meta import TextMeta
+from model.convert import diffusers_config, each_to_diffusers
 from model.unet import UNetConfig
-from model.weights import diffusers_config, each_to_diffusers
-from train.model_card import check_license, model_card
-from train.pretrained import load_whole, read_trained
-from train.sampler import make_scheduler
+from train.sampling.sampler import make_scheduler
+from train.weights.model_card import check_license, model_card
+from train.weights.pretrained import load_whole, read_trained
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IF_TOKENS = 77  # IFPipeline pads every prompt to this, whatever its tokenizer says

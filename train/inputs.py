@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from data.batch import Batch
-from data.config import Dataset, find_datasets
-from data.mixture import share_out
-from data.text import TextMeta, check_meta, check_sidecars, read_empty
-from model.unet import UNet
-from train.adapter import add_lora
-from train.checkpoint import complete
-from train.config import Config, accumulation
-from train.pretrained import load_pretrained
+from data.loader.batch import Batch
+from data.loader.dataset import Dataset, find_datasets
+from data.text.embeddings import read_empty
+from data.text.meta import TextMeta, check_meta, check_sidecars
+from train.checkpoint.format import complete_checkpoints
+from train.config import Config
+from train.weights.pretrained import load_pretrained
 
 if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online has need of it
-    from data.encoder import TextEncoder
+    from data.text.encoder import TextEncoder
 
 
 @dataclass(slots=True)
@@ -53,7 +51,7 @@ class Inputs:
 
 def begins_from_weights(config: Config) -> bool:
     """Whether all weights that are trained begin from some, there being no checkpoint to go on from."""
-    return bool(config.init_from) and not config.lora.rank and not complete(Path(config.run_dir))
+    return bool(config.init_from) and not config.lora.rank and not complete_checkpoints(Path(config.run_dir))
 
 
 def find_inputs(config: Config, rank: int) -> Inputs:
@@ -79,7 +77,7 @@ def find_inputs(config: Config, rank: int) -> Inputs:
 
 
 def _load_encoder(config: Config, datasets: list[Dataset], meta: TextMeta) -> "TextEncoder":
-    from data.encoder import load_encoder
+    from data.text.encoder import load_encoder
 
     # Loader workers take one caption at a time; threads of the tokenizer do not outlive their fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -87,52 +85,3 @@ def _load_encoder(config: Config, datasets: list[Dataset], meta: TextMeta) -> "T
     for dataset in datasets:
         dataset.encoder = encoder
     return encoder
-
-
-def parameters(config: Config) -> tuple[int, int]:
-    """Number of parameters that are trained, and of those that are frozen, counted without memory for them."""
-    with torch.device("meta"):
-        unet = UNet(config.model)
-        if config.lora.rank:
-            add_lora(unet, config.lora, on_meta=True)
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in unet.parameters()) - trained
-
-
-def describe(config: Config, ranks: int) -> str:
-    """The resolved run in a few lines; data that is not there is said, not raised."""
-    try:
-        inputs = find_inputs(config, rank=0)
-        sizes = share_out(config.global_batch, [dataset.weight for dataset in inputs.datasets])
-        data = "; ".join(
-            f"{len(found.shards)} shards, {found.samples:,} samples in {told.shards}, "
-            f"{size} of a batch, {config.steps * size / found.samples:.2f} epochs"
-            for found, told, size in zip(inputs.datasets, config.data.datasets(), sizes, strict=True)
-        )
-        meta = inputs.meta
-        kept = f"made online in {meta.compute}, as" if inputs.encoder else f"{meta.dtype} in"
-        where = ", ".join(dataset.text for dataset in inputs.datasets)
-        text = f"{meta.encoder}, {meta.tokens} x {meta.dim}, {kept} {where}"
-    except ValueError as error:
-        data, text = f"none usable yet: {error}", "-"
-    accumulate, optim = accumulation(config, ranks), config.optim
-    variance = "learned" if config.model.learn_sigma else "fixed"
-    trained, frozen = parameters(config)
-    beside = f" of LoRA, rank {config.lora.rank}, beside {frozen:,} that are frozen" if frozen else ""
-    lines = {
-        "run": config.run_dir,
-        "global batch": f"{ranks} ranks x {config.micro_batch} micro batch x {accumulate} accumulation "
-        f"= {config.global_batch}",
-        "model": f"{trained:,} parameters{beside}, {config.model.image_size} px, {config.precision}",
-        "begins with": config.init_from or "random weights",
-        "diffusion": f"{config.diffusion_steps} steps, cosine betas, {variance} variance",
-        "steps": f"{config.steps:,}, {config.steps * config.global_batch:,} images",
-        "lr": f"{optim.lr_start:g} -> {optim.lr_peak:g} in {optim.warmup_steps:,} steps -> {optim.lr_end:g}, "
-        "OneCycle cosine",
-        "optimizer": f"{optim.name}, ZeRO-1, betas {tuple(optim.betas)}, decay {optim.weight_decay:g}, "
-        f"clip {optim.grad_clip:g}",
-        "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one",
-        "data": data,
-        "embeddings": text,
-    }
-    return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())

@@ -4,22 +4,23 @@ from pathlib import Path
 
 import torch
 
-from data.stream import MicroBatches, micro_batches
+from data.loader.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
 from model.unet import UNet
-from train.adapter import add_lora
-from train.checkpoint import resume
+from train.checkpoint.resume import resume
+from train.checkpoint.writer import CheckpointWriter
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import build_engine
-from train.guard import Guard, Watchdog
+from train.faults.guard import Guard
+from train.faults.preempt import RankConsensus, mark_done
+from train.faults.watchdog import Watchdog
 from train.inputs import Inputs, begins_from_weights
-from train.meters import Meters
+from train.monitor.metrics import Metrics
+from train.monitor.progress import RunProgress
 from train.noise import draw_t_and_noise
-from train.preempt import Consent, mark_done
-from train.saver import Saver
-from train.show import Show
+from train.weights.lora import add_lora
 
 
 def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> bool:
@@ -38,15 +39,15 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
     first_step = resume(run_dir, engine, ema)
-    consent = Consent()  # before the loader workers are forked, so that a signal to them is no end either
-    saver = Saver(config, inputs.samples, inputs.meta, consent)
+    consent = RankConsensus()  # before the loader workers are forked, so that a signal to them is no end either
+    saver = CheckpointWriter(config, inputs.samples, inputs.meta, consent)
     stream = MicroBatches(
         config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
         config.micro_batch, rank, ranks, first_step,
     )  # fmt: skip
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
-    meters = Meters(device, config)
-    show = Show(config, inputs, run_dir, first_step, device) if rank == 0 else None
+    meters = Metrics(device, config)
+    show = RunProgress(config, inputs, run_dir, first_step, device) if rank == 0 else None
     guard, watchdog = Guard(config, rank, stream, consent), Watchdog(rank, config.hang_seconds)
     last = first_step == config.steps
 

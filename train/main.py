@@ -17,15 +17,17 @@ import torch.distributed as dist  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from data.cursor import ShardUnreadable  # noqa: E402
-from data.workers import LoaderDied  # noqa: E402
+from data.loader.cursor import ShardUnreadable  # noqa: E402
+from data.loader.workers import LoaderDied  # noqa: E402
 from model.unet import check as check_unet  # noqa: E402
-from train.checkpoint import CheckpointFailed, check_resumable, check_same_everywhere  # noqa: E402
+from train.checkpoint.format import CheckpointFailed  # noqa: E402
+from train.checkpoint.resume import check_resumable, check_same_everywhere  # noqa: E402
 from train.config import Config, accumulation, check, check_nodes  # noqa: E402
-from train.inputs import describe, find_inputs  # noqa: E402
-from train.lock import InUse, hold  # noqa: E402
-from train.preempt import REQUEUE, listen  # noqa: E402
-from train.tracker import check_login  # noqa: E402
+from train.faults.preempt import REQUEUE, install_signal_handlers  # noqa: E402
+from train.faults.run_lock import InUse, lock_run_dir  # noqa: E402
+from train.inputs import find_inputs  # noqa: E402
+from train.monitor.tracker import check_login  # noqa: E402
+from train.summary import describe  # noqa: E402
 
 # Not found by all ranks, so the one that meets it tells.
 OF_ONE_RANK = (OSError, LoaderDied, ShardUnreadable)
@@ -38,7 +40,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(composed: DictConfig) -> None:
     """Exit status 2, and one line from rank 0, for what the user can mend; 75 when asked to leave before the end."""
-    listen()
+    install_signal_handlers()
     faulthandler.enable()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -60,7 +62,7 @@ def main(composed: DictConfig) -> None:
 
     # Imported here: the engine takes seconds to import, and a mistake above is to be told at once.
     from train.engine import init_distributed
-    from train.guard import NotFinite, TooManyBad
+    from train.faults.guard import NotFinite, TooManyBad
     from train.loop import train
 
     try:
@@ -70,7 +72,7 @@ def main(composed: DictConfig) -> None:
         leave(error, rank)
     try:
         if rank == 0:
-            hold(Path(config.run_dir))
+            lock_run_dir(Path(config.run_dir))
         finished = train(config, inputs, rank, ranks, device)
     except (TooManyBad, NotFinite, CheckpointFailed, InUse, *OF_ONE_RANK) as error:
         leave(error, rank)

@@ -13,10 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.cli import command
-from data.shards import find_shards
-from train.eval_set import Pictures, Pieces
-from train.features import Extractor, load_extractor
-from train.plots import plot_grid
+from data.storage.shards import find_shards
+from train.evaluation.chunked_array import ChunkedArray
+from train.evaluation.eval_set import Pictures
+from train.evaluation.features import Extractor, load_extractor
+from train.monitor.plots import plot_grid
 
 BATCH = 64
 
@@ -70,7 +71,7 @@ def read_images(folder: Path) -> np.ndarray:
     """uint8 [N, 3, H, W].  Raises: ValueError if there are none, or of different sizes."""
     pieces = sorted(folder.glob("*.images.npy"))
     if pieces:
-        return Pieces(folder, "images", int(pieces[-1].name.split(".")[0].split("-")[1])).read()
+        return ChunkedArray(folder, "images", int(pieces[-1].name.split(".")[0].split("-")[1])).read()
     found = [
         np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png")) if path.stem != "grid"
     ]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.draws import Draw, generator
+from data.loader.draws import Draw, generator
 
 
 def draw_t_and_noise(seed: int, visit: Tensor, shape: torch.Size, timesteps: int) -> tuple[Tensor, Tensor]:

@@ -2,51 +2,12 @@
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from train.report_page import page
-from train.tracker import METRICS, STARTS, read_lines
+from train.monitor.report_page import page
+from train.monitor.run_log import read_run
 
 USAGE = "python -m train.report RUN_DIR [RUN_DIR2 ...] [out=report.html]"
-
-
-@dataclass(slots=True)
-class Run:
-    """A run as it lies on disk.
-
-    lines: of metrics.jsonl, steps rising.  starts: of starts.jsonl.  grids: step and PNG of each sample grid.
-    warnings: what could not be read.
-    """
-
-    name: str
-    lines: list[dict]
-    starts: list[dict]
-    grids: list[tuple[int, Path]]
-    warnings: list[str]
-
-
-def read_run(folder: Path) -> Run:
-    """Raises: ValueError if the folder is not a run's, or it has logged nothing yet."""
-    path = folder / METRICS
-    if not path.is_file():
-        raise ValueError(f"'{folder}' is not the folder of a run (no {METRICS}): name one that train/main.py wrote")
-    found, broken = read_lines(path)
-    by_step = {line["step"]: line for line in found if isinstance(line.get("step"), int)}
-    if not by_step:
-        raise ValueError(f"'{path}' has no line that can be read: the run has logged nothing yet")
-    warnings = []
-    if broken:
-        warnings.append(f"{path}: {broken} lines cannot be read and are left out; one cut by a crash is usual")
-    starts, torn = read_lines(folder / STARTS)
-    if torn:
-        warnings.append(f"{folder / STARTS}: {torn} lines cannot be read and are left out")
-    grids = [
-        (int(file.stem.removeprefix("step-")), file)
-        for file in sorted((folder / "samples").glob("step-*.png"))
-        if file.stem.removeprefix("step-").isdecimal()
-    ]
-    return Run(folder.resolve().name, [by_step[step] for step in sorted(by_step)], starts, grids, warnings)
 
 
 def report(folders: list[Path], out: Path) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from launch.compose import ROOT, compose_config
 from launch.slurm.allocation import Allocation, check_commands, check_hostfile, find_allocation
-from train.checkpoint import complete
+from train.checkpoint.format import complete_checkpoints
 from train.config import accumulation
-from train.preempt import REQUEUE
+from train.faults.preempt import REQUEUE
 
 # What train/main.py and launch/preflight.py leave with when the user must mend something.
 MISTAKE = 2
@@ -82,7 +82,7 @@ def say(text: str) -> None:
 
 def latest_step(run_dir: Path) -> int:
     """The step of the latest whole checkpoint, 0 if there is none."""
-    return max((int(folder.name.rpartition("-")[2]) for folder in complete(run_dir)), default=0)
+    return max((int(folder.name.rpartition("-")[2]) for folder in complete_checkpoints(run_dir)), default=0)
 
 
 def verdict(

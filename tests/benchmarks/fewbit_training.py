@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from data.cli import parse
 from tests.benchmarks.commands import run
-from train.plots import save
+from train.monitor.plots import save
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 # Smaller than the smoke run's net, so that the whole takes minutes on two cores.

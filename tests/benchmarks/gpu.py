@@ -15,7 +15,7 @@ from data.cli import parse
 from tests.benchmarks.nets import DIFFUSERS, OURS, build, inputs, size
 from tests.benchmarks.unet_memory import per_image
 from tests.benchmarks.unet_speed import step
-from train.flops import PEAK, training_flops
+from train.monitor.flops import PEAK, training_flops
 
 MICRO_BATCH = {"34M": 2, "M": 24, "L": 8, "XL": 6}  # as conf/experiment has them; 34M is for trying this out
 

@@ -21,8 +21,8 @@ from data.cli import parse
 from launch.compose import compose_config
 from model.unet import UNet
 from tests.benchmarks.commands import run
-from train.flops import training_flops
-from train.plots import save
+from train.monitor.flops import training_flops
+from train.monitor.plots import save
 
 BATCH = 16
 ONE_CORE = {"OMP_NUM_THREADS": "1"}

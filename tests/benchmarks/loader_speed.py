@@ -26,11 +26,13 @@ import webdataset as wds
 from PIL import Image
 
 from data.cli import parse
-from data.config import DataConfig, find_datasets
-from data.shards import Shard, find_shards
-from data.stream import MicroBatches, micro_batches
-from data.tars import read_shard, write_shard
-from data.text import EMPTY, TextMeta, to_bytes
+from data.config import DataConfig
+from data.loader.dataset import find_datasets
+from data.loader.stream import MicroBatches, micro_batches
+from data.storage.shards import Shard, find_shards
+from data.storage.tars import read_shard, write_shard
+from data.text.embeddings import to_bytes
+from data.text.meta import EMPTY, TextMeta
 
 IMAGE_SIZE = 64
 TOKENS, DIM = 77, 4096

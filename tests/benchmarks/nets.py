@@ -10,8 +10,8 @@ from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from model.convert import diffusers_config, to_diffusers
 from model.unet import UNet, UNetConfig
-from model.weights import diffusers_config, to_diffusers
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {"M": "if_i_m", "L": "if_i_l", "XL": "if_i_xl"}

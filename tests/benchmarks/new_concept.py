@@ -14,15 +14,15 @@ import torch
 from omegaconf import MISSING
 from PIL import Image
 
-from data.alignment import alignment
 from data.cli import parse
-from data.encoder import load_encoder
-from data.shards import find_shards
-from data.text import TextMeta
-from train.eval_set import EvalSet, Pictures
-from train.plots import plot_grid
-from train.pretrained import Trained, read_trained
-from train.sampler import make_scheduler, sample
+from data.storage.shards import find_shards
+from data.text.encoder import load_encoder
+from data.text.meta import TextMeta
+from train.evaluation.eval_set import EvalSet, Pictures
+from train.evaluation.scene_alignment import alignment
+from train.monitor.plots import plot_grid
+from train.sampling.sampler import make_scheduler, sample
+from train.weights.pretrained import Trained, read_trained
 
 ORANGE, SIDE = (250, 130, 20), 96
 # Of the pictures' pixels; less than a tenth is orange in a scene whose things are not.

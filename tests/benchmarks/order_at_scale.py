@@ -12,8 +12,8 @@ import tracemalloc
 import numpy as np
 from tqdm import tqdm
 
-from data.order import Order
-from data.shards import Shard
+from data.loader.order import Order
+from data.storage.shards import Shard
 from tests.benchmarks.places import samples_at
 
 SHARDS, RANKS, WORKERS, GLOBAL_BATCH, MICRO_BATCH = 120_000, 512, 4, 3072, 6
@@ -30,7 +30,7 @@ def shard_counts() -> list[int]:
 
 
 def positions_of_worker(order: Order, epoch: int, rank: int, worker: int) -> np.ndarray:
-    """The positions of an epoch that a loader worker of a rank makes, in its order; see data.stream.MicroBatches."""
+    """The positions of an epoch that a loader worker of a rank makes, in its order (data/loader/stream.py)."""
     batch, per_step = order.global_batch, order.global_batch // (RANKS * MICRO_BATCH)
     first, end = epoch * order.samples, (epoch + 1) * order.samples
     units = np.arange(first // batch * per_step, (-(-end // batch)) * per_step)

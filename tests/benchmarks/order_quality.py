@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from webdataset.filters import _shuffle
 
-from data.order import Order
+from data.loader.order import Order
 from tests.benchmarks.places import positions_of, samples_at
 
 PAIRS, BATCHES = 20_000, 40

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.cli import parse
 from tests.benchmarks.commands import run
-from train.plots import save
+from train.monitor.plots import save
 
 
 @dataclass

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.order import Block, Order
+from data.loader.order import Block, Order
 
 
 def by_block(epoch: int, stream: np.ndarray, number: np.ndarray) -> Iterator[tuple[Block, np.ndarray]]:

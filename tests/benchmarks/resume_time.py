@@ -13,10 +13,12 @@ import numpy as np
 from PIL import Image
 
 from data.cli import parse
-from data.config import DataConfig, find_datasets
-from data.stream import MicroBatches, micro_batches
-from data.tars import write_shard
-from data.text import EMPTY, TextMeta, to_bytes
+from data.config import DataConfig
+from data.loader.dataset import find_datasets
+from data.loader.stream import MicroBatches, micro_batches
+from data.storage.tars import write_shard
+from data.text.embeddings import to_bytes
+from data.text.meta import EMPTY, TextMeta
 
 TOKENS, DIM, BATCH = 4, 1024, 64
 

@@ -1,4 +1,4 @@
-"""Images a second of train.sampler and of diffusers' IFPipeline: the same weights, captions, steps, guidance, noise.
+"""Images a second of train.sampling.sampler and of diffusers' IFPipeline: the same weights, captions, steps, noise.
 
 python -m tests.benchmarks.sampling_speed [net=smoke images=8 steps=10 rounds=7]; net: smoke, small, 34M, M.
 """
@@ -18,7 +18,7 @@ from data.cli import parse
 from model.unet import UNet, UNetConfig
 from tests.benchmarks.nets import ROOT, size
 from train.export import build_unet
-from train.sampler import make_scheduler, sample
+from train.sampling.sampler import make_scheduler, sample
 
 
 @dataclass

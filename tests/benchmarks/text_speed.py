@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from data.claims import claim
-from data.encoder import TextEncoder
-from data.shards import Shard, find_shards
-from data.sidecars import write_sidecar
-from data.tars import ShardReader, write_shard
-from data.text import STORED, TextMeta, from_bytes, pack, read_into, to_bytes
+from data.storage.claims import claim
+from data.storage.shards import Shard, find_shards
+from data.storage.tars import ShardReader, write_shard
+from data.text.embeddings import encode_states, from_bytes, read_into, to_bytes
+from data.text.encoder import TextEncoder
+from data.text.meta import STORED, TextMeta
+from data.text.sidecars import write_sidecar
 from data.tiny_t5 import TinyT5, write_tiny_t5
 
 CAPTIONS, BATCH, ROUNDS = 128, 32, 5
@@ -107,7 +108,7 @@ def reading(folder: Path) -> None:
     for dtype, captions in STORED_CAPTIONS.items():
         meta = TextMeta("random", "0", "0", TOKENS, WIDTH, dtype, "float32", "none")
         states = np.random.default_rng(0).standard_normal((TOKENS, WIDTH), np.float32)
-        data = to_bytes(pack(states, dtype))
+        data = to_bytes(encode_states(states, dtype))
         path = folder / f"{dtype}.tar"
         write_shard(path, [(f"{n:05d}", {"npy": data}) for n in range(captions)])
         out, buffer = np.empty(meta.shape, meta.array_dtype), bytearray(1 << 20)
@@ -141,7 +142,7 @@ def error(encoder: TextEncoder) -> None:
         others = np.arange(encoder.dim) != 7
         for dtype in STORED:
             meta = TextMeta("random", "0", "0", len(exact), encoder.dim, dtype, "float32", "none")
-            off = (from_bytes(to_bytes(pack(exact, dtype)), meta).astype(np.float32) - exact)[:, others]
+            off = (from_bytes(to_bytes(encode_states(exact, dtype)), meta).astype(np.float32) - exact)[:, others]
             print(f"{what}: {dtype:>8} rms error / rms {np.sqrt((off**2).mean() / (exact[:, others] ** 2).mean()):.1e}")
 
 

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch._subclasses import FakeTensorMode
 
-from launch.step_cost import kept_bytes
+from launch.cost.step_cost import kept_bytes
 from tests.benchmarks.nets import DIFFUSERS, ORIGINAL, OURS, build, inputs, size
 
 

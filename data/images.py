@@ -1,0 +1,181 @@
+"""From the bytes of an image to the pixels that the network sees; for odd ones see docs/hostile_input.md."""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from data.config import ImageRules
+
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+# An end mark is looked for in so many last bytes: tools leave a little behind it.
+TAIL = 1024
+# No coder gets more pixels into a byte: JPEG spends a bit on each 8 x 8 block, and deflate packs 1,032 bytes into one,
+# each of 8 pixels at 1 bit.
+MOST_PIXELS_PER_BYTE = {"JPEG": 512, "PNG": 8256}
+# Real files have 1 to 20. Each scan goes over the whole image, however few bytes it takes.
+MAX_SCANS = 100
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(ValueError):
+    """The image cannot be used; the message is the reason under which it is counted, one of a fixed few."""
+
+
+DEFAULT_RULES = ImageRules()
+
+
+def preprocess(
+    data: bytes, image_size: int, shift: float, rng: np.random.Generator, rules: ImageRules = DEFAULT_RULES
+) -> np.ndarray:
+    """Image bytes to uint8 [3, image_size, image_size]: decode, shifted centre crop, Pillow BICUBIC.
+
+    Raises: BadImage.
+    """
+    image = decode(data, rules)
+    # Cropped first: resize(box=...) would let the filter reach over the edge of the crop.
+    box = shifted_center_box(image.width, image.height, shift, rng)
+    if box != (0, 0, *image.size):  # crop() would copy the whole
+        image = image.crop(box)
+    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, reducing_gap=None)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def shifted_center_box(width: int, height: int, shift: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """The largest square, moved from the centre by up to `shift` of its side on each axis, kept inside the image.
+
+    Returns: left, upper, right, lower in pixels.  Source: the model card's words, as read in docs/recipe.md.
+    """
+    side = min(width, height)
+    dx, dy = (shift * (2 * rng.random() - 1) * side for _ in range(2))
+    left = min(max(round((width - side) / 2 + dx), 0), width - side)
+    upper = min(max(round((height - side) / 2 + dy), 0), height - side)
+    return left, upper, left + side, upper + side
+
+
+def decode(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
+    """JPEG or PNG bytes to an RGB image, upright by its EXIF tag, transparency laid on the background.
+
+    Raises: BadImage.
+    """
+    if len(data) > rules.max_bytes:
+        raise BadImage("too many bytes")
+    # Other libraries switch this on, and Pillow then makes up what is missing.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = _open(data, rules)
+            image.load()
+            return _upright_rgb(image, rules.background)
+        except BadImage:
+            raise
+        except Exception as error:  # Pillow's decoders raise whatever the bytes led them to
+            raise BadImage("truncated image" if _has_no_end(data) else "corrupt image") from error
+
+
+class _Jpeg(JpegImageFile):
+    """A JPEG without the search of its EXIF block for a resolution, which 64 KB of EXIF can make cost 300 MB."""
+
+    def _open(self) -> None:
+        self.info["dpi"] = (72, 72)
+        super()._open()
+
+
+class _Png(PngImageFile):
+    """A PNG without the means to show its further frames, for which Pillow takes memory before its size is judged."""
+
+    def _seek(self, frame: int, rewind: bool = False) -> None:
+        self._prev_im = None
+
+
+def _open(data: bytes, rules: ImageRules) -> ImageFile.ImageFile:
+    """The image by its first bytes, its header read and judged. Pillow's registry of formats has no say in it.
+
+    Raises: BadImage, and anything for a damaged header.
+    """
+    file = io.BytesIO(data)
+    image: ImageFile.ImageFile
+    if data.startswith(JPEG):
+        image = _Jpeg(file)
+        # Behind the image there may be anything, where chance has the two bytes once in 2**16.
+        coded = np.frombuffer(data, np.uint8, offset=file.tell())
+        scans = np.count_nonzero((coded[:-1] == 0xFF) & (coded[1:] == 0xDA))  # at a fifth of the time of bytes.count
+        if scans > MAX_SCANS + len(data) // 2**15:
+            raise BadImage("too many scans")
+    elif data.startswith(PNG):
+        image = _Png(file)
+    elif rules.allow_webp and data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        from PIL.WebPImagePlugin import WebPImageFile
+
+        image = WebPImageFile(file)
+    else:
+        raise BadImage("not a JPEG or PNG")
+    pixels = image.width * image.height
+    if pixels > rules.max_pixels:
+        raise BadImage("too many pixels")
+    if pixels > len(data) * MOST_PIXELS_PER_BYTE.get(image.format, pixels):
+        raise BadImage("truncated image")
+    return image
+
+
+def _upright_rgb(image: Image.Image, background: int) -> Image.Image:
+    turn = UPRIGHT.get(_orientation(image.info.get("exif", b"")))
+    if image.mode == "I":
+        image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        behind = Image.new("RGBA", image.size, (background, background, background, 255))
+        image = Image.alpha_composite(behind, image)
+    if image.mode != "RGB":  # convert() would copy what is RGB already
+        image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The high byte of a 16-bit grey, as Pillow does it for 16-bit colours; convert("L") would clip to white."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation tag, or 1. Only this one is looked for: a parse of all costs what a hostile file wants."""
+    tiff = exif[6:]
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "L", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, start)
+        for i in range(entries):
+            tag, _, _, value = struct.unpack_from(order + "HHLH", tiff, start + 2 + 12 * i)
+            if tag == ORIENTATION:
+                return value
+    except struct.error:
+        pass
+    return 1
+
+
+def _has_no_end(data: bytes) -> bool:
+    """Whether the mark that ends a file of its format is missing."""
+    if data.startswith(JPEG):
+        return b"\xff\xd9" not in data[-TAIL:]
+    if data.startswith(PNG):
+        return b"IEND" not in data[-TAIL:]
+    return len(data) < 8 + int.from_bytes(data[4:8], "little")

@@ -1,0 +1,67 @@
+"""Samples as the network sees them with their captions, as one picture; and captions made safe to show."""
+
+import textwrap
+import unicodedata
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data.inspection.findings import Tile
+
+COLUMNS, SCALE, LINES = 8, 2, 4
+MARGIN, LINE_HEIGHT, LETTER = 10, 14, 11
+# Zero-width joiners are part of ordinary text: emoji, Persian, the scripts of India.
+JOINERS = "\u200c\u200d"
+
+
+def shown(caption: str, longest: int) -> str:
+    """A caption in one line of at most so many characters, with what can't be seen or would turn the text around
+    written out as its code point."""
+    cut = " ".join(caption[: longest * 4].split())
+    safe = "".join(c if c in JOINERS or unicodedata.category(c)[0] not in "CZ" or c == " " else _code(c) for c in cut)
+    return safe if len(safe) <= longest and len(caption) <= longest * 4 else safe[: longest - 1] + "…"
+
+
+def _code(character: str) -> str:
+    return " " if unicodedata.category(character) == "Zs" else f"[U+{ord(character):04X}]"
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """uint8 [3, S, S] as a Pillow image."""
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def contact_sheet(tiles: list[Tile]) -> Image.Image:
+    """All tiles in rows, twice their size, each above its caption.
+
+    Raises: ValueError if there are none.
+    """
+    if not tiles:
+        raise ValueError("none of the samples looked at can be shown: see their reasons in an .html report")
+    # Pillow's own font knows Latin letters only; this one comes with matplotlib.
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), LETTER)
+    side = max(tiles[0].pixels.shape[-1] * SCALE, 96)
+    width, height = side + MARGIN, side + LINES * LINE_HEIGHT + MARGIN + 4
+    rows = -(-len(tiles) // COLUMNS)
+    sheet = Image.new("RGB", (min(COLUMNS, len(tiles)) * width + MARGIN, rows * height + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, tile in enumerate(tiles):
+        left, top = number % COLUMNS * width + MARGIN, number // COLUMNS * height + MARGIN
+        sheet.paste(to_image(tile.pixels).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        for line, words in enumerate(_lines(shown(tile.caption, 200), font, side)):
+            pen.text((left, top + side + 3 + line * LINE_HEIGHT), words, fill="black", font=font)
+    return sheet
+
+
+def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """At most LINES lines that are not wider than the picture."""
+    letters = next(n for n in range(60, 0, -1) if n == 1 or font.getlength("e" * n) <= width)
+    lines = textwrap.wrap(text, letters, max_lines=LINES, placeholder="…") or ["(no caption)"]
+    fitting = []
+    for line in lines:
+        while font.getlength(line) > width:
+            line = line[:-1]
+        fitting.append(line)
+    return fitting

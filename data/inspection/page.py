@@ -1,0 +1,222 @@
+"""The report of data.inspect: one HTML file without scripts, with its pictures inside."""
+
+import base64
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from itertools import pairwise
+
+import numpy as np
+
+from data.inspection.contact_sheet import shown, to_image
+from data.inspection.findings import Findings, Tile
+from data.storage.shards import Shard
+from data.text.meta import TextMeta
+
+LONGEST_CAPTION, MOST_NAMES = 200, 20
+SIDES = (64, 128, 256, 512, 1024, 2048)
+ASPECTS = (0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0)
+LETTERS = (20, 40, 80, 160, 320, 640)
+WORDS = (3, 6, 12, 24, 48, 96)
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8885; --bar: #4a7fc1; --quiet: #777; }
+@media (prefers-color-scheme: dark) { :root { --bar: #6d9fdd; --quiet: #999; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.facts { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; } .facts b { display: block; font-size: 1.35rem; }
+.quiet { color: var(--quiet); } .pair { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+.pair > div { flex: 0 1 26rem; margin-bottom: 1rem; }
+table { border-collapse: collapse; } td, th { padding: .1rem .9rem .1rem 0; text-align: left; vertical-align: top; }
+td { overflow-wrap: anywhere; } td.k { min-width: 7.5rem; max-width: 16rem; }
+td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+tr + tr > * { border-top: 1px solid var(--line); }
+.bar { min-width: 10rem; } .bar div { background: var(--bar); height: .75rem; margin-top: .4rem; min-width: 1px; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 1rem .75rem; }
+figure { margin: 0; font-size: 12px; line-height: 1.35; }
+figure img { width: 128px; height: 128px; image-rendering: pixelated; display: block; }
+figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 6.75em; } figcaption.quiet { font-size: 10px; }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What is known of the whole dataset without looking into it; sidecar_fault: what does not fit, or ''."""
+
+    where: str
+    shards: list[Shard]
+    bytes: int
+    text: str
+    meta: TextMeta | None
+    sidecar_fault: str
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.count for shard in self.shards)
+
+    def size(self) -> str:
+        """Samples, shards and bytes in one line."""
+        empty = sum(not shard.count for shard in self.shards)
+        hold_none = f" ({empty:,} of them empty)" if empty else ""
+        return f"{self.samples:,} samples in {len(self.shards):,} shards{hold_none}, {readable(self.bytes)}"
+
+    def share(self, found: Findings) -> str:
+        """How much of it was looked at."""
+        filled = sum(shard.count > 0 for shard in self.shards)
+        part = "all" if found.looked == self.samples else f"{found.looked:,} of {self.samples:,}"
+        return f"{part} samples, from {found.shards_looked:,} of {filled:,} shards that hold any"
+
+
+def readable(size: float) -> str:
+    """Bytes with a decimal unit."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+def page(summary: Summary, found: Findings, image_size: int) -> str:
+    """The whole report. Every string that comes from the data is escaped in `_text`."""
+    counts = [shard.count for shard in summary.shards]
+    facts = [
+        (f"{summary.samples:,}", "samples"),
+        (f"{len(counts):,}", f"shards of {min(counts):,} to {max(counts):,}"),
+        (readable(summary.bytes), "in the shards"),
+        (f"{found.looked:,}", f"looked at, in {found.shards_looked:,} shards"),
+        (f"{len(found.bad):,}", "of them bad"),
+    ]
+    told = "".join(f"<span><b>{number}</b>{what}</span>" for number, what in facts)
+    title = _text(summary.where)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        # Nothing may be loaded or run, whatever a caption manages to say.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{title}</title><style>{STYLE}</style></head><body>\n"
+        f'<h1>{title}</h1><div class="facts">{told}</div>\n'
+        f'<p class="quiet">Below: {summary.share(found)}, taken evenly.</p>\n'
+        + "".join(
+            (_sheet(found.tiles, image_size), _images(found), _captions(found), _bad(found), _embeddings(summary))
+        )
+        + "</body></html>\n"
+    )
+
+
+def _sheet(tiles: list[Tile], image_size: int) -> str:
+    figures = []
+    for tile in tiles:
+        data = BytesIO()
+        to_image(tile.pixels).save(data, "PNG", optimize=True)
+        source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+        caption = f"<bdi>{_text(tile.caption)}</bdi>" if tile.caption.strip() else "<i>no caption</i>"
+        figures.append(
+            f'<figure><img src="{source}" alt=""><figcaption>{caption}</figcaption>'
+            f'<figcaption class="quiet">{_text(tile.name)}</figcaption></figure>'
+        )
+    return (
+        f"<h2>What the network sees: crops of {image_size} px, as drawn in the first epoch</h2>"
+        f'<div class="sheet">{"".join(figures)}</div>\n'
+    )
+
+
+def _images(found: Findings) -> str:
+    sizes = [size for size, count in found.sizes.items() for _ in range(count)]
+    if not sizes:
+        return "<h2>Images</h2><p>None that can be read.</p>\n"
+    cut = np.mean([1 - min(size) / max(size) for size in sizes])
+    return (
+        f'<h2>Images</h2><p>The square crop leaves out {cut:.0%} of an image, in the mean.</p><div class="pair">'
+        + _histogram("Shorter side, px", [min(size) for size in sizes], SIDES)
+        + _histogram("Width / height", [width / height for width, height in sizes], ASPECTS)
+        + f"<div>{_ranking('Format and mode', found.kinds.items())}</div>"
+        + f"<div>{_ranking('Commonest sizes', ((f'{w} x {h}', n) for (w, h), n in found.sizes.items()))}</div></div>\n"
+    )
+
+
+def _captions(found: Findings) -> str:
+    times = Counter(found.captions)
+    repeats = {caption: count for caption, count in times.items() if count > 1}
+    lines = [
+        f"{found.without_caption:,} samples have no caption, or an empty one; {len(found.captions) - len(times):,} "
+        f"captions repeat another one of those looked at."
+    ]
+    if found.captions:
+        low, middle, high, most = np.quantile([len(caption) for caption in found.captions], [0, 0.5, 0.95, 1])
+        lines.append(f"Characters: {low:.0f} to {most:.0f}, median {middle:.0f}, 95 % have at most {high:.0f}.")
+    return (
+        f'<h2>Captions</h2><p>{" ".join(lines)}</p><div class="pair">'
+        + _histogram("Characters", [len(caption) for caption in found.captions], LETTERS)
+        + _histogram("Words", [len(caption.split()) for caption in found.captions], WORDS)
+        + (f"<div>{_ranking('Most repeated', repeats.items(), len(found.captions))}</div>" if repeats else "")
+        + "</div>\n"
+    )
+
+
+def _bad(found: Findings) -> str:
+    if not found.bad and not found.damaged:
+        return "<h2>Bad samples</h2><p>None among those looked at.</p>\n"
+    rows = []
+    for reason, count in Counter(reason for _, reason in found.bad).most_common():
+        names = [name for name, why in found.bad if why == reason]
+        more = f" and {count - MOST_NAMES:,} more" if count > MOST_NAMES else ""
+        listed = ", ".join(map(_text, names[:MOST_NAMES])) + more
+        rows.append(f'<tr><td>{_text(reason)}</td><td class="n">{count:,}</td><td>{listed}</td></tr>')
+    damaged = "".join(
+        f"<p>{_text(location)} can't be read to its end: {_text(error)}</p>"
+        for location, error in found.damaged[:MOST_NAMES]
+    )
+    return (
+        f"<h2>Bad samples</h2><p>{len(found.bad):,} of {found.looked:,}: the training leaves them out, and counts them "
+        f"by these reasons.</p><table>{''.join(rows)}</table>{damaged}\n"
+    )
+
+
+def _embeddings(summary: Summary) -> str:
+    if summary.meta is None:
+        return '<h2>Embeddings</h2><p class="quiet">Not looked at: give text=FOLDER.</p>\n'
+    meta = summary.meta
+    rows = [(name, getattr(meta, name)) for name in TextMeta.__dataclass_fields__]
+    cells = "".join(f"<tr><td>{name}</td><td>{_text(str(value))}</td></tr>" for name, value in rows)
+    size = meta.nbytes
+    fault = f"<p><b>{_text(summary.sidecar_fault, 1000)}</b></p>" if summary.sidecar_fault else ""
+    return (
+        f"<h2>Embeddings</h2>{fault}<p>{_text(summary.text)}: {readable(size)} a caption, "
+        f"{readable(size * summary.samples)} for all.</p><table>{cells}</table>\n"
+    )
+
+
+def _histogram(title: str, values: Sequence[float], edges: Sequence[float]) -> str:
+    """Bars of how many values lie below the first edge, between the edges, and from the last on."""
+    names = [
+        f"below {edges[0]}",
+        *(f"{a} to {b - 1 if isinstance(b, int) else b}" for a, b in pairwise(edges)),
+        f"{edges[-1]} or more",
+    ]
+    counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(names)).tolist()
+    return f"<div>{_table(title, list(zip(names, counts, strict=True)), len(values))}</div>"
+
+
+def _ranking(title: str, counts: Iterable[tuple[str, int]], total: int = 0) -> str:
+    """The commonest ten, as shares of the total or else of all of these."""
+    ranked = sorted(counts, key=lambda pair: (-pair[1], pair[0]))
+    return _table(title, ranked[:10], total or sum(count for _, count in ranked))
+
+
+def _table(title: str, rows: list[tuple[str, int]], total: int) -> str:
+    most = max((count for _, count in rows), default=0) or 1
+    lines = "".join(
+        f'<tr><td class="k">{_text(name)}</td><td class="n">{count:,}</td>'
+        f'<td class="n">{count / max(total, 1):.1%}</td>'
+        f'<td class="bar">{f"<div style=width:{count / most:.1%}></div>" if count else ""}</td></tr>'
+        for name, count in rows
+    )
+    return f'<table><tr><th colspan="4">{title}</th></tr>{lines}</table>'
+
+
+def _text(words: str, longest: int = LONGEST_CAPTION) -> str:
+    """A string from the data, fit to stand anywhere in the page."""
+    return escape(shown(words, longest), quote=True)

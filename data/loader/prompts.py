@@ -1,0 +1,42 @@
+"""Captions of a dataset that serve as prompts, with their embeddings."""
+
+import logging
+
+import numpy as np
+
+from data.loader.cursor import ShardCursor
+from data.loader.dataset import Dataset
+from data.text.embeddings import read_into
+from data.text.meta import TextMeta
+
+logger = logging.getLogger(__name__)
+
+
+def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tuple[str, np.ndarray]]:
+    """At most n captions, taken evenly from the shards, with their embeddings [tokens, dim], stored or made.
+
+    Raises: ValueError if none of the samples looked at can be read.
+    """
+    shards = [(shard, dataset) for dataset in datasets for shard in dataset.shards]
+    ends = np.cumsum([shard.count for shard, _ in shards])
+    prompts = []
+    for place in np.unique(np.arange(n) * int(ends[-1]) // n).tolist():
+        at = int(np.searchsorted(ends, place, side="right"))
+        shard, dataset = shards[at]
+        encoder = dataset.encoder
+        cursor = ShardCursor(shard, "" if encoder else dataset.text, needs_caption=encoder is not None)
+        raw = cursor.read(place - int(ends[at]) + shard.count)
+        try:
+            embedding, caption = np.empty(meta.shape, meta.array_dtype), raw.caption.decode("utf-8", "replace")
+            if encoder and not raw.problem:
+                embedding[:] = encoder([caption])[0]
+            else:
+                read_into(embedding, raw.embedding, meta)
+            prompts.append((caption, embedding))
+        except (ValueError, OSError) as problem:
+            logger.warning("%s cannot serve as a prompt: %s", raw.name, raw.problem or problem)
+    if not prompts:
+        raise ValueError(
+            f"none of {n} samples, taken evenly from {len(shards)} shards, can be read: look at the shards"
+        )
+    return prompts

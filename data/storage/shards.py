@@ -1,0 +1,180 @@
+"""Which shards a dataset has and how many samples each holds."""
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from data.storage.locations import is_remote, join, list_names, open_location, read_bytes, size_of, split
+from data.storage.tars import STATS, count_samples
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index.json"
+ANEW = "run `python -m data.index shards={}` again"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One webdataset tar, a path or a URL; the number of its samples; its bytes, where an index says them."""
+
+    location: str
+    count: int
+    size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name, which is its sidecar's too."""
+        return split(self.location)[1]
+
+
+def find_shards(where: str | Path) -> list[Shard]:
+    """The shards of a dataset, in the order of their names or of the list; where: see docs/sources.md.
+
+    Counts come from the index, else from NNNNN_stats.json as img2dataset writes it, else from the tars' headers.
+    Raises: ValueError if there is no shard or no sample, or if the index does not fit the shards.
+    """
+    where = str(where)
+    try:
+        shards = read_index(where) if where.endswith(".json") else _indexed(where)
+    except OSError as error:
+        raise ValueError(f"data.shards '{where}' cannot be read: {error}") from None
+    if not any(shard.count for shard in shards):
+        raise ValueError(f"the {len(shards)} shards of '{where}' hold no samples")
+    return shards
+
+
+def is_folder(where: str) -> bool:
+    """Whether a dataset is named by a folder, not by a list of shards."""
+    return not where.endswith((".tar", ".txt", ".json")) and "{" not in where
+
+
+def locate(where: str) -> list[str]:
+    """The locations of the *.tar of a folder, of braces, or of a list in a .txt.
+
+    Raises: ValueError if there are none, or two of one name; OSError.
+    """
+    if where.endswith(".txt"):
+        lines = read_bytes(where).decode("utf-8").splitlines()
+        folder = split(where)[0]
+        named = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        found = [name if is_remote(name) else join(folder, name) for name in named]
+    elif not is_folder(where):
+        found = list(braceexpand(where))
+    else:
+        if not is_remote(where) and not Path(where).is_dir():
+            raise ValueError(f"no folder '{where}': make shards with `python -m data.demo out={where}` or `data.pack`")
+        found = [join(where, name) for name in sorted(list_names(where)) if name.endswith(".tar")]
+    if not found:
+        raise ValueError(f"no shards (*.tar) in '{where}': make some with `python -m data.pack` or `data.demo`")
+    _check_names(found, where)
+    return found
+
+
+def read_index(location: str) -> list[Shard]:
+    """The shards that an index names.
+
+    Raises: ValueError if it is none of ours; OSError.
+    """
+    folder = split(location)[0]
+    try:
+        entries = json.loads(read_bytes(location))["shards"]
+        named = [(str(entry["shard"]), int(entry["samples"]), int(entry["bytes"])) for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{location}' is no index of shards ({error!r}): make it anew with `data.index`") from None
+    shards = [
+        Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size)
+        for name, count, size in named
+    ]
+    _check_names([shard.location for shard in shards], location)
+    return shards
+
+
+def stats_count(location: str) -> int | None:
+    """The samples of a shard as NNNNN_stats.json beside it says, None if there is none.
+
+    Raises: ValueError if it says no count; OSError.
+    """
+    stats = location.removesuffix(".tar") + STATS
+    try:
+        return int(json.loads(read_bytes(stats))["successes"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"'{stats}' has no readable \"successes\" ({error}): delete it and the tar is counted"
+        ) from None
+
+
+def _indexed(where: str) -> list[Shard]:
+    """The shards that a folder, braces or a list name, with the counts of the index beside them if there is one."""
+    if is_folder(where) and is_remote(where):  # the index is the list, too
+        try:
+            return read_index(join(where, INDEX))
+        except FileNotFoundError:
+            raise ValueError(_needs_index(where)) from None
+    found = locate(where)
+    folders = {split(location)[0] for location in found}
+    if len(folders) == 1:
+        try:
+            return _of_index(found, read_index(join(folders.pop(), INDEX)), where)
+        except FileNotFoundError:
+            pass
+    if any(is_remote(location) for location in found):
+        raise ValueError(_needs_index(where))
+    return [_count(location) for location in found]
+
+
+def _of_index(found: list[str], index: list[Shard], where: str) -> list[Shard]:
+    by_name, names = {shard.name: shard for shard in index}, [split(location)[1] for location in found]
+    fresh = [name for name in names if name not in by_name]
+    gone = sorted(set(by_name) - set(names)) if is_folder(where) else []
+    if fresh or gone:
+        raise ValueError(
+            f"the index of '{where}' is out of date: {len(fresh)} shards are not in it and {len(gone)} of its shards "
+            f"are gone (such as {(fresh + gone)[0]}): {ANEW.format(where)}"
+        )
+    return [by_name[name] for name in names]
+
+
+def _needs_index(where: str) -> str:
+    told = f"'{where}' has no {INDEX}, and shards behind URLs are not counted anew at each start: "
+    command = f"python -m data.index shards='{where}'"
+    if is_folder(where) and where.startswith("s3://"):
+        return f"{told}run `{command}`"
+    if is_folder(where):
+        command = f"python -m data.index shards='{join(where, '{00000..00099}.tar')}'"
+    return f"{told}run `{command} out=FILE.json`, then give data.shards=FILE.json"
+
+
+def _count(location: str) -> Shard:
+    count, damage = stats_count(location), ""
+    if count is None:
+        count, damage = count_samples(location)
+    if damage:
+        logger.warning("%s: only its first %d samples can be read: %s", location, count, damage)
+    return Shard(location, count)
+
+
+def _check_names(locations: list[str], where: str) -> None:
+    """Sidecars go by the shard's name, so it must be of one shard alone."""
+    name, times = Counter(split(location)[1] for location in locations).most_common(1)[0] if locations else ("", 0)
+    if times > 1:
+        raise ValueError(
+            f"{times} shards of '{where}' are called {name}, and embeddings are found by that name: rename them, or "
+            "make them several datasets"
+        )
+
+
+def shard_bytes(location: str) -> int:
+    """The size of a shard in bytes.
+
+    Raises: OSError.
+    """
+    if not is_remote(location):
+        return Path(location).stat().st_size
+    with open_location(location) as file:
+        return size_of(file)

@@ -1,0 +1,177 @@
+"""Stored text embeddings: what decides them, whether they fit, and how one is read."""
+
+import io
+import threading
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from data.storage.locations import join, read_bytes
+from data.storage.tars import Span
+from data.text.meta import EMPTY, TextMeta
+
+
+def encode_states(states: np.ndarray, dtype: str) -> np.ndarray:
+    """States [tokens, dim] float32 as they are stored.
+
+    bfloat16: its bits as uint16, rounded to nearest.  int8: [tokens, dim + 4], each token's values in steps of a 127th
+    of the largest of them, and behind them the four bytes of that step, a little-endian float32.
+    Raises: ValueError if they are too large for the dtype.
+    """
+    states = np.ascontiguousarray(states, np.float32)
+    finite = _is_finite(states)
+    if dtype == "int8":
+        step = np.maximum(np.abs(states).max(1, keepdims=True) / 127, np.float32(1e-30)).astype("<f4")
+        with np.errstate(invalid="ignore"):
+            stored = np.concatenate([np.rint(states / step).astype(np.int8), step.view(np.int8)], axis=1)
+    elif dtype == "bfloat16":
+        bits = states.view(np.uint32)
+        stored = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+        finite = finite and _is_finite(stored)
+    else:
+        with np.errstate(over="ignore"):
+            stored = states.astype(dtype)
+        finite = finite and _is_finite(stored)
+    if not finite:
+        raise ValueError(f"states that reach {np.abs(states).max():.3g} are too large for {dtype}")
+    return stored
+
+
+def _decode_states(out: np.ndarray, stored: np.ndarray) -> None:
+    """What was stored into out [tokens, dim]. Raises: ValueError if it is not finite."""
+    if stored.dtype == np.int8:
+        dim = out.shape[1]
+        step = np.ascontiguousarray(stored[:, dim:]).view("<f4")
+        finite = bool(np.isfinite(step).all())
+        out[:] = stored[:, :dim]
+        with np.errstate(all="ignore"):
+            out *= step
+    elif stored.dtype == np.uint16:
+        finite = _is_finite(stored)
+        bits = out.view(np.uint32)
+        bits[:] = stored
+        bits <<= 16
+    else:
+        finite = _is_finite(stored)
+        out[:] = stored
+    if not finite:
+        raise ValueError("embedding not finite")
+
+
+def to_bytes(stored: np.ndarray) -> bytes:
+    """An embedding, as encode_states leaves it, as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, stored, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes, meta: TextMeta) -> np.ndarray:
+    """[tokens, dim] in meta.array_dtype from the bytes of a .npy file; nothing is unpickled.
+
+    Raises: ValueError if it is of another shape or dtype, or not finite.
+    """
+    stored = _stored(data, meta)  # looked at before there is memory for it
+    out = np.empty(meta.shape, meta.array_dtype)
+    _decode_states(out, stored)
+    return out
+
+
+def read_into(out: np.ndarray, source: bytes | Span, meta: TextMeta) -> None:
+    """Put an embedding into out [tokens, dim] in meta.array_dtype; floats of a local tar go there without a copy.
+
+    Raises: ValueError, as from_bytes, and OSError; out then holds anything.
+    """
+    if isinstance(source, Span):
+        expected = _npy_header(*meta.stored)
+        header = bytearray(len(expected))
+        direct = meta.dtype == meta.array_dtype
+        stored = out if direct else _scratch(*meta.stored, threading.get_ident())
+        if source.read_into(header, stored) == len(expected) + stored.nbytes and header == expected:
+            if not direct:
+                _decode_states(out, stored)
+            elif not _is_finite(out):
+                raise ValueError("embedding not finite")
+            return
+        source = source.read()
+    _decode_states(out, _stored(source, meta))
+
+
+@lru_cache(maxsize=8)
+def _scratch(kind: str, shape: tuple[int, int], thread: int) -> np.ndarray:
+    """Memory for what is read: to ask for it anew each time takes longer than the reading."""
+    return np.empty(shape, kind)
+
+
+def _stored(data: bytes, meta: TextMeta) -> np.ndarray:
+    """The array in the bytes of a .npy file, without a copy. Raises: ValueError."""
+    kind, shape = meta.stored
+    header = _npy_header(kind, shape)
+    if not data.startswith(header):
+        return _from_other_header(data, kind, shape)
+    try:
+        return np.frombuffer(data, kind, shape[0] * shape[1], len(header)).reshape(shape)
+    except ValueError as error:
+        raise ValueError("embedding not readable") from error
+
+
+@lru_cache
+def _npy_header(kind: str, shape: tuple[int, int]) -> bytes:
+    """What to_bytes writes before the numbers: to parse it takes longer than all the rest, to compare it no time."""
+    buffer = io.BytesIO()
+    fields = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
+
+
+def _from_other_header(data: bytes, kind: str, wanted: tuple[int, int]) -> np.ndarray:
+    """The embedding behind a header that is not to_bytes' own: of other software, or no header at all.
+
+    Raises: ValueError.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shape, fortran_order, dtype = read_header[version](file)
+        if dtype.hasobject:
+            raise ValueError("objects are pickled")
+    except Exception as error:  # numpy evaluates the header as a literal, which hostile bytes break in many ways
+        raise ValueError("embedding not readable") from error
+    # Judged before reading, for which numpy would take as much memory as the header says.
+    if shape != wanted or dtype.name != kind:
+        raise ValueError("embedding of another shape or dtype")
+    try:
+        flat = np.frombuffer(data, dtype, wanted[0] * wanted[1], file.tell())
+    except ValueError as error:
+        raise ValueError("embedding not readable") from error
+    return flat.reshape(shape, order="F" if fortran_order else "C").astype(kind, order="C")
+
+
+def _is_finite(stored: np.ndarray) -> bool:
+    """np.isfinite(stored).all() at a twentieth of the cost for float16; of uint16, as the bits of bfloat16.
+
+    Read as integers, floats of one sign are in order, with the infinity and behind it the NaNs at the top: of the
+    positive ones among signed integers, of the negative ones among unsigned.
+    """
+    signed, unsigned = f"i{stored.itemsize}", f"u{stored.itemsize}"
+    infinity = 0x7F80 if stored.dtype == np.uint16 else int(np.array(np.inf, stored.dtype).view(unsigned))
+    negative = 1 << (8 * stored.itemsize - 1)
+    return bool(stored.view(signed).max() < infinity and stored.view(unsigned).max() < infinity + negative)
+
+
+def read_empty(folder: str | Path, meta: TextMeta) -> np.ndarray:
+    """The embedding of the empty caption, which stands in for dropped ones.
+
+    Raises: ValueError.
+    """
+    path = join(folder, EMPTY)
+    try:
+        return from_bytes(read_bytes(path), meta)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"'{path}', the embedding of the empty caption, cannot be used ({error}): run data.embed again"
+        ) from None

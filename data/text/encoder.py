@@ -1,0 +1,148 @@
+"""The frozen text encoder: any of transformers' with a last_hidden_state, by name or folder."""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+from data.text.captions import CLEANING, cleaner
+from data.text.meta import TextMeta
+
+COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TextEncoder:
+    """Captions to hidden states [tokens, dim], cut or padded to a fixed number of tokens.
+
+    The encoder sees its attention mask. The states at the padding are kept, since IF's UNet is given them too.
+    compute: 'float32' or 'bfloat16'; T5 v1.1 overflows in float16.  cleaning: as data.text.captions names it.
+    Raises: ValueError if the encoder cannot be loaded, or its tokenizer does not fit it.
+    """
+
+    def __init__(
+        self, name: str, tokens: int, compute: str, device: torch.device, cleaning: str = CLEANING
+    ) -> None:  # fmt: skip
+        if compute not in COMPUTE:
+            raise ValueError(f"compute={compute} must be one of {', '.join(COMPUTE)} (float16 overflows in T5 v1.1)")
+        self.clean = cleaner(cleaning)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForTextEncoding.from_pretrained(name, dtype=COMPUTE[compute])
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the encoder '{name}' cannot be loaded ({str(error).splitlines()[0]}): "
+                "give a folder that holds it and its tokenizer, or the name of one on the hub"
+            ) from None
+        self.name, self.tokens, self.compute, self.device, self.cleaning = name, tokens, compute, device, cleaning
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.dim: int = model.config.hidden_size
+        highest, rows = max(self.tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+        if highest >= rows:
+            raise ValueError(
+                f"the tokenizer of '{name}' gives ids up to {highest}, its encoder knows {rows}: "
+                "they are not of one model; give a folder that holds an encoder and its own tokenizer"
+            )
+
+    def token_ids(self, captions: list[str]) -> np.ndarray:
+        """[N, tokens] int32, -1 at the padding."""
+        inputs = self.tokenizer(
+            [self.clean(caption) for caption in captions], padding="max_length", max_length=self.tokens,
+            truncation=True, return_tensors="np",
+        )  # fmt: skip
+        return np.where(inputs["attention_mask"] == 1, inputs["input_ids"], -1).astype(np.int32)
+
+    def to(self, device: torch.device) -> None:
+        """Move the encoder there."""
+        self.device, self.model = device, self.model.to(device)
+
+    @torch.no_grad()  # not inference_mode: a net that is trained on the states keeps them for its backward
+    def states(self, token_ids: Tensor) -> Tensor:
+        """[N, tokens, dim] in the compute dtype, on the device; token_ids: as of token_ids()."""
+        ids = token_ids.to(self.device, torch.int64, non_blocking=True)
+        mask = ids >= 0
+        ids = ids.masked_fill(~mask, self.tokenizer.pad_token_id)
+        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+    def begin(self, token_ids: Tensor) -> Callable[[], Tensor]:
+        """Begin with a batch; calling what comes back gives its states on the host, once they are there.
+
+        So a GPU that has the next batch in its queue need not wait for what is done with this one.
+        """
+        states = self.states(token_ids)
+        if self.device.type != "cuda":
+            return lambda: states
+        host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+        host.copy_(states, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+
+        def fetch() -> Tensor:
+            there.synchronize()
+            return host
+
+        return fetch
+
+    def __call__(self, captions: list[str]) -> np.ndarray:
+        """[N, tokens, dim] float32.
+
+        Raises: ValueError if a state is not finite.
+        """
+        states = self.states(torch.from_numpy(self.token_ids(captions))).float()
+        self.check_finite(states, captions)
+        return states.cpu().numpy()
+
+    def check_finite(self, states: Tensor, captions: list[str]) -> None:
+        """Raises: ValueError that names the first caption whose states [N, tokens, dim] are not all finite."""
+        finite = torch.isfinite(states).flatten(1).all(1)
+        if not finite.all():
+            caption = captions[int((~finite).nonzero()[0])]
+            raise ValueError(
+                f"the encoder '{self.name}' is not finite in {self.compute} on the caption {caption[:80]!r}: "
+                "use compute=float32"
+            )
+
+    def meta(self, dtype: str) -> TextMeta:
+        """What decides the embeddings that this encoder makes.
+
+        The weights' hash is of their values rounded to bfloat16, so it is the same whether they are stored or loaded in
+        float32 or bfloat16.
+        """
+        weights = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            weights.update(name.encode())
+            if value.is_floating_point():
+                value = value.bfloat16()
+            weights.update(value.cpu().contiguous().view(torch.uint8).numpy())
+        tokenizer = hashlib.sha256(repr((sorted(self.tokenizer.get_vocab().items()), self.tokenizer("aA 1"))).encode())
+        return TextMeta(
+            encoder=self.name, weights_sha256=weights.hexdigest(), tokenizer_sha256=tokenizer.hexdigest(),
+            tokens=self.tokens, dim=self.dim, dtype=dtype, compute=self.compute, cleaning=self.cleaning,
+        )  # fmt: skip
+
+
+def load_encoder(meta: TextMeta, name: str = "", device: torch.device | None = None) -> TextEncoder:
+    """The encoder that a meta describes, checked to be the very one; on the CPU unless told otherwise.
+
+    name: where it lies now, a folder or a name on the hub; that of the meta by default.
+    Raises: ValueError if it cannot be loaded or is another.
+    """
+    name = name or meta.encoder
+    encoder = TextEncoder(name, meta.tokens, meta.compute, device or torch.device("cpu"), meta.cleaning)
+    if encoder.dim != meta.dim:
+        raise ValueError(
+            f"'{name}' is {encoder.dim} wide, the embeddings of '{meta.encoder}' are {meta.dim}: "
+            "name the encoder that the captions were embedded with"
+        )
+    now = encoder.meta(meta.dtype)
+    for what, here, there in (
+        ("another encoder than", now.weights_sha256, meta.weights_sha256),
+        ("an encoder with another tokenizer than", now.tokenizer_sha256, meta.tokenizer_sha256),
+    ):
+        if here != there:
+            raise ValueError(
+                f"'{name}' is {what} the one that the captions were embedded with ({meta.encoder}): name that one"
+            )
+    return encoder

@@ -1,0 +1,196 @@
+"""The plan as a page of plain text."""
+
+from launch.cost.estimate import GB, WEIGHT_BYTES, Plan, Times
+from launch.cost.memory import ALIGNMENT, REDUCE_BUCKET, partition
+from train.monitor.gpus import NODE_LINKS
+
+DAY = 86_400
+
+
+def render(plan: Plan) -> str:
+    """What was counted, what was assumed, and where the bottleneck lies."""
+    parts = (head, memory, work, communication, reading, checkpoints, time, assumptions)
+    return "\n\n".join("\n".join(part(plan)) for part in parts)
+
+
+def row(name: str, *cells: str, width: int = 18) -> str:
+    """A line of the table."""
+    return (f"{name:<42}" + "".join(f"{cell:>{width}}" for cell in cells)).rstrip()
+
+
+def gb(value: float) -> str:
+    """Bytes as GB, fine enough for what a large run splits into small parts."""
+    return f"{value / GB:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
+
+
+def head(plan: Plan) -> list[str]:
+    """The run and the machines."""
+    options, config = plan.options, plan.config
+    return [
+        f"{plan.parameters:,} parameters, {config.precision}, {config.optim.name}, ZeRO-1",
+        f"{options.nodes} nodes x {options.gpus_per_node} {options.gpu} = {options.ranks} ranks; batch "
+        f"{config.global_batch} = {options.ranks} x {config.micro_batch} micro batch x {plan.accumulate} accumulation; "
+        f"{config.steps:,} steps",
+    ]
+
+
+def memory(plan: Plan) -> list[str]:
+    """Of one GPU, by part."""
+    kept, choices, ranks = plan.states, plan.choices, plan.options.ranks
+    weight_bytes = WEIGHT_BYTES[plan.config.precision]
+    reserve = plan.options.reserve_gb * GB
+    lines = [
+        row("MEMORY OF A GPU", gb(plan.gpu.memory)),
+        row("weights", gb(kept.weights)),
+        row(f"fp32 masters, 1/{ranks}: {partition(plan.parameters, ranks):,}", gb(kept.master)),
+        row(f"moments of {plan.config.optim.name}, 1/{ranks}", gb(kept.moments)),
+        row(f"EMA, fp32, 1/{ranks}", gb(kept.ema)),
+        row("gradients", gb(weight_bytes * plan.parameters)),
+        row("bucket of the all-reduce", gb(weight_bytes * REDUCE_BUCKET)),
+        row("reserve", gb(reserve)),
+        "",
+        row(f"model.memory, micro batch {plan.config.micro_batch}", *choices),
+        row("activations kept for backward", *(gb(c.step.kept) for c in choices.values())),
+    ]
+    for name in ("backward", "reduction", "update"):
+        said = {
+            "backward": "backward: activations, gradients, bucket",
+            "reduction": "all-reduce: gradients, bucket, its copy",
+            "update": "update: gradients, the part in fp32",
+        }[name]
+        lines.append(row(said, *(gb(getattr(c.peak, name)) for c in choices.values())))
+    total = [kept.total + c.peak.most + reserve for c in choices.values()]
+    lines += [
+        row("in all", *map(gb, total)),
+        row("fits", *("yes" if t <= plan.gpu.memory else "NO" for t in total)),
+        row("largest micro batch that fits", *(str(c.fits_at_most) for c in choices.values())),
+        row("  and divides the batch", *(str(c.largest or "none") for c in choices.values())),
+    ]
+    return lines
+
+
+def work(plan: Plan) -> list[str]:
+    """Floating-point operations."""
+    more = [f"{c.flops.done / c.flops.model - 1:+.1%}" for c in plan.choices.values()]
+    return [
+        row("FLOPS"),
+        row("forward, of an image", f"{plan.flops.forward / 1e12:.3f} TFLOP"),
+        row("a step: 3 x forward", f"{plan.model_flops / 1e15:.2f} PFLOP"),
+        row("the run", f"{plan.model_flops * plan.config.steps / 1e21:,.2f} ZFLOP"),
+        row("really done, by model.memory as above", *more),
+    ]
+
+
+def communication(plan: Plan) -> list[str]:
+    """What collectives move, and how long at each speed of a node's link."""
+    wires, options = plan.collectives, plan.options
+    lines = [
+        row("COMMUNICATION, A STEP"),
+        row("all-reduce of the gradients", gb(wires.reduced)),
+        row("all-gather of the weights", gb(wires.gathered)),
+        row("sent by each GPU, around a ring", gb(wires.sent)),
+    ]
+    if options.nodes == 1:
+        return [*lines, row("time within the node", f"{plan.times.communication:.3f} s")]
+    for speed in sorted({*NODE_LINKS, options.link}):
+        taken = wires.seconds(plan.gpu, options.nodes, options.gpus_per_node, speed * GB / 8, options.link_efficiency)
+        chosen = "  <- link" if speed == options.link else ""
+        lines.append(row(f"time at {speed:g} Gbit/s a node", f"{taken:.3f} s") + chosen)
+    return lines
+
+
+def reading(plan: Plan) -> list[str]:
+    """Images and embeddings."""
+    config, per = plan.config, plan.reading
+    rate, nodes = config.global_batch / plan.times.step, plan.options.nodes
+    seen = "found in data.shards" if plan.looked_at_data else "assumed"
+    images = config.steps * config.global_batch
+    lines = [
+        row(
+            f"DATA, {plan.samples:,} samples {seen}", "a sample", "a second", "a second, node", "stored", "read in all"
+        ),
+    ]
+    for name, size in (("images", per.image), ("embeddings", per.embedding)):
+        cells = (
+            f"{size / 1e3:,.1f} KB",
+            gb(size * rate),
+            gb(size * rate / nodes),
+            f"{size * plan.samples / 1e12:,.2f} TB",
+        )
+        lines.append(row(name, *cells, f"{size * images / 1e12:,.2f} TB"))
+    lines += [
+        row("images a second", "", f"{rate:,.0f}", f"{rate / nodes:,.0f}"),
+        row("epochs", f"{images / plan.samples:,.2f}"),
+    ]
+    return lines
+
+
+def checkpoints(plan: Plan) -> list[str]:
+    """Size, how many, how often."""
+    config, ranks = plan.config, plan.options.ranks
+    every = config.save_every * plan.times.step
+    return [
+        row("CHECKPOINTS"),
+        row("one", gb(plan.checkpoint), f"{gb(plan.checkpoint / ranks)} a rank"),
+        row(
+            f"room for {config.keep_checkpoints} and one on its way",
+            gb((config.keep_checkpoints + 1) * plan.checkpoint),
+        ),
+        row(f"one every {config.save_every:,} steps", f"{every / 60:,.1f} min"),
+    ]
+
+
+def time(plan: Plan) -> list[str]:
+    """Step, days and GPU-hours, as assumed and at the physical limit."""
+    lines = [row("TIME", f"MFU {plan.options.mfu:.0%}", "limit")]
+    for name in ("compute", "communication", "update", "reading"):
+        at_limit = getattr(plan.limit, name)
+        shown = f"{at_limit:.3f} s" if at_limit else "hidden" if name in ("communication", "update") else "-"
+        lines.append(row(name, f"{getattr(plan.times, name):.3f} s" if getattr(plan.times, name) else "-", shown))
+    both = (plan.times, plan.limit)
+    steps, gpus = plan.config.steps, plan.options.ranks
+    lines += [
+        row("step", *(f"{t.step:.3f} s" for t in both)),
+        row("steps a day", *(f"{DAY / t.step:,.0f}" for t in both)),
+        row("days", *(f"{steps * t.step / DAY:,.1f}" for t in both)),
+        row("GPU-hours", *(f"{gpus * steps * t.step / 3600:,.0f}" for t in both)),
+        row("MFU of the whole step", *(f"{mfu(plan, t):.0%}" for t in both)),
+        row("bottleneck", bottleneck(plan)),
+    ]
+    return lines
+
+
+def mfu(plan: Plan, times: Times) -> float:
+    """Model FLOPs of a step over what the GPUs could have done in its time."""
+    return plan.model_flops / (times.step * plan.options.ranks * plan.gpu.tflops * 1e12)
+
+
+def bottleneck(plan: Plan) -> str:
+    """What takes most of the step, how much of it, and what storage must give so that it doesn't wait."""
+    name = plan.times.bottleneck
+    share = getattr(plan.times, name) / plan.times.step
+    rate = plan.reading.sample * plan.config.global_batch / plan.times.step
+    needs = f"storage must give {gb(rate)}/s"
+    return f"  {name}, {share:.0%} of the step; {needs}" + ("" if plan.options.storage else " (storage=GB/s checks it)")
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What was not counted but taken."""
+    options, gpu = plan.options, plan.gpu
+    data = (
+        "counted in the dataset"
+        if plan.looked_at_data
+        else f"image_kb={options.image_kb:g}, samples={options.samples:,}"
+    )
+    return [
+        "ASSUMED",
+        f"  {options.gpu}: {gpu.tflops:g} TFLOP/s dense bf16, {gpu.memory / 2**30:.0f} GiB, "
+        f"{gpu.memory_rate / 1e12:g} TB/s, {gpu.link_rate / GB:g} GB/s to its neighbours (data sheets)",
+        f"  mfu={options.mfu:g}: not measured here; `make gpu-bench` measures it on your GPU",
+        f"  link={options.link:g} Gbit/s a node each way, of which collectives reach link_efficiency="
+        f"{options.link_efficiency:g}; nothing overlaps with backward (DeepSpeed's ZeRO-1 as set up here)",
+        f"  reserve_gb={options.reserve_gb:g} for CUDA, NCCL, cuDNN's workspaces and fragments",
+        f"  data: {data}; embeddings as data.embed stores them",
+        f"  weights padded to {ALIGNMENT} x the ranks; one bucket of {REDUCE_BUCKET:,} elements (DeepSpeed's defaults)",
+        "  activations: eager; torch.compile may keep less. At the limit: peak FLOP/s, communication hidden behind it",
+    ]

@@ -1,0 +1,145 @@
+"""What a rank can tell of its own node."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.storage.locations import open_location
+from data.text.meta import sidecar
+from launch.compose import ROOT
+from launch.cost.estimate import WEIGHT_BYTES
+from launch.cost.memory import states
+from launch.cost.traffic import checkpoint_bytes
+from train.config import Config
+from train.inputs import find_inputs
+from train.summary import parameters
+
+LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "numpy", "pillow", "safetensors", "omegaconf")
+ROOMS = ("train", "model", "data", "launch", "conf")
+FREE_SHARE = 0.95
+READ_BYTES, READ_SECONDS, CHUNK = 256 * 2**20, 5.0, 2**20
+
+
+def code_hash() -> str:
+    """Of all sources and configurations, whether or not they are committed."""
+    digest = hashlib.sha256()
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what decides numbers and files."""
+    found = {"python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    return found
+
+
+def devices(local_rank: int) -> tuple[str, list[str]]:
+    """This rank's device in words, and what is wrong with it."""
+    if not torch.cuda.is_available():
+        asked_for = os.environ.get("DS_ACCELERATOR") == "cpu" or not os.environ.get("SLURM_GPUS_ON_NODE")
+        fault = (
+            [] if asked_for else ["Slurm gave GPUs and torch sees none: look at nvidia-smi there, and at the driver"]
+        )
+        return "CPU", fault
+    free, total = torch.cuda.mem_get_info(local_rank)
+    name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(local_rank)}, {total / 2**30:.0f} GiB"
+    if free < FREE_SHARE * total:
+        return name, [
+            f"GPU {local_rank} has {(total - free) / 1e9:.1f} GB in use by others: end those processes, see "
+            "nvidia-smi, or leave the node out"
+        ]
+    return name, []
+
+
+def read_rate(config: Config, needed: float) -> tuple[float, list[str]]:
+    """Bytes/s at which this node reads image shards and their embeddings, and what is wrong with that."""
+    try:
+        inputs = find_inputs(config, rank=1)  # the first rank's weights are not needed here
+    except ValueError as error:
+        return 0.0, [f"{error}; or the storage is not mounted on this node"]
+    shards = [(shard, dataset) for dataset in inputs.datasets for shard in dataset.shards if shard.count]
+    # Every node begins elsewhere, so that they don't all measure one server's cache.
+    first = dist.get_rank() * len(shards) // dist.get_world_size() if dist.is_initialized() else 0
+    start, read = time.perf_counter(), 0
+    for shard, dataset in shards[first:] + shards[:first]:
+        for location in (shard.location, sidecar(shard, dataset.text)):
+            try:
+                with open_location(location) as file:
+                    while chunk := file.read(CHUNK):
+                        read += len(chunk)
+                        if time.perf_counter() - start > READ_SECONDS or read > READ_BYTES:
+                            break
+            except OSError as error:
+                return 0.0, [f"'{location}' cannot be read: {error}"]
+        if time.perf_counter() - start > READ_SECONDS or read > READ_BYTES:
+            break
+    rate = read / (time.perf_counter() - start)
+    if rate < needed:
+        return rate, [
+            f"reads {rate / 1e6:.1f} MB/s of shards and embeddings in one stream, the plan needs {needed / 1e6:.1f} "
+            "MB/s a node: mount faster storage, or encode captions online"
+        ]
+    return rate, []
+
+
+def room_for_checkpoints(config: Config, ranks: int) -> list[str]:
+    """What is wrong with run_dir as this node sees it."""
+    run_dir = Path(config.run_dir)
+    trained, frozen = parameters(config)
+    kept = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen)
+    one = checkpoint_bytes(kept, ranks)
+    needed = (config.keep_checkpoints + 1) * one
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run_dir).free
+    except OSError as error:
+        return [f"run_dir={run_dir} cannot be made: {error}"]
+    if free < needed:
+        return [
+            f"run_dir={run_dir} has {free / 1e9:.1f} GB free, {config.keep_checkpoints} checkpoints and one on its way "
+            f"take {needed / 1e9:.1f} GB: make room, or lower keep_checkpoints"
+        ]
+    return []
+
+
+def seen_in_run_dir(config: Config, names: list[str]) -> list[str]:
+    """Whether all nodes share run_dir: each rank looks for a file that the first one wrote; a collective call.
+
+    Returns the faults on every rank.
+    """
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, src=0)
+    written = Path(config.run_dir) / f".preflight-{token[0]}"
+    problem = ""
+    if dist.get_rank() == 0:
+        try:
+            written.write_text(token[0])
+        except OSError as error:
+            problem = f"run_dir={config.run_dir} cannot be written: {error}"
+    dist.barrier()
+    if not problem:
+        try:
+            # Listed first, for some network file systems remember that a name was missing.
+            if not written.parent.is_dir() or written.name not in os.listdir(written.parent):
+                problem = f"run_dir={config.run_dir} is not the one that {names[0]} sees: all nodes must share it"
+        except OSError as error:
+            problem = f"run_dir={config.run_dir} cannot be read: {error}"
+    problems: list = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if dist.get_rank() == 0:
+        written.unlink(missing_ok=True)
+    return list(dict.fromkeys(f"{name}: {text}" for name, text in zip(names, problems, strict=True) if text))

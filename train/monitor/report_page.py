@@ -1,0 +1,225 @@
+"""The page of train.report: curves by plotly, whose script is in the page; grids under a slider; the recipes."""
+
+import base64
+import json
+import math
+from html import escape
+
+import plotly.graph_objects as go
+from plotly.colors import qualitative
+from plotly.offline import get_plotlyjs
+
+from train.monitor.run_log import Run
+
+# Title, metrics, whether the axis is logarithmic.
+CURVES = (
+    ("Loss", ("loss", "loss_smoothed"), True),
+    ("Loss by part", ("mse", "vb"), True),
+    ("Squared error by quarter of t (q0: least noise)", ("mse_q0", "mse_q1", "mse_q2", "mse_q3"), True),
+    ("Learning rate", ("lr",), False),
+    ("Norm of the gradient, before clipping", ("grad_norm",), True),
+    ("Share of steps clipped", ("grad_clipped_share",), False),
+    ("Update / weights", ("update_to_weight",), True),
+    ("Distance of the average from the weights", ("ema_distance",), True),
+    ("Images a second, all GPUs", ("images_per_second",), False),
+    ("Images a second and GPU", ("images_per_second_per_gpu",), False),
+    ("MFU", ("mfu",), False),
+    (
+        "Seconds a step, by phase",
+        ("seconds_data", "seconds_forward", "seconds_backward", "seconds_step", "seconds_save", "seconds_sample"),
+        False,
+    ),
+    ("Memory, GB", ("memory_gb",), False),
+    ("Bad samples and skipped steps of each line", ("bad_samples", "skipped_steps"), False),
+)
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+# Points of a curve at most; a run of 2,420,000 steps has 48,400 lines.
+POINTS = 4000
+# Sample grids of a run at most, taken evenly: each is some hundred kilobytes of the page.
+GRIDS = 60
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1280px; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(560px, 1fr)); gap: .5rem; }
+.plot { height: 360px; } .side { display: flex; gap: 2rem; flex-wrap: wrap; align-items: flex-start; }
+.side > div { flex: 1 1 420px; min-width: 0; } .grids img { max-width: 100%; image-rendering: pixelated; }
+input[type=range] { width: 100%; } .warn { background: #fff3cd; padding: .5rem 1rem; }
+table { border-collapse: collapse; } td, th { padding: .15rem 1rem .15rem 0; text-align: left; vertical-align: top; }
+tr + tr > * { border-top: 1px solid #8884; } .differs { background: #fff3cd; } .quiet { color: #777; }
+td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; } pre { font-size: 12px; white-space: pre-wrap; }
+"""
+# Draws the figures that stand as JSON in the page, and lets the sliders choose the picture.
+SCRIPT = """
+for (const figure of JSON.parse(document.getElementById("figures").textContent))
+  Plotly.newPlot(figure.id, figure.data, figure.layout, {responsive: true, displayModeBar: false});
+for (const box of document.querySelectorAll(".grids")) {
+  const shown = [...box.querySelectorAll("figure")], slider = box.querySelector("input");
+  const show = () => shown.forEach((figure, i) => { figure.hidden = i !== Number(slider.value); });
+  slider.addEventListener("input", show);
+  show();
+}
+"""
+
+
+def page(runs: list[Run]) -> str:
+    """All of it. Every string that comes from a run is escaped."""
+    figures = [figure for i, curve in enumerate(CURVES) if (figure := _figure(f"curve-{i}", *curve, runs))]
+    places = "".join(f'<div class="plot" id="{figure["id"]}"></div>' for figure in figures)
+    title = ", ".join(run.name for run in runs)
+    warnings = "".join(f'<p class="warn">{escape(w)}</p>' for run in runs for w in run.warnings)
+    # "<" as an escape, so that nothing in the data can end the script's element.
+    data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        # What the page needs is in it: nothing can be fetched, by it or by what a caption manages to say.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data: blob:; '
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
+        f"<h1>{escape(title)}</h1>{warnings}{_summary(runs)}\n<h2>Curves</h2>"
+        '<p class="quiet">Dashed lines across are starts of the run. A click on a name in a legend hides it, a '
+        "double click all others; drag to zoom, double click to see all.</p>"
+        f'<div class="plots">{places}</div>\n{_grids(runs)}\n{_recipes(runs)}\n{_starts(runs)}\n'
+        f'<script type="application/json" id="figures">{data}</script>\n'
+        f"<script>{get_plotlyjs()}</script>\n<script>{SCRIPT}</script>\n</body></html>\n"
+    )
+
+
+def _figure(name: str, title: str, metrics: tuple[str, ...], log: bool, runs: list[Run]) -> dict | None:
+    """A curve for each metric and run, and where the runs were started anew; None if nobody logged any of them."""
+    figure = go.Figure()
+    colours = qualitative.Plotly
+    for r, run in enumerate(runs):
+        for m, metric in enumerate(metrics):
+            steps, values = _curve(run.lines, metric)
+            if not steps:
+                continue
+            label = metric if len(runs) == 1 else f"{run.name}: {metric}" if len(metrics) > 1 else run.name
+            # Runs differ by colour, metrics by dash; of one run alone the metrics take the colours.
+            line = {"color": colours[(m if len(runs) == 1 else r) % len(colours)], "width": 1.6,
+                    "dash": "solid" if len(runs) == 1 else DASHES[m % len(DASHES)]}  # fmt: skip
+            faint = 0.4 if metric == "loss" and "loss_smoothed" in metrics else 1.0
+            figure.add_scatter(x=steps, y=values, name=escape(label), mode="lines", line=line, opacity=faint)
+        for start in run.starts[1:]:
+            figure.add_vline(x=start.get("step", 0), line={"color": "#999", "width": 1, "dash": "dash"})
+    if not figure.data:
+        return None
+    figure.update_layout(
+        title=title, template="plotly_white", margin={"l": 60, "r": 10, "t": 40, "b": 45}, showlegend=True,
+        legend={"orientation": "h", "y": -0.28, "font": {"size": 11}}, xaxis_title="step",
+        yaxis={"type": "log" if log else "linear", "exponentformat": "e"},
+    )  # fmt: skip
+    told = json.loads(figure.to_json(remove_uids=True, engine="json"))
+    return {"id": name, "data": told["data"], "layout": told["layout"]}
+
+
+def _curve(lines: list[dict], metric: str) -> tuple[list[int], list[float | None]]:
+    """Steps and values, None where a value is not finite, thinned to POINTS by taking means."""
+    found = [(line["step"], line[metric]) for line in lines if isinstance(line.get(metric), (int, float))]
+    size = max(1, math.ceil(len(found) / POINTS))
+    steps, values = [], []
+    for i in range(0, len(found), size):
+        part = [value for _, value in found[i : i + size] if math.isfinite(value)]
+        steps.append(found[min(i + size, len(found)) - 1][0])
+        values.append(sum(part) / len(part) if part else None)
+    return steps, values
+
+
+def _summary(runs: list[Run]) -> str:
+    """How far each run is, side by side."""
+
+    def total(run: Run, name: str) -> str:
+        return f"{sum(line.get(name) or 0 for line in run.lines):,.0f}"
+
+    rows = {
+        "step": [f"{run.lines[-1]['step']:,}" for run in runs],
+        "loss, smoothed": [_number(run.lines[-1], "loss_smoothed", "loss") for run in runs],
+        "lowest loss of a line": [f"{min(_value(line, 'loss') for line in run.lines):.4g}" for run in runs],
+        "images a second": [_number(run.lines[-1], "images_per_second") for run in runs],
+        "MFU": [_number(run.lines[-1], "mfu") for run in runs],
+        "bad samples": [total(run, "bad_samples") for run in runs],
+        "steps skipped": [total(run, "skipped_steps") for run in runs],
+        "starts": [f"{max(len(run.starts), 1)}" for run in runs],
+    }
+    return _table([run.name for run in runs], rows)
+
+
+def _value(line: dict, name: str) -> float:
+    value = line.get(name)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
+
+
+def _number(line: dict, *names: str) -> str:
+    for name in names:
+        if isinstance(line.get(name), (int, float)):
+            return f"{line[name]:.4g}"
+    return "-"
+
+
+def _table(heads: list[str], rows: dict[str, list[str]], mark: bool = False) -> str:
+    """mark: rows whose cells differ stand out."""
+    body = "".join(
+        f"<tr{' class=differs' if mark and len(set(cells)) > 1 else ''}><th>{escape(name)}</th>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, cells in rows.items()
+    )
+    return f"<table><tr><th></th>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>{body}</table>"
+
+
+def _grids(runs: list[Run]) -> str:
+    """The sample grids of each run over time, one shown at a time."""
+    boxes = []
+    for run in runs:
+        if not run.grids:
+            continue
+        last = min(len(run.grids), GRIDS) - 1
+        grids = [run.grids[i * (len(run.grids) - 1) // max(last, 1)] for i in range(last + 1)]
+        figures = "".join(
+            f'<figure hidden><img alt="samples of step {step}" src="data:image/png;base64,'
+            f'{base64.b64encode(path.read_bytes()).decode("ascii")}"><figcaption>step {step:,}</figcaption></figure>'
+            for step, path in grids
+        )
+        boxes.append(
+            f'<div class="grids"><b>{escape(run.name)}</b>, {len(grids)} of {len(run.grids)} grids'
+            f'<input type="range" min="0" max="{last}" value="{last}" '
+            f'aria-label="which of {last + 1} grids">{figures}</div>'
+        )
+    return f'<h2>Samples</h2><div class="side">{"".join(boxes)}</div>' if boxes else "<h2>Samples</h2><p>None yet.</p>"
+
+
+def _recipes(runs: list[Run]) -> str:
+    """The configuration of each run's last start; of several runs what differs stands out and comes first."""
+    flat = [_flatten(run.starts[-1].get("config", {})) if run.starts else {} for run in runs]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    rows = {key: [one.get(key, "-") for one in flat] for key in keys}
+    differing = {key: cells for key, cells in rows.items() if len(set(cells)) > 1}
+    names = [run.name for run in runs]
+    first = f"<p>What differs:</p>{_table(names, differing, mark=True)}" if differing else ""
+    told = f"<details{'' if first else ' open'}><summary>All of it</summary>{_table(names, rows, mark=True)}</details>"
+    return f"<h2>Recipe, as run</h2>{first}{told if rows else '<p>Not recorded.</p>'}"
+
+
+def _flatten(config: dict, before: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{before}{key}.")
+        else:
+            flat[before + key] = str(value)
+    return flat
+
+
+def _starts(runs: list[Run]) -> str:
+    """When, from which step, with which line, code and machine each start was made."""
+    parts = []
+    for run in runs:
+        for start in run.starts:
+            told = {key: value for key, value in start.items() if key not in ("config", "launch", "step", "time")}
+            head = f"{run.name}: {start.get('time')}, from step {start.get('step')}: "
+            line = " ".join(map(str, start.get("launch", [])))
+            parts.append(
+                f"<details><summary>{escape(head)}<code>{escape(line)}</code></summary>"
+                f"<pre>{escape(json.dumps(told, indent=1))}</pre></details>"
+            )
+    return f"<h2>Starts</h2>{''.join(parts) or '<p>Not recorded.</p>'}"

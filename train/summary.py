@@ -1,0 +1,63 @@
+"""A run in words, and its number of parameters."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from data.loader.mixture import share_out
+from model.unet import UNet
+from train.config import Config, accumulation
+from train.inputs import find_inputs
+from train.weights.lora import add_lora
+
+if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online has need of it
+    pass
+
+
+def parameters(config: Config) -> tuple[int, int]:
+    """Number of parameters that are trained, and of those that are frozen, counted without memory for them."""
+    with torch.device("meta"):
+        unet = UNet(config.model)
+        if config.lora.rank:
+            add_lora(unet, config.lora, on_meta=True)
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in unet.parameters()) - trained
+
+
+def describe(config: Config, ranks: int) -> str:
+    """The resolved run in a few lines; data that is not there is said, not raised."""
+    try:
+        inputs = find_inputs(config, rank=0)
+        sizes = share_out(config.global_batch, [dataset.weight for dataset in inputs.datasets])
+        data = "; ".join(
+            f"{len(found.shards)} shards, {found.samples:,} samples in {told.shards}, "
+            f"{size} of a batch, {config.steps * size / found.samples:.2f} epochs"
+            for found, told, size in zip(inputs.datasets, config.data.datasets(), sizes, strict=True)
+        )
+        meta = inputs.meta
+        kept = f"made online in {meta.compute}, as" if inputs.encoder else f"{meta.dtype} in"
+        where = ", ".join(dataset.text for dataset in inputs.datasets)
+        text = f"{meta.encoder}, {meta.tokens} x {meta.dim}, {kept} {where}"
+    except ValueError as error:
+        data, text = f"none usable yet: {error}", "-"
+    accumulate, optim = accumulation(config, ranks), config.optim
+    variance = "learned" if config.model.learn_sigma else "fixed"
+    trained, frozen = parameters(config)
+    beside = f" of LoRA, rank {config.lora.rank}, beside {frozen:,} that are frozen" if frozen else ""
+    lines = {
+        "run": config.run_dir,
+        "global batch": f"{ranks} ranks x {config.micro_batch} micro batch x {accumulate} accumulation "
+        f"= {config.global_batch}",
+        "model": f"{trained:,} parameters{beside}, {config.model.image_size} px, {config.precision}",
+        "begins with": config.init_from or "random weights",
+        "diffusion": f"{config.diffusion_steps} steps, cosine betas, {variance} variance",
+        "steps": f"{config.steps:,}, {config.steps * config.global_batch:,} images",
+        "lr": f"{optim.lr_start:g} -> {optim.lr_peak:g} in {optim.warmup_steps:,} steps -> {optim.lr_end:g}, "
+        "OneCycle cosine",
+        "optimizer": f"{optim.name}, ZeRO-1, betas {tuple(optim.betas)}, decay {optim.weight_decay:g}, "
+        f"clip {optim.grad_clip:g}",
+        "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one",
+        "data": data,
+        "embeddings": text,
+    }
+    return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())
