@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.cli import parse
+from data.cli import arguments, parse
 from data.prepare.packing import check_shard_size, claim_folder, finished, key_of
 from data.prepare.scenes import Scene, describe, draw
 from data.storage.tars import write_shard
@@ -37,7 +37,7 @@ def sample(seed: int, index: int, key: str) -> dict[str, bytes]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(DemoArgs, argv)
+    args = parse(DemoArgs, arguments(argv))
     check_shard_size(args.shard_size)
     if args.samples < 1:
         raise SystemExit(f"samples={args.samples}: must be at least 1")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.cli import parse
+from data.cli import arguments, parse
 from data.prepare.packing import Picture, check_shard_size, claim_folder, pack_rows
 
 PICTURES = "lobehub-fluent-emoji-3d-1.1.0.tgz"
@@ -82,7 +82,7 @@ def to_jpeg(webp: bytes) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(FluentArgs, argv)
+    args = parse(FluentArgs, arguments(argv))
     check_shard_size(args.shard_size)
     packages, out = Path(args.packages), Path(args.out)
     files = (PICTURES, *NAMES)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.cli import parse
+from data.cli import arguments, parse
 from data.prepare.packing import Picture, Unusable, check_shard_size, claim_folder, pack_rows
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -74,7 +74,7 @@ def read_row(root: Path, row: Row) -> Picture:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(PackArgs, argv)
+    args = parse(PackArgs, arguments(argv))
     check_shard_size(args.shard_size)
     source, out = Path(args.source), Path(args.out)
     if source.is_dir():

@@ -12,7 +12,7 @@ import torch
 from omegaconf import MISSING
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from data.cli import parse
+from data.cli import command
 
 
 @dataclass
@@ -48,4 +48,4 @@ def write_tiny_t5(args: TinyT5) -> None:
 
 
 if __name__ == "__main__":
-    write_tiny_t5(parse(TinyT5))
+    command(write_tiny_t5, TinyT5)

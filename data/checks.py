@@ -1,0 +1,30 @@
+"""Checks of the values that a user types; each error names the key, the value and what would be right."""
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint to append to an error: the known word nearest to a misspelt one, or '' if none is near."""
+    near = get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises: ValueError if the value is none of the known ones."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{name}={value} must be one of {', '.join(known)}{did_you_mean(str(value), known)}")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raises: ValueError if the value is smaller, infinite or not a number."""
+    if not least <= value < math.inf:
+        raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raises: ValueError if the value does not lie between 0 and 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must lie between 0 and 1")

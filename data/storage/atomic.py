@@ -1,0 +1,66 @@
+"""Files and folders that are written aside and then renamed, so that they are there whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# The latter is what safetensors raises where a disk is full.
+WRITE_ERRORS = (OSError, SafetensorError)
+
+
+@contextmanager
+def atomic_file(path: str | Path, aside: Path | None = None) -> Iterator[Path]:
+    """Yields a path to write to. After the block it is flushed and becomes `path`; after an error it is removed.
+
+    aside: the path to write to, on the same disk; `path` with .part appended by default.
+    Raises: OSError that names `path` and the remedy.
+    """
+    path = Path(path)
+    aside = aside or path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        flush_to_disk(aside)
+        os.replace(aside, path)
+    except WRITE_ERRORS as error:
+        raise _could_not_write(path, error) from None
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty folder to write to. After the block it becomes `path`; after an error it is removed.
+
+    Raises: OSError that names `path` and the remedy.
+    """
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        os.replace(aside, path)
+    except WRITE_ERRORS as error:
+        raise _could_not_write(path, error) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Write a file or folder through the caches, so that a machine that loses its power has it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _could_not_write(path: Path, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or error
+    return OSError(f"'{path}' could not be written ({reason}): make space there, or choose another place")
