@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.cli import parse
-from model.unet import check as check_unet
-from train.config import Config, check
+from train.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -31,8 +30,6 @@ def compose_config(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
         lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
         raise ValueError(f"the configuration cannot be composed: {' '.join(lines[:2])}") from None
-    check(config)
-    check_unet(config.model)
     return config
 
 

@@ -19,6 +19,7 @@ from launch.cost.estimate import of_data
 from launch.nodes.checks import code_hash, devices, read_rate, room_for_checkpoints, seen_in_run_dir, versions
 from launch.nodes.network import all_reduce_rate, clock_offsets, pair_rates
 from train.config import Config, accumulation
+from train.inputs import resolve_text_shape
 
 # A healthy pair may be this many times slower than the median before its nodes are named.
 SLOW_PAIR = 3.0
@@ -113,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     rank, ranks, device = init_distributed()
     try:
         accumulation(config, ranks)
+        resolve_text_shape(config)
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)

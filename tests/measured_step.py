@@ -56,7 +56,7 @@ def main(out: str, *overrides: str) -> None:
     for name in ("all_reduce", "all_gather_into_tensor"):  # DeepSpeed looks them up when it begins
         counted(name, sent)
     rank, ranks, _ = init_distributed()
-    unet = UNet(config.model)
+    unet = UNet(config.model, config.recompute)
     engine = build_engine(unet, config, ranks)
     ema = EMA(engine, config.ema_decay)
     args = inputs(config.model, config.micro_batch, config.data.tokens)
@@ -82,7 +82,7 @@ def main(out: str, *overrides: str) -> None:
         assert {t.dtype for t in engine.moments.values()} & {torch.uint8}, "the part is large enough for 8 bits"
     if rank == 0:
         # The net itself, without DeepSpeed's hooks and with weights of its own, on which the plan's walk is walked too.
-        bare = UNet(config.model).to(next(unet.parameters()).dtype)
+        bare = UNet(config.model, config.recompute).to(next(unet.parameters()).dtype)
         found["kept"] = profiled(lambda: bare(*args))[0]
         found["peak"] = profiled(lambda: bare(*args).sum().backward())[1]
         found["accumulated_peak"] = profiled(lambda: bare(*args).sum().backward())[1] + found["gradients"]

@@ -23,7 +23,7 @@ def main(rank: int, ranks: int, out: str, *overrides: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as train.engine.init_distributed has it
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     torch.manual_seed(0)
-    unet = UNet(config.model)
+    unet = UNet(config.model, config.recompute)
     weights = torch.cat([p.detach().flatten() for p in unet.parameters()])
     engine = build_engine(unet, config, ranks)
     ema = EMA(engine, config.ema_decay)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from data.loader.batch import Batch
-from model.unet import UNetConfig
+from model.config import UNetConfig
 from train.config import Config, LoRAConfig
 from train.monitor.alerts import Alerts
 from train.monitor.flops import training_flops
@@ -109,13 +109,11 @@ def test_nothing_of_a_step_waits_for_the_device():
 
 
 def test_the_flop_are_those_that_were_calculated_by_hand():
-    released = UNetConfig(model_channels=192, encoder_channels=768)
+    released = UNetConfig(model_channels=192, encoder_dim=4096, encoder_channels=768)
     assert training_flops(released, 77) == pytest.approx(3 * 0.229e12, rel=5e-3)
-    recomputing = UNetConfig(model_channels=64, channel_mult=[1, 2], image_size=16, attention_resolutions=[8],
-                             encoder_dim=64, encoder_channels=64, memory="recompute_blocks")  # fmt: skip
-    plain = UNetConfig(**{name: getattr(recomputing, name) for name in recomputing.__slots__} | {"memory": "keep"})
-    assert training_flops(recomputing, 77) == training_flops(plain, 77) > 1e6
-    assert training_flops(plain, 77, LoRAConfig(rank=4)) < 0.8 * training_flops(plain, 77), "no gradient of frozen ones"
+    small = UNetConfig(model_channels=64, channel_mult=[1, 2], image_size=16, attention_resolutions=[8],
+                       encoder_dim=64, encoder_channels=64)  # fmt: skip
+    assert training_flops(small, 77, LoRAConfig(rank=4)) < 0.8 * training_flops(small, 77), "no gradient of frozen ones"
 
 
 @pytest.fixture

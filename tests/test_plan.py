@@ -15,12 +15,11 @@ from launch.cost.page import render
 from launch.cost.step_cost import image_flops, step_bytes
 from launch.cost.traffic import checkpoint_bytes, collectives
 from launch.plan import main
-from model.recompute import MEMORY
-from model.unet import UNetConfig
+from model.config import RECOMPUTE, UNetConfig
 from tests.trainings import free_port
 from train.monitor.gpus import GPUS
 
-SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16"]
+SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16", "model.encoder_dim=64"]
 TINY = [*SMALL, "precision=bf16", "model.image_size=16", "model.channel_mult=[1,2]", "model.attention_resolutions=[8]"]
 
 
@@ -42,14 +41,14 @@ def measured(repo, tmp_path, ranks: int, *overrides: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "precision", "optimizer", "memory"),
-    [(2, "bf16", "adamw8bit", "keep"), (1, "fp32", "adamw", "recompute_blocks")],
+    ("ranks", "precision", "optimizer", "recompute"),
+    [(2, "bf16", "adamw8bit", "none"), (1, "fp32", "adamw", "blocks")],
 )
-def test_bytes_of_a_real_step(repo, tmp_path, ranks, precision, optimizer, memory):
+def test_bytes_of_a_real_step(repo, tmp_path, ranks, precision, optimizer, recompute):
     overrides = [
         f"precision={precision}",
         f"optim.name={optimizer}",
-        f"model.memory={memory}",
+        f"recompute={recompute}",
         "model.activation=gelu_3bit",
     ]
     found = measured(repo, tmp_path, ranks, *overrides)
@@ -61,7 +60,9 @@ def test_bytes_of_a_real_step(repo, tmp_path, ranks, precision, optimizer, memor
     assert found["gradients"] == width * found["parameters"] and found["bucket"] == width * REDUCE_BUCKET
 
     for accumulated, name in ((False, "peak"), (True, "accumulated_peak")):
-        step = step_bytes(config.model, config.micro_batch, precision, accumulated, config.data.tokens)
+        step = step_bytes(
+            config.model, config.micro_batch, precision, accumulated, config.data.tokens, recompute=config.recompute
+        )
         assert step.kept == pytest.approx(found["kept"], rel=0.05)
         assert step.peak == pytest.approx(found[name], rel=0.05), name
 
@@ -149,7 +150,7 @@ def plan() -> Plan:
 
 
 def test_link_and_mfu_make_the_time(plan):
-    assert set(plan.choices) == set(MEMORY)
+    assert set(plan.choices) == set(RECOMPUTE)
     # A ring of two: gradients twice and weights once, half of each, at 1 GB/s of which half is reached.
     assert plan.times.communication == pytest.approx((2 * 2 + 2) * plan.parameters / 2 / 0.5e9, rel=0.001)
     assert plan.times.compute == pytest.approx(plan.flops.done * 8 / (2 * GPUS["a100-80g"].tflops * 1e12 * 0.1))
@@ -160,7 +161,7 @@ def test_link_and_mfu_make_the_time(plan):
 
 def test_the_page(plan):
     page = render(plan)
-    for part in (*MEMORY, "MEMORY OF A GPU", "FLOPS", "COMMUNICATION", "DATA", "CHECKPOINTS", "TIME", "bottleneck",
+    for part in (*RECOMPUTE, "MEMORY OF A GPU", "FLOPS", "COMMUNICATION", "DATA", "CHECKPOINTS", "TIME", "bottleneck",
                  "ASSUMED", "a100-80g", "8 Gbit/s a node", "GPU-hours", "largest micro batch that fits"):  # fmt: skip
         assert part in page, part
     assert max(map(len, page.splitlines())) <= 160
@@ -175,7 +176,7 @@ def test_the_page(plan):
         (["gpu=a100"], "a100-80g"),
         (["mfu=40"], "mfu=40.0 is a share"),
         (["micro_bath=2"], "micro_bath"),
-        (["model.memory=all"], "memory='all'"),
+        (["recompute=all"], "recompute=all must be one of none, cheap, blocks"),
         (["+experiment=unknown"], "unknown"),
     ],
 )

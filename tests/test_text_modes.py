@@ -21,7 +21,7 @@ from data.storage.tars import write_shard
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
-from model.unet import UNetConfig
+from model.config import UNetConfig
 from tests.test_export import NET, write_run
 from train.config import Config
 from train.export import Export, export
@@ -56,11 +56,12 @@ def base(tmp_path_factory) -> Path:
 
 def inputs(base: Path, mode: str, drop: float) -> tuple[Config, Inputs]:
     text = base / ("text" if mode == "stored" else "meta-alone")
-    data = DataConfig(
-        shards=str(base / "shards"), text=str(text), tokens=TOKENS, streams=4, shuffle_block=5, cond_drop_prob=drop
-    )
-    config = Config(data=data, text=TextConfig(mode), model=UNetConfig(encoder_dim=48, image_size=8))
-    return config, find_inputs(config, rank=0)
+    data = DataConfig(shards=str(base / "shards"), text=str(text), streams=4, shuffle_block=5, cond_drop_prob=drop)
+    model = UNetConfig(image_size=8, attention_resolutions=[8], att_pool_heads=4)
+    config = Config(data=data, text=TextConfig(mode), model=model)
+    found = find_inputs(config, rank=0)
+    assert (config.data.tokens, config.model.encoder_dim) == (TOKENS, 48), "as the meta file of the embeddings says"
+    return config, found
 
 
 def batches(base: Path, mode: str, drop: float = 0.3, workers: int = 0, ranks: int = 1, n: int = 20) -> list:

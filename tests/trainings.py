@@ -15,7 +15,7 @@ from data.tiny_t5 import TinyT5, write_tiny_t5
 STEPS, SAVE_EVERY = 6, 3
 SMALL = f"""
     +experiment=smoke steps={STEPS} global_batch=8 micro_batch=4 save_every={SAVE_EVERY} log_every=1
-    optim.lr_peak=1e-3 optim.warmup_steps=2 data.tokens=16 data.workers=1 sample.every=0 sample.steps=2 sample.prompts=4
+    optim.lr_peak=1e-3 optim.warmup_steps=2 data.workers=1 sample.every=0 sample.steps=2 sample.prompts=4
     model.image_size=32 model.channel_mult=[1,2] model.attention_resolutions=[16]
 """.split()
 

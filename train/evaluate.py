@@ -73,7 +73,7 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     Raises: ValueError for what cannot be evaluated; OSError if something cannot be read or written.
     """
     check(args)
-    net = find_net(args.checkpoint, args.model, args.weights)
+    net = find_net(args.checkpoint, args.model, args.weights, args.text)
     eval_set = find_eval_set(args, net)
     scheduler = make_scheduler(net.diffusion_steps, net.config.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)

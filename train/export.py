@@ -15,8 +15,8 @@ from transformers import T5EncoderModel
 from data.cli import command
 from data.text.encoder import TextEncoder, load_encoder
 from data.text.meta import TextMeta
+from model.config import UNetConfig
 from model.convert import diffusers_config, each_to_diffusers
-from model.unet import UNetConfig
 from train.sampling.sampler import make_scheduler
 from train.weights.model_card import check_license, model_card
 from train.weights.pretrained import load_whole, read_trained

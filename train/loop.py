@@ -108,7 +108,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
 def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
     """The net as it starts, with the matrices of LoRA where those are what is trained."""
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
-        unet = UNet(config.model)
+        unet = UNet(config.model, config.recompute)
     if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
         unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     if config.lora.rank:

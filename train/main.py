@@ -19,10 +19,9 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from data.loader.cursor import ShardUnreadable  # noqa: E402
 from data.loader.workers import LoaderDied  # noqa: E402
-from model.unet import check as check_unet  # noqa: E402
 from train.checkpoint.format import CheckpointFailed  # noqa: E402
 from train.checkpoint.resume import check_resumable, check_same_everywhere  # noqa: E402
-from train.config import Config, accumulation, check, check_nodes  # noqa: E402
+from train.config import Config, accumulation, check_nodes  # noqa: E402
 from train.faults.preempt import REQUEUE, install_signal_handlers  # noqa: E402
 from train.faults.run_lock import InUse, lock_run_dir  # noqa: E402
 from train.inputs import find_inputs  # noqa: E402
@@ -45,8 +44,6 @@ def main(composed: DictConfig) -> None:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config = to_config(composed)
-        check(config)
-        check_unet(config.model)
         if config.dry_run:
             if rank == 0:
                 print(describe(config, ranks))
@@ -90,7 +87,8 @@ def main(composed: DictConfig) -> None:
 def to_config(composed: DictConfig) -> Config:
     """Hydra's composition as the typed configuration.
 
-    Raises: ValueError for a key that the schema does not have; Hydra itself lets +key=value add one.
+    Raises: ValueError for a value that cannot be, or that clashes with another; and for a key that the schema does not
+    have, since Hydra itself lets +key=value add one.
     """
     try:
         return OmegaConf.to_object(composed)  # type: ignore[return-value]

@@ -46,14 +46,14 @@ def share_out(total: int, weights: list[float]) -> list[int]:
     The largest remainders are rounded up. Raises: ValueError for a weight that is not above 0, or comes out at none.
     """
     if not all(0 < weight < float("inf") for weight in weights):
-        raise ValueError(f"the datasets' weights {weights} must all be above 0")
+        raise ValueError(f"data.mixture: the weights {weights} must all be above 0")
     exact = total * np.array(weights) / sum(weights)
     shares = np.floor(exact).astype(int)
     for i in np.argsort(shares - exact, kind="stable")[: total - shares.sum()]:
         shares[i] += 1
     if not shares.all():
         raise ValueError(
-            f"the datasets' weights {weights} give {shares.tolist()} samples of a batch of {total}: "
+            f"data.mixture: the weights {weights} give {shares.tolist()} samples of a batch of {total}: "
             "raise the smallest, or leave that dataset out"
         )
     return shares.tolist()

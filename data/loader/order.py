@@ -38,10 +38,7 @@ class Order:
     def __init__(
         self, seed: int, counts: list[int], global_batch: int, streams: int, phases: int, block_size: int
     ) -> None:
-        if not 1 <= streams <= global_batch:
-            raise ValueError(f"data.streams={streams} must lie between 1 and global_batch={global_batch}")
-        if phases < 1 or block_size < 1:
-            raise ValueError(f"data.phases={phases} and data.shuffle_block={block_size} must be at least 1")
+        assert 1 <= streams <= global_batch and phases >= 1 and block_size >= 1  # checked where a user sets them
         self.seed, self.global_batch, self.block_size = seed, global_batch, block_size
         self.streams, self.phases = streams, phases
         self.counts = np.asarray(counts, dtype=np.int64)

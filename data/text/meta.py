@@ -86,15 +86,16 @@ def sidecar(shard: Shard, folder: str | Path) -> str:
 def check_meta(folder: str | Path, tokens: int, dim: int) -> TextMeta:
     """Make sure that the embeddings that a folder's meta file describes are what the model takes.
 
+    tokens, dim: of the model; 0 for whatever the embeddings have.
     Raises: ValueError that says what does not fit and what to change.
     """
     meta = TextMeta.read(folder)
-    if meta.dim != dim:
+    if dim and meta.dim != dim:
         raise ValueError(
             f"the text embeddings in '{folder}' are {meta.dim} wide (encoder {meta.encoder}), "
             f"model.encoder_dim is {dim}: set model.encoder_dim={meta.dim} or embed with another encoder"
         )
-    if meta.tokens != tokens:
+    if tokens and meta.tokens != tokens:
         raise ValueError(
             f"the text embeddings in '{folder}' have {meta.tokens} tokens, data.tokens is {tokens}: "
             f"set data.tokens={meta.tokens} or embed with tokens={tokens}"
@@ -105,6 +106,7 @@ def check_meta(folder: str | Path, tokens: int, dim: int) -> TextMeta:
 def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: int) -> TextMeta:
     """Make sure that the embeddings of all shards are there and are what the model takes.
 
+    tokens, dim: of the model; 0 for whatever the embeddings have.
     Raises: ValueError that says what does not fit and what to change.
     """
     meta = check_meta(folder, tokens, dim)

@@ -11,8 +11,9 @@ from data.text.meta import TextMeta
 from launch.cost.memory import FP32, Peak, States, most_that_fits, peak, states
 from launch.cost.step_cost import Bytes, Flops, image_flops, step_bytes
 from launch.cost.traffic import Collectives, Reading, checkpoint_bytes, collectives, embedding_bytes
-from model.recompute import MEMORY
+from model.config import RECOMPUTE
 from train.config import Config, accumulation
+from train.inputs import resolve_text_shape
 from train.monitor.gpus import GPU, find_gpu
 from train.summary import parameters
 
@@ -54,7 +55,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class MemoryChoice:
-    """One model.memory: at the configured micro batch, and the largest that fits and divides the batch, 0 for none."""
+    """One choice of recompute: at the configured micro batch, and the largest that fits and divides the batch, or 0."""
 
     step: Bytes
     peak: Peak
@@ -99,14 +100,15 @@ class Plan:
     reading: Reading
     samples: int
     looked_at_data: bool
+    assumed_text: bool
     checkpoint: int
     times: Times
     limit: Times
 
     @property
     def flops(self) -> Flops:
-        """Of an image, with the model.memory that the configuration has."""
-        return self.choices[self.config.model.memory].flops
+        """Of an image, with the configuration's recompute."""
+        return self.choices[self.config.recompute].flops
 
     @property
     def model_flops(self) -> int:
@@ -117,17 +119,18 @@ class Plan:
 def make_plan(options: Options, config: Config) -> Plan:
     """Raises: ValueError for values that cannot be, or a micro batch that doesn't divide the batch."""
     check_options(options)
+    assumed_text = resolve_text_shape(config)
     gpu, ranks = find_gpu(options.gpu), options.ranks
     accumulate, weight_bytes = accumulation(config, ranks), WEIGHT_BYTES[config.precision]
     count, frozen = parameters(config)
     kept = states(count, ranks, config.optim.name, weight_bytes, frozen)
     room = gpu.memory - options.reserve_gb * GB - kept.total
     choices = {}
-    for memory in tqdm(MEMORY, desc="walking the net", unit="choice", leave=False, disable=None):
-        choices[memory] = memory_choice(replace_memory(config, memory), count, ranks, room)
+    for recompute in tqdm(RECOMPUTE, desc="walking the net", unit="choice", leave=False, disable=None):
+        choices[recompute] = memory_choice(replace(config, recompute=recompute), count, ranks, room)
     reading, samples, looked = of_data(options, config)
     wires = collectives(count, ranks, weight_bytes)
-    flops = choices[config.model.memory].flops.done * config.global_batch
+    flops = choices[config.recompute].flops.done * config.global_batch
     seconds = wires.seconds(gpu, options.nodes, options.gpus_per_node, options.link * GB / 8, options.link_efficiency)
     bytes_read = reading.sample * config.global_batch
     times = Times(
@@ -143,7 +146,7 @@ def make_plan(options: Options, config: Config) -> Plan:
     limit = Times(max(at_peak, perfect), 0.0, 0.0, times.reading)
     return Plan(
         options, config, gpu, count, accumulate, kept, choices, wires, reading, samples, looked,
-        checkpoint_bytes(kept, ranks), times, limit,
+        assumed_text, checkpoint_bytes(kept, ranks), times, limit,
     )  # fmt: skip
 
 
@@ -160,11 +163,6 @@ def check_options(options: Options) -> None:
             raise ValueError(f"{name}={getattr(options, name)} must be at least 0")
 
 
-def replace_memory(config: Config, memory: str) -> Config:
-    """The configuration with another model.memory."""
-    return replace(config, model=replace(config.model, memory=memory))
-
-
 def memory_choice(config: Config, count: int, ranks: int, room: float) -> MemoryChoice:
     """What the configured micro batch takes, and the largest that fits into so many bytes."""
     weight_bytes, per_rank = WEIGHT_BYTES[config.precision], config.global_batch // ranks
@@ -172,7 +170,9 @@ def memory_choice(config: Config, count: int, ranks: int, room: float) -> Memory
     @cache
     def walked(micro_batch: int) -> Bytes:
         accumulated = per_rank > micro_batch
-        return step_bytes(config.model, micro_batch, config.precision, accumulated, config.data.tokens, config.lora)
+        return step_bytes(
+            config.model, micro_batch, config.precision, accumulated, config.data.tokens, config.lora, config.recompute
+        )
 
     def needs(micro_batch: int) -> int:
         return peak(walked(micro_batch), count, ranks, weight_bytes).most
@@ -183,7 +183,7 @@ def memory_choice(config: Config, count: int, ranks: int, room: float) -> Memory
     return MemoryChoice(
         step,
         peak(step, count, ranks, weight_bytes),
-        image_flops(config.model, config.data.tokens),
+        image_flops(config.model, config.data.tokens, config.recompute),
         fits_at_most,
         max(fitting, default=0),
     )

@@ -49,7 +49,7 @@ def memory(plan: Plan) -> list[str]:
         row("bucket of the all-reduce", gb(weight_bytes * REDUCE_BUCKET)),
         row("reserve", gb(reserve)),
         "",
-        row(f"model.memory, micro batch {plan.config.micro_batch}", *choices),
+        row(f"recompute, micro batch {plan.config.micro_batch}", *choices),
         row("activations kept for backward", *(gb(c.step.kept) for c in choices.values())),
     ]
     for name in ("backward", "reduction", "update"):
@@ -77,7 +77,7 @@ def work(plan: Plan) -> list[str]:
         row("forward, of an image", f"{plan.flops.forward / 1e12:.3f} TFLOP"),
         row("a step: 3 x forward", f"{plan.model_flops / 1e15:.2f} PFLOP"),
         row("the run", f"{plan.model_flops * plan.config.steps / 1e21:,.2f} ZFLOP"),
-        row("really done, by model.memory as above", *more),
+        row("really done, by recompute as above", *more),
     ]
 
 
@@ -176,12 +176,13 @@ def bottleneck(plan: Plan) -> str:
 
 def assumptions(plan: Plan) -> list[str]:
     """What was not counted but taken."""
-    options, gpu = plan.options, plan.gpu
+    options, config, gpu = plan.options, plan.config, plan.gpu
     data = (
         "counted in the dataset"
         if plan.looked_at_data
         else f"image_kb={options.image_kb:g}, samples={options.samples:,}"
     )
+    text = f"{config.data.tokens} x {config.model.encoder_dim}"
     return [
         "ASSUMED",
         f"  {options.gpu}: {gpu.tflops:g} TFLOP/s dense bf16, {gpu.memory / 2**30:.0f} GiB, "
@@ -190,7 +191,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"  link={options.link:g} Gbit/s a node each way, of which collectives reach link_efficiency="
         f"{options.link_efficiency:g}; nothing overlaps with backward (DeepSpeed's ZeRO-1 as set up here)",
         f"  reserve_gb={options.reserve_gb:g} for CUDA, NCCL, cuDNN's workspaces and fragments",
-        f"  data: {data}; embeddings as data.embed stores them",
+        f"  data: {data}; embeddings as data.embed stores them"
+        + (f", {text} as T5-XXL's" if plan.assumed_text else ""),
         f"  weights padded to {ALIGNMENT} x the ranks; one bucket of {REDUCE_BUCKET:,} elements (DeepSpeed's defaults)",
         "  activations: eager; torch.compile may keep less. At the limit: peak FLOP/s, communication hidden behind it",
     ]

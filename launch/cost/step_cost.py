@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from model.unet import UNet, UNetConfig
+from model.config import UNetConfig
+from model.unet import UNet
 from train.config import LoRAConfig
 from train.weights.lora import add_lora
 
@@ -87,14 +88,14 @@ class LiveBytes(TorchDispatchMode):
 
 def step_bytes(
     config: UNetConfig, micro_batch: int, precision: str, accumulated: bool, tokens: int = 77,
-    lora: LoRAConfig | None = None,
+    lora: LoRAConfig | None = None, recompute: str = "none",
 ) -> Bytes:  # fmt: skip
     """Of a net of any size, in seconds; nothing is computed and no memory is taken.
 
     accumulated: with the gradients of an earlier micro batch there; without, they grow while activations go.
     """
     with _fake(precision):
-        unet = UNet(config)
+        unet = UNet(config, recompute)
         if lora and lora.rank:
             _add_fake_lora(unet, lora)
         before = 0
@@ -106,10 +107,10 @@ def step_bytes(
         return Bytes(found.kept, before + found.peak)
 
 
-def image_flops(config: UNetConfig, tokens: int = 77) -> Flops:
+def image_flops(config: UNetConfig, tokens: int = 77, recompute: str = "none") -> Flops:
     """Of a net of any size, in seconds."""
     with _fake("fp32"):
-        return walk_flops(UNet(config), inputs(config, 1, tokens))
+        return walk_flops(UNet(config, recompute), inputs(config, 1, tokens))
 
 
 def inputs(config: UNetConfig, micro_batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

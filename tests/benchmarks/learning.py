@@ -21,6 +21,7 @@ from data.cli import parse
 from launch.compose import compose_config
 from model.unet import UNet
 from tests.benchmarks.commands import run
+from train.inputs import resolve_text_shape
 from train.monitor.flops import training_flops
 from train.monitor.plots import save
 
@@ -85,6 +86,7 @@ def find_arms(args: Learning) -> list[Arm]:
 def cost(changes: tuple[str, ...]) -> tuple[float, float]:
     """Parameters of the net, and FLOP of a training image."""
     config = compose_config(["+experiment=scenes", *changes])
+    resolve_text_shape(config)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in UNet(config.model).parameters())
     return float(parameters), training_flops(config.model, config.data.tokens)

@@ -1,13 +1,15 @@
 """The net that is evaluated: a checkpoint of a run, or released weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-from model.unet import UNet, UNetConfig
+from data.text.meta import TextMeta
+from model.config import UNetConfig
+from model.unet import UNet
 from train.weights.pretrained import load_pretrained, read_trained
 
 RELEASED_STEPS = 1000
@@ -24,8 +26,12 @@ class Net:
     text: tuple[str, str] | None  # hashes of the encoder and tokenizer of the training
 
 
-def find_net(checkpoint: str, model: str, weights: str) -> Net:
-    """The checkpoint, or with model= released weights; nothing of it is loaded yet. Raises: ValueError."""
+def find_net(checkpoint: str, model: str, weights: str, embeddings: str) -> Net:
+    """The checkpoint, or with model= released weights; nothing of it is loaded yet.
+
+    embeddings: their folder, whose width the net has if its file in conf/model does not give one.
+    Raises: ValueError.
+    """
     if model:
         file = Path(__file__).resolve().parents[2] / "conf" / "model" / f"{model}.yaml"
         if not file.is_file():
@@ -33,6 +39,9 @@ def find_net(checkpoint: str, model: str, weights: str) -> Net:
             raise ValueError(f"model={model} must be one of {known}")
         schema = OmegaConf.structured(UNetConfig)
         config: UNetConfig = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(file)))  # type: ignore[assignment]
+        config = replace(config, encoder_dim=config.encoder_dim or TextMeta.read(embeddings).dim)
+        if not Path(checkpoint).exists():
+            raise ValueError(f"no weights at '{checkpoint}': name a file or folder on this machine")
 
         def released(device: torch.device) -> UNet:
             with torch.device("meta"):

@@ -1,11 +1,10 @@
 """What a training image costs in floating-point operations, and how many of them a card can do."""
 
-from dataclasses import replace
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.unet import UNet, UNetConfig
+from model.config import UNetConfig
+from model.unet import UNet
 from train.config import LoRAConfig
 from train.weights.lora import add_lora
 
@@ -22,12 +21,12 @@ PEAK = {
 
 
 def training_flops(config: UNetConfig, tokens: int, lora: LoRAConfig | None = None) -> float:
-    """FLOP of the forward and backward of one image, recomputation not counted; no memory is taken for the net.
+    """FLOP of the forward and backward of one image, without recomputation; no memory is taken for the net.
 
     lora: where it alone is trained, the gradients of the frozen weights are not computed.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        unet = UNet(replace(config, memory="keep"))
+        unet = UNet(config)
         if lora and lora.rank:
             add_lora(unet, lora, on_meta=True)
         x = torch.empty(1, config.in_channels, config.image_size, config.image_size)

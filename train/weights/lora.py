@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.attention import Projection
+from model.config import UNetConfig
 from model.convert import lora_to_diffusers, merge_lora
-from model.unet import UNet, UNetConfig
+from model.unet import UNet
 from train.checkpoint.reader import load_weights
 from train.config import LoRAConfig
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.text.meta import TextMeta
+from model.config import UNetConfig
 from model.convert import from_diffusers, merge_lora, to_diffusers
-from model.unet import UNet, UNetConfig, check
+from model.unet import UNet
 from train.checkpoint.format import MANIFEST, complete_checkpoints, read_manifest
 from train.checkpoint.reader import load_weights
 from train.weights.lora import trained_adapter
@@ -80,7 +81,6 @@ def read_trained(path: str | Path) -> Trained:
         manifest = read_manifest(folder)
         run = manifest["config"]
         model = UNetConfig(**run["model"])
-        check(model)
         return Trained(folder, manifest, int(manifest["step"]), model, int(run["diffusion_steps"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the manifest in '{folder}' is not one of this version ({error!r})") from None
@@ -207,5 +207,5 @@ def _check_fit(state: dict[str, Tensor], net: dict[str, Tensor], path: Path) -> 
     if told:
         raise ValueError(
             f"the weights in '{path}' don't fit the net: {'; '.join(told)}: "
-            "set model to the net that they are of, or name other weights"
+            "set model to the net that they are of and embed the captions with its encoder, or name other weights"
         )
