@@ -24,10 +24,12 @@ from train.weights.lora import add_lora
 
 
 def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> bool:
-    """Train to config.steps, going on from the latest checkpoint of config.run_dir; False if asked to leave before.
+    """Train up to config.steps, from the latest checkpoint of config.run_dir if there is one.
 
-    Raises: TooManyBad when more samples than data.max_bad_share cannot be read; NotFinite, CheckpointFailed.
+    Returns: True after the last step; False if a signal asked the run to stop before it.
+    Raises: TooManyBad when more samples than data.max_bad_share cannot be read; NotFinite; CheckpointFailed.
     """
+    # Build
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -38,78 +40,99 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         inputs.weights = None
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
+
+    # Resume
     first_step = resume(run_dir, engine, ema)
-    consent = RankConsensus()  # before the loader workers are forked, so that a signal to them is no end either
-    saver = CheckpointWriter(config, inputs.samples, inputs.meta, consent)
+    consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
+
+    # Load data
     stream = MicroBatches(
         config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
         config.micro_batch, rank, ranks, first_step,
     )  # fmt: skip
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
-    meters = Metrics(device, config)
-    show = RunProgress(config, inputs, run_dir, first_step, device) if rank == 0 else None
-    guard, watchdog = Guard(config, rank, stream, consent), Watchdog(rank, config.hang_seconds)
-    last = first_step == config.steps
 
+    # Save, measure, show, guard
+    writer = CheckpointWriter(config, inputs.samples, inputs.meta, consensus)
+    metrics = Metrics(device, config)
+    progress = RunProgress(config, inputs, run_dir, first_step, device) if rank == 0 else None
+    guard, watchdog = Guard(config, rank, stream, consensus), Watchdog(rank, config.hang_seconds)
+
+    last = first_step == config.steps
     for step in range(first_step + 1, config.steps + 1):
         lr = engine.lr()
         for _ in range(accumulation(config, ranks)):
-            watchdog.feed()
-            with meters.phase("data"):
-                batch = next(batches)
+            watchdog.reset()
 
-            x_start = batch.x_start(device)
-            t, noise = (
-                v.to(device) for v in draw_t_and_noise(config.seed, batch.visit, x_start.shape, config.diffusion_steps)
-            )
-            weight = batch.weight.to(device)
+            # Take a batch
+            with metrics.phase("data"):
+                batch = next(batches)
+            x_start, weight = batch.x_start(device), batch.weight.to(device)
+
+            # Noise it
+            t, noise = draw_t_and_noise(config.seed, batch.visit, x_start, config.diffusion_steps)
             x_t = diffusion.q_sample(x_start, t, noise)
-            with meters.phase("forward"):
+
+            # Predict and score
+            with metrics.phase("forward"):
                 output = engine(x_t, t, inputs.text_emb(batch, device))
                 losses = training_losses(diffusion, output, x_start, x_t, t, noise)
-            with meters.phase("backward"):
+            with metrics.phase("backward"):
                 engine.backward((losses["loss"] * weight).mean())
-            meters.add(losses, t, weight, batch)
-            guard.note(step, batch, losses["loss"])
-            with meters.phase("step"):
+            metrics.add_micro_batch(losses, t, weight, batch)
+            guard.record(step, batch, losses["loss"])
+
+            # Step, after the last micro batch
+            with metrics.phase("step"):
                 engine.step()
+
+        # Average the weights
         if engine.stepped:
             ema.update(engine, step)
-            meters.add_step(engine)
-        guard.judge(step, engine.stepped)
+            metrics.add_step(engine)
+        guard.check_step(step, engine.stepped)
+        last, stop = step == config.steps, consensus.stop_requested()
 
-        last, stop = step == config.steps, consent.stop()
-        saver.poll()
+        # Log
+        writer.poll()
         if step % config.log_every == 0 or last:
-            metrics = meters.read(engine, ema)
-            metrics |= {"lr": lr, "save_stall_share": saver.stall_share(), "skipped_steps": guard.read()}
-            if show:
-                show.log(step, metrics, meters.bad)
-            guard.judge_share(step, metrics, meters.bad)
+            values = metrics.reduce(engine, ema)
+            values |= {"lr": lr, "save_stall_share": writer.stall_share(), "skipped_steps": guard.pop_skipped()}
+            if progress:
+                progress.log(step, values, metrics.bad_counts)
+            guard.check_bad_share(step, values, metrics.bad_counts)
+
+        # Save
         if step % config.save_every == 0 or last or stop:
-            with meters.phase("save"):
-                saver.begin(step, engine, ema)
+            with metrics.phase("save"):
+                writer.begin(step, engine, ema)
+
+        # Sample
         if last or (config.sample.every and step % config.sample.every == 0):
-            watchdog.feed(6 * config.hang_seconds)  # the first rank samples, the others wait
-            with meters.phase("sample"), ema.in_place_of_weights(engine):
-                if show:
-                    show.samples(step, engine.model)
+            watchdog.reset(6 * config.hang_seconds)  # rank 0 samples, the others wait
+            with metrics.phase("sample"), ema.in_place_of_weights(engine):
+                if progress:
+                    progress.draw_samples(step, engine.model)
+
+        # Leave when asked to
         if stop:
             break
-    saver.finish()
+
+    # Finish
+    writer.finish()
     watchdog.stop()
-    if show:
-        show.close()
+    if progress:
+        progress.close()
         if last:
             mark_done(run_dir, config.steps)
     return last
 
 
 def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
-    """The net as it starts, with the matrices of LoRA where those are what is trained."""
+    """The net before its first step; with LoRA, the given weights with the low-rank matrices added to them."""
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
         unet = UNet(config.model)
-    if config.compile:  # the forward alone, for DeepSpeed hangs hooks on the module that can't be traced
+    if config.compile:  # the forward alone: DeepSpeed adds hooks to the module that cannot be traced
         unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     if config.lora.rank:
         add_lora(unet, config.lora, inputs.weights)
