@@ -1,9 +1,11 @@
 """The training: read this page first."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from data.loader.batch import Batch
 from data.loader.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
@@ -12,7 +14,7 @@ from train.checkpoint.resume import resume
 from train.checkpoint.writer import CheckpointWriter
 from train.config import Config, accumulation
 from train.ema import EMA
-from train.engine import build_engine
+from train.engine import Engine, build_engine
 from train.faults.guard import Guard
 from train.faults.preempt import RankConsensus, mark_done
 from train.faults.watchdog import Watchdog
@@ -24,65 +26,47 @@ from train.weights.lora import add_lora
 
 
 def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> bool:
-    """Train up to config.steps, from the latest checkpoint of config.run_dir if there is one.
+    """Train up to config.steps, from the latest checkpoint if there is one; False if a signal stopped the run before.
 
-    Returns: True after the last step; False if a signal asked the run to stop before it.
     Raises: TooManyBad when more samples than data.max_bad_share cannot be read; NotFinite; CheckpointFailed.
     """
     # Build
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    inputs.to(device)
-    engine = build_engine(build_net(config, inputs, device), config, ranks)
-    if begins_from_weights(config):
-        engine.set_weights(inputs.weights)
-        inputs.weights = None
+    engine = build(config, inputs, ranks, device)
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
-
     # Resume
     first_step = resume(run_dir, engine, ema)
-    consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
-
+    last = first_step == config.steps
     # Load data
-    stream = MicroBatches(
-        config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
-        config.micro_batch, rank, ranks, first_step,
-    )  # fmt: skip
-    batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
-
-    # Save, measure, show, guard
-    writer = CheckpointWriter(config, inputs.samples, inputs.meta, consensus)
-    metrics = Metrics(device, config)
+    consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
+    stream, batches = load(config, inputs, rank, ranks, first_step, device)
+    # Save, measure, show, watch
+    writer, metrics = CheckpointWriter(config, inputs.samples, inputs.meta, consensus), Metrics(device, config)
     progress = RunProgress(config, inputs, run_dir, first_step, device) if rank == 0 else None
     guard, watchdog = Guard(config, rank, stream, consensus), Watchdog(rank, config.hang_seconds)
 
-    last = first_step == config.steps
     for step in range(first_step + 1, config.steps + 1):
         lr = engine.lr()
         for _ in range(accumulation(config, ranks)):
             watchdog.reset()
-
             # Take a batch
             with metrics.phase("data"):
                 batch = next(batches)
             x_start, weight = batch.x_start(device), batch.weight.to(device)
-
             # Noise it
             t, noise = draw_t_and_noise(config.seed, batch.visit, x_start, config.diffusion_steps)
             x_t = diffusion.q_sample(x_start, t, noise)
-
             # Predict and score
             with metrics.phase("forward"):
-                output = engine(x_t, t, inputs.text_emb(batch, device))
-                losses = training_losses(diffusion, output, x_start, x_t, t, noise)
+                model_output = engine(x_t, t, inputs.text_emb(batch, device))
+                losses = training_losses(diffusion, model_output, x_start, x_t, t, noise)
             with metrics.phase("backward"):
                 engine.backward((losses["loss"] * weight).mean())
             metrics.add_micro_batch(losses, t, weight, batch)
             guard.record(step, batch, losses["loss"])
-
-            # Step, after the last micro batch
+            # Step, which the engine does after the last micro batch
             with metrics.phase("step"):
                 engine.step()
 
@@ -101,24 +85,19 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             if progress:
                 progress.log(step, values, metrics.bad_counts)
             guard.check_bad_share(step, values, metrics.bad_counts)
-
         # Save
         if step % config.save_every == 0 or last or stop:
             with metrics.phase("save"):
                 writer.begin(step, engine, ema)
-
         # Sample
         if last or (config.sample.every and step % config.sample.every == 0):
             watchdog.reset(6 * config.hang_seconds)  # rank 0 samples, the others wait
             with metrics.phase("sample"), ema.in_place_of_weights(engine):
                 if progress:
                     progress.draw_samples(step, engine.model)
-
-        # Leave when asked to
         if stop:
             break
-
-    # Finish
+    # Leave
     writer.finish()
     watchdog.stop()
     if progress:
@@ -128,8 +107,10 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     return last
 
 
-def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
-    """The net before its first step; with LoRA, the given weights with the low-rank matrices added to them."""
+def build(config: Config, inputs: Inputs, ranks: int, device: torch.device) -> Engine:
+    """The net before its first step, with the matrices of LoRA if those are trained, under ZeRO-1."""
+    torch.manual_seed(config.seed)
+    inputs.to(device)
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
         unet = UNet(config.model)
     if config.compile:  # the forward alone: DeepSpeed adds hooks to the module that cannot be traced
@@ -137,4 +118,19 @@ def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
     if config.lora.rank:
         add_lora(unet, config.lora, inputs.weights)
         inputs.weights = None
-    return unet
+    engine = build_engine(unet, config, ranks)
+    if begins_from_weights(config):
+        engine.set_weights(inputs.weights)
+        inputs.weights = None
+    return engine
+
+
+def load(
+    config: Config, inputs: Inputs, rank: int, ranks: int, first_step: int, device: torch.device
+) -> tuple[MicroBatches, Iterator[Batch]]:
+    """The order of this rank's micro batches after first_step, and an iterator that loads them."""
+    stream = MicroBatches(
+        config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
+        config.micro_batch, rank, ranks, first_step,
+    )  # fmt: skip
+    return stream, micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
