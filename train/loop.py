@@ -130,7 +130,7 @@ def load(
 ) -> tuple[MicroBatches, Iterator[Batch]]:
     """The order of this rank's micro batches after first_step, and an iterator that loads them."""
     stream = MicroBatches(
-        config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
-        config.micro_batch, rank, ranks, first_step,
+        config.data, inputs.datasets, inputs.meta, image_size=config.model.image_size, seed=config.seed,
+        global_batch=config.global_batch, micro_batch=config.micro_batch, rank=rank, ranks=ranks, step=first_step,
     )  # fmt: skip
     return stream, micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
