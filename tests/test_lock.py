@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainings import make_data, start
+from tests.support.trainings import make_data, start
 from train.faults.run_lock import InUse, lock_run_dir
 
 OWNER = """

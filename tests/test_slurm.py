@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_cluster import Cluster, install
-from tests.trainings import SMALL, make_data, metrics
+from tests.support.slurm_cluster import Cluster, install
+from tests.support.trainings import SMALL, make_data, metrics
 from train.checkpoint.format import complete_checkpoints, read_manifest
 
 pytestmark = pytest.mark.slow

@@ -17,8 +17,8 @@ from data.loader.dataset import Dataset
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import read_shard, write_shard
 from model.unet import UNet, UNetConfig
-from tests.faulty_server import serving
-from tests.trainings import STEPS, free_port, launch, make_data, metrics
+from tests.support.faulty_server import serving
+from tests.support.trainings import STEPS, free_port, launch, make_data, metrics
 from train.checkpoint.format import complete_checkpoints
 from train.checkpoint.reader import load_weights
 from train.checkpoint.resume import check_same_everywhere
