@@ -1,15 +1,18 @@
 """What is sent to W&B, read back from the files of a real offline run; metrics.jsonl has the same lines."""
 
 import json
+import resource
 import struct
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 from train.config import Config, WandbConfig
+from train.monitor.plots import plot_grid
 from train.monitor.run_log import STARTS
 from train.monitor.tracker import Tracker
 
@@ -95,3 +98,21 @@ def test_without_a_network_a_run_is_recorded_for_later(tmp_path, monkeypatch, ca
     assert "W&B CANNOT BE REACHED" in caplog.text and "`wandb sync` sends it later" in caplog.text
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+
+
+def test_a_full_disk_leaves_the_metrics_and_figures_before(tmp_path):
+    lines = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(1000))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    (tmp_path / "grid.png").write_bytes(b"before")
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), np.uint8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"'.*metrics.jsonl' could not be written .*: make space"):
+            Tracker(Config(wandb=WandbConfig(mode="disabled")), tmp_path, 990)
+        with pytest.raises(OSError, match=r"'.*grid.png' could not be written .*: make space"):
+            plot_grid(images, ["a caption"] * 4, "title", tmp_path / "grid.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.jsonl").read_text() == lines and (tmp_path / "grid.png").read_bytes() == b"before"
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "grid.png"}
