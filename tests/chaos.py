@@ -17,7 +17,7 @@ import psutil
 from safetensors.torch import load_file
 
 from data.cli import parse
-from tests.trainings import launch, make_data, metrics, start
+from tests.support.trainings import launch, make_data, metrics, start
 from train.checkpoint.format import complete_checkpoints, find_fault
 from train.faults.preempt import REQUEUE
 

@@ -12,7 +12,7 @@ from data.storage import clients, locations
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import stats_path, write_shard
 
-pytest_plugins = ["faulty_server"]
+pytest_plugins = ["tests.support.faulty_server"]
 
 
 def write(folder: Path, counts: dict[str, int], stats: bool = True) -> None:

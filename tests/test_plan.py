@@ -16,7 +16,7 @@ from launch.cost.step_cost import image_flops, step_bytes
 from launch.cost.traffic import checkpoint_bytes, collectives
 from launch.plan import main
 from model.config import RECOMPUTE, UNetConfig
-from tests.trainings import free_port
+from tests.support.trainings import free_port
 from train.monitor.gpus import GPUS
 
 SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16", "model.encoder_dim=64"]
@@ -25,7 +25,7 @@ TINY = [*SMALL, "precision=bf16", "model.image_size=16", "model.channel_mult=[1,
 
 def measured(repo, tmp_path, ranks: int, *overrides: str) -> dict[str, int]:
     out, port = tmp_path / "found.json", str(free_port())
-    command = [sys.executable, "-m", "tests.measured_step", str(out), *SMALL, *overrides]
+    command = [sys.executable, "-m", "tests.support.measured_step", str(out), *SMALL, *overrides]
     common = os.environ | {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     started = [

@@ -29,7 +29,7 @@ NET = OVERRIDES.split()
 def one_of_many(request, repo, tmp_path_factory) -> tuple[int, dict[str, torch.Tensor]]:
     out = tmp_path_factory.mktemp("rank") / "found.safetensors"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
-    command = [sys.executable, "-m", "tests.rank_of_many", str(request.param), str(RANKS), str(out), *NET]
+    command = [sys.executable, "-m", "tests.support.rank_of_many", str(request.param), str(RANKS), str(out), *NET]
     done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, load_file(out)

@@ -12,7 +12,7 @@ from data.storage import clients, locations
 from data.storage.clients import Unreadable
 from data.storage.locations import join, list_names, open_location, read_bytes, size_of, split, write_whole
 
-pytest_plugins = ["faulty_server"]
+pytest_plugins = ["tests.support.faulty_server"]
 
 DATA = random.Random(0).randbytes(100_000)
 

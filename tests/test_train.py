@@ -18,8 +18,8 @@ from data.storage.shards import Shard, find_shards
 from data.storage.tars import read_shard, write_shard
 from model.config import UNetConfig
 from model.unet import UNet
-from tests.faulty_server import serving
-from tests.trainings import STEPS, free_port, launch, make_data, metrics
+from tests.support.faulty_server import serving
+from tests.support.trainings import STEPS, free_port, launch, make_data, metrics
 from train.checkpoint.format import complete_checkpoints
 from train.checkpoint.reader import load_weights
 from train.checkpoint.resume import check_same_everywhere

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from data.cli import parse
 from tests.benchmarks.commands import run
-from train.monitor.plots import save
+from train.monitor.plots import save_figure
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 # Smaller than the smoke run's net, so that the whole takes minutes on two cores.
@@ -55,7 +55,7 @@ def draw(curves: dict[str, list[np.ndarray]], path: str) -> None:
             )
     axes.set(xlabel="step", ylabel="mse, mean of 20 steps", yscale="log", title="Demo scenes: each line is one seed")
     axes.legend(frameon=False)
-    save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def main() -> None:

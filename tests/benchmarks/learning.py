@@ -23,7 +23,7 @@ from model.unet import UNet
 from tests.benchmarks.commands import run
 from train.inputs import resolve_text_shape
 from train.monitor.flops import training_flops
-from train.monitor.plots import save
+from train.monitor.plots import save_figure
 
 BATCH = 16
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
@@ -133,7 +133,7 @@ def draw(arms: list[Arm], found: dict[str, list[dict]], path: str) -> None:
         axes.set_xticks(range(len(arms)), [arm.name for arm in arms], rotation=30, ha="right")
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3, axis="y")
-    save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def main() -> None:

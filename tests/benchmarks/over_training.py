@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.cli import parse
 from tests.benchmarks.commands import run
-from train.monitor.plots import save
+from train.monitor.plots import save_figure
 
 
 @dataclass
@@ -51,7 +51,7 @@ def draw(found: dict[int, list[dict[str, float]]], path: str) -> None:
         axes.set(xlabel="step", ylabel=name, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def main() -> None:

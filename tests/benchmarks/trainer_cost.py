@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from data.cli import parse
 from model.unet import UNet
-from tests.trainings import SMALL, make_data, metrics, start
+from tests.support.trainings import SMALL, make_data, metrics, start
 from train.config import Config, accumulation
 from train.engine import build_engine, init_distributed
 from train.inputs import find_inputs, resolve_text_shape

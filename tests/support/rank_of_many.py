@@ -1,4 +1,4 @@
-"""The real engine as one rank of many that are not there: python -m tests.rank_of_many RANK RANKS OUT OVERRIDES.
+"""The real engine as one rank of many absent ones: python -m tests.support.rank_of_many RANK RANKS OUT OVERRIDES.
 
 torch's fake process group answers every collective at once and moves nothing. Run by tests/test_scale.py.
 """

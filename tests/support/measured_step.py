@@ -1,4 +1,4 @@
-"""A step of the real engine on a rank, and the bytes of its real tensors: python -m tests.measured_step OUT OVERRIDES.
+"""A real step on a rank, and the bytes of its real tensors: python -m tests.support.measured_step OUT OVERRIDES.
 
 Run by tests/test_plan.py, one process a rank.
 """
