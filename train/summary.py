@@ -1,25 +1,14 @@
 """A run in words, and its number of parameters."""
 
-from typing import TYPE_CHECKING
-
-import torch
-
 from data.loader.mixture import share_out
-from model.unet import UNet
 from train.config import Config, accumulation
 from train.inputs import find_inputs
-from train.weights.lora import add_lora
-
-if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online has need of it
-    pass
+from train.weights.lora import unet_on_meta
 
 
 def parameters(config: Config) -> tuple[int, int]:
     """Number of parameters that are trained, and of those that are frozen, counted without memory for them."""
-    with torch.device("meta"):
-        unet = UNet(config.model)
-        if config.lora.rank:
-            add_lora(unet, config.lora, on_meta=True)
+    unet = unet_on_meta(config.model, config.lora)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in unet.parameters()) - trained
 

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -51,6 +52,18 @@ def add_lora(
     lora._register_custom_module({Projection: Linear})
     unet.requires_grad_(False)
     inject_adapter_in_model(lora, unet, low_cpu_mem_usage=on_meta)
+
+
+def unet_on_meta(config: UNetConfig, lora: LoRAConfig | None = None, recompute: str = "keep") -> UNet:
+    """A net that takes no memory, of any size, with LoRA if its rank is above 0.
+
+    recompute: one of model.recompute.MEMORY, instead of the config's.
+    """
+    with torch.device("meta"):
+        unet = UNet(replace(config, memory=recompute))
+        if lora and lora.rank:
+            add_lora(unet, lora, on_meta=True)
+    return unet
 
 
 def trained_adapter(folder: Path, name: str, run: dict, model: UNetConfig) -> Adapter:
