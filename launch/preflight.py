@@ -14,9 +14,9 @@ from statistics import median
 import torch.distributed as dist
 
 from launch.compose import own_and_config
-from launch.cost.estimate import Options as PlanOptions
-from launch.cost.estimate import of_data
-from launch.nodes.checks import code_hash, devices, read_rate, room_for_checkpoints, seen_in_run_dir, versions
+from launch.cost.estimate import estimate_reading
+from launch.cost.options import PlanOptions
+from launch.nodes.checks import code_hash, devices, disk_faults, read_rate, shared_run_dir_faults, versions
 from launch.nodes.network import all_reduce_rate, clock_offsets, pair_rates
 from train.config import Config, accumulation
 from train.inputs import resolve_text_shape
@@ -59,10 +59,10 @@ def look(options: Options, config: Config, ranks: int, nodes: int) -> Report:
     seen, faults = devices(local_rank)
     report = Report(node, local_rank, code_hash(), versions(), seen, faults=faults)
     if local_rank == 0:
-        reading, _, _ = of_data(PlanOptions(), config)
+        reading = estimate_reading(PlanOptions(), config)
         needed = reading.sample * config.global_batch / options.step_seconds / nodes
         report.read_rate, faults = read_rate(config, needed)
-        report.faults += faults + room_for_checkpoints(config, ranks)
+        report.faults += faults + disk_faults(config, ranks)
     return report
 
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     reports: list = [None] * ranks
     dist.all_gather_object(reports, look(options, config, ranks, len(set(names))))
-    shared = seen_in_run_dir(config, names)
+    shared = shared_run_dir_faults(config, names)
     offsets = clock_offsets()
     whole = all_reduce_rate(device, options.test_mb)
     rates = pair_rates(device, options.test_mb, names)

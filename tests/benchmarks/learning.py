@@ -89,7 +89,7 @@ def cost(changes: tuple[str, ...]) -> tuple[float, float]:
     resolve_text_shape(config)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in UNet(config.model).parameters())
-    return float(parameters), training_flops(config.model, config.data.tokens)
+    return float(parameters), training_flops(config.model, config.data.tokens).total
 
 
 def make(args: Learning, arm: Arm, seed: int) -> dict:

@@ -34,7 +34,7 @@ class Metrics:
         self.device, self.timesteps, self.clip = device, config.diffusion_steps, config.optim.grad_clip
         self.bad_counts: dict[str, int] = {}
         self._peak = peak_flops(device)
-        self._flops = training_flops(config.model, config.data.tokens, config.lora) if self._peak else 0.0
+        self._flops = training_flops(config.model, config.data.tokens, config.lora).total if self._peak else 0.0
         self._weights_before: Tensor | None = None
         self._reset()
 
