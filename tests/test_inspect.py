@@ -97,7 +97,9 @@ def first_epoch(config: DataConfig, seed: int, image_size: int):
     """Pixels by visit, and the bad samples, as the training gets them."""
     datasets = find_datasets(config)
     n = datasets[0].samples
-    stream = MicroBatches(config, datasets, TextMeta.read(config.text), image_size, seed, n, n, 0, 1, 0)
+    stream = MicroBatches(
+        config, datasets, TextMeta.read(config.text), image_size=image_size, seed=seed, global_batch=n, micro_batch=n
+    )  # fmt: skip
     batch = next(micro_batches(stream, 0, pin_memory=False))
     return dict(zip(batch.visit.tolist(), batch.pixels, strict=True)), batch.bad
 

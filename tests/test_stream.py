@@ -73,7 +73,10 @@ def read(
     datasets, meta = find_datasets(config), TextMeta.read(config.text)
     parts, bad = [], []
     for rank in range(ranks):
-        data = MicroBatches(config, datasets, meta, 8, 0, global_batch, micro_batch, rank, ranks, steps.start)
+        data = MicroBatches(
+            config, datasets, meta, image_size=8, seed=0, global_batch=global_batch, micro_batch=micro_batch, rank=rank,
+            ranks=ranks, step=steps.start,
+        )  # fmt: skip
         batches = micro_batches(data, workers, pin_memory=False)
         per_step = global_batch // ranks // micro_batch
         got = [next(batches) for _ in range(len(steps) * per_step)]
@@ -96,7 +99,9 @@ def test_ranks_workers_and_micro_batches_change_nothing(config, ranks, micro_bat
 def test_embeddings_that_vanish_are_bad_samples_or_the_end(config, unreadable):
     # One block over all shards: when the sidecars go, most of them have not been read yet.
     config.streams, config.phases, config.shuffle_block, config.unreadable_shard = 1, 1, 50, unreadable
-    data = MicroBatches(config, find_datasets(config), TextMeta.read(config.text), 8, 0, 10, 1, 0, 1, 0)
+    data = MicroBatches(
+        config, find_datasets(config), TextMeta.read(config.text), image_size=8, seed=0, global_batch=10, micro_batch=1
+    )  # fmt: skip
     batches = micro_batches(data, 0, pin_memory=False)
     assert next(batches).bad == []
     for sidecar in Path(config.text).glob("*.tar"):
@@ -143,7 +148,9 @@ def test_a_resume_with_other_ranks_and_workers_goes_on_with_the_very_next_sample
 
 def test_killed_workers_cost_no_sample_and_bring_none_twice(config, caplog):
     expected = read(config, range(50))[2].flatten().tolist()
-    data = MicroBatches(config, find_datasets(config), TextMeta.read(config.text), 8, 0, 16, 4, rank=0, ranks=1, step=0)
+    data = MicroBatches(
+        config, find_datasets(config), TextMeta.read(config.text), image_size=8, seed=0, global_batch=16, micro_batch=4
+    )  # fmt: skip
     state = torch.get_rng_state()
     others = set(active_children())
     batches, visits = micro_batches(data, 2, pin_memory=False), []

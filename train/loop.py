@@ -42,8 +42,8 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     consent = RankConsensus()  # before the loader workers are forked, so that a signal to them is no end either
     saver = CheckpointWriter(config, inputs.samples, inputs.meta, consent)
     stream = MicroBatches(
-        config.data, inputs.datasets, inputs.meta, config.model.image_size, config.seed, config.global_batch,
-        config.micro_batch, rank, ranks, first_step,
+        config.data, inputs.datasets, inputs.meta, image_size=config.model.image_size, seed=config.seed,
+        global_batch=config.global_batch, micro_batch=config.micro_batch, rank=rank, ranks=ranks, step=first_step,
     )  # fmt: skip
     batches = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
     meters = Metrics(device, config)
