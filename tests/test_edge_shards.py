@@ -106,7 +106,7 @@ def test_a_dataset_of_empty_shards_is_refused(tmp_path):
 
 
 def test_more_samples_counted_than_there_are_end_as_bad_samples(tmp_path):
-    """A stats file that says too much: the places stay, nothing waits for samples that never come."""
+    """A stats file that counts too many samples: the rest are bad samples, and nothing waits for them."""
     config = write_dataset(tmp_path, [5, 6])
     stats_path(tmp_path / "00001.tar").write_text('{"successes": 9}')
     stream = MicroBatches(
@@ -114,6 +114,6 @@ def test_more_samples_counted_than_there_are_end_as_bad_samples(tmp_path):
         micro_batch=8,
     )  # fmt: skip
     batches = micro_batches(stream, 3, pin_memory=False)
-    # 7 steps are four epochs of 14 places, of which 3 have no sample.
+    # 7 steps are four epochs of 14 positions, of which 3 have no sample.
     made = [next(batches) for _ in range(7)]
     assert [reason for batch in made for _, reason in batch.bad] == ["shard ended early"] * 12

@@ -70,7 +70,7 @@ def test_a_torn_last_line_is_taken_away(tmp_path, torn):
     assert [line["step"] for line in listed(tmp_path)] == [6]
 
 
-def test_a_folder_that_cannot_be_written_is_told_once(tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog):
     (tmp_path / "quarantine").write_text("a file where the folder should be")
     quarantine = Quarantine(tmp_path, 0)
     for step in range(5):

@@ -159,7 +159,7 @@ def test_killed_workers_cost_no_sample_and_bring_none_twice(config, caplog):
             worker = sorted(set(active_children()) - others, key=lambda process: process.pid)[number % 2]
             os.kill(worker.pid, signal.SIGKILL)
         if number == 61:
-            worker.join()  # the trainer is told while it does something else, and goes on
+            worker.join()  # the trainer gets the signal of its death while it does something else, and goes on
         visits += next(batches).visit.tolist()
     assert visits == expected
     assert torch.equal(state, torch.get_rng_state()), "the trainer's own draws stay the same"
@@ -288,7 +288,7 @@ def test_prompts_are_captions_with_their_own_embeddings(config):
     assert [emb[0, 0] for _, emb in prompts] == [0, 10, 20, 30, 40]
 
 
-def test_what_does_not_fit_is_told_before_training(config, tmp_path):
+def test_what_does_not_fit_is_refused_before_training(config, tmp_path):
     shards = find_shards(config.shards)
     with pytest.raises(ValueError, match=r"8 wide .* model.encoder_dim is 4096: set model.encoder_dim=8"):
         check_sidecars(shards, config.text, TOKENS, 4096)
