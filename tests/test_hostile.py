@@ -313,7 +313,7 @@ def test_an_animation_takes_no_memory_before_its_size_is_judged(repo):
 IN_TWO_GB = """
 import io, resource, sys
 from PIL.PngImagePlugin import PngImageFile
-from data.transforms import BadImage, decode
+from data.images import BadImage, decode
 resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
 data = sys.stdin.buffer.read()
 for read in (lambda: PngImageFile(io.BytesIO(data)), lambda: decode(data)):

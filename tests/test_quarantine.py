@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog):
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from data.quarantine import Quarantine
+from train.faults.quarantine import Quarantine
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 quarantine = Quarantine(Path(sys.argv[1]), 0)
 quarantine.add(0, [("first", "no image")])
