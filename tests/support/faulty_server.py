@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data.storage.clients import s3, write_s3
+from data.storage.clients import s3_client, write_s3
 
 
 class FaultyServer(ThreadingHTTPServer):
@@ -166,7 +166,7 @@ def s3_server(moto, monkeypatch) -> Iterator[FaultyServer]:
         monkeypatch.setenv(name.upper().replace("REGION_NAME", "AWS_DEFAULT_REGION"), value)
     with serving({}, moto) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        s3.cache_clear()
+        s3_client.cache_clear()
         server.where = f"s3://{bucket}/some"
         yield server
-    s3.cache_clear()
+    s3_client.cache_clear()

@@ -58,7 +58,7 @@ class Guard:
             return
         self._skipped_in_a_row, self._skipped = self._skipped_in_a_row + 1, self._skipped + 1
         culprits = [
-            (self._stream.key(number, i), f"loss {values[i].item()}")
+            (self._stream.sample_name(number, i), f"loss {values[i].item()}")
             for number, values in losses
             for i in (~torch.isfinite(values)).nonzero().flatten().tolist()
         ]
