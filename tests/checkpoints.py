@@ -2,8 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -75,3 +78,30 @@ def changed_run(run_dir: Path, to: Path, change: Callable[[dict], object] = lamb
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
     return write_manifest(folder, manifest)
+
+
+_listeners: list[list[str]] = []
+
+
+@contextmanager
+def opened_manifests() -> Iterator[list[str]]:
+    """The manifests that this process opens within the block, by whatever function."""
+    _install_hook()
+    opened: list[str] = []
+    _listeners.append(opened)
+    try:
+        yield opened
+    finally:
+        _listeners.remove(opened)
+
+
+@cache
+def _install_hook() -> None:
+    """Once, for a hook stays as long as the process."""
+    sys.addaudithook(_watch)
+
+
+def _watch(event: str, arguments: tuple) -> None:
+    if event == "open" and str(arguments[0]).endswith(MANIFEST):
+        for opened in _listeners:
+            opened.append(str(arguments[0]))

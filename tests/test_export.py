@@ -17,7 +17,7 @@ from data.text.encoder import TextEncoder
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.convert import diffusers_config
 from model.unet import UNet, UNetConfig
-from tests.checkpoints import changed_run, random_net, write_manifest, write_run
+from tests.checkpoints import changed_run, write_manifest, write_run
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import latest_checkpoint
 from train.export import Export, export, main
@@ -281,7 +281,10 @@ def test_what_is_no_weights_is_refused(base, tmp_path, monkeypatch):
         ("checkpoint=damaged/checkpoints/step-00000007", "is not a whole checkpoint"),
         ("checkpoint=damaged", "/damaged' has no whole checkpoint"),
         ("checkpoint=foreign/checkpoints/step-00000007", "is not one of this version"),
-        ("checkpoint=torn/checkpoints/step-00000007", "manifest.json' is missing or damaged (its checksum does not fit)"),
+        (
+            "checkpoint=torn/checkpoints/step-00000007",
+            "manifest.json' is missing or damaged (its checksum does not fit)",
+        ),
         ("checkpoint=wide", "channel_mult=[2, 4]: diffusers' UNet has it start with 1"),
         ("checkpoint=run encoder=text", "the encoder 'text' cannot be loaded"),
         ("checkpoint=of-bert encoder=auto", "is a BertModel, IFPipeline takes a T5 alone"),

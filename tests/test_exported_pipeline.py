@@ -147,7 +147,7 @@ def test_the_card_is_what_the_hub_reads(base):
         "- `laion`: 1,000 captioned images",
         "`t5`, 77 tokens x 48",
         "| text tokens | 77 |",
-        "began from `IF-I-M-v1.0`, whose licence goes with",
+        "began from `IF-I-M-v1.0`, whose licence applies to these weights too",
         "clean_caption=True",
         "diffusion_steps: 250",
     ):

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.cli import parse
 from model.unet import UNet, UNetConfig
 from tests.benchmarks.nets import ROOT, size
-from train.export import build_unet
 from train.sampling.sampler import make_scheduler, sample
+from train.weights.diffusers_folder import build_unet
 
 
 @dataclass

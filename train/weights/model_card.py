@@ -149,7 +149,8 @@ def _data(checkpoint: Checkpoint) -> str:
 def _license(config: dict, license: str) -> str:
     text = f"{license}." if license != "other" else "Not stated by who exported it; ask before use."
     if config["init_from"]:
-        text += f" The training began from `{_public_name(config['init_from'])}`, whose licence applies too."
+        name = _public_name(config["init_from"])
+        text += f" The training began from `{name}`, whose licence applies to these weights too."
     return text + " The licence of the data is its owners'."
 
 
