@@ -54,14 +54,18 @@ def prepare(args: DreamBooth) -> None:
     for name in ("prompt", "class_prompt"):
         if not getattr(args, name).strip():
             raise ValueError(f"{name}= is empty: give a prompt")
+    folder = Path(args.pictures)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder '{folder.absolute()}': put the pictures of the concept there")
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     from data.embed import Embed, embed
+    from data.pack import list_folder
     from data.storage.tars import stats_path
     from train.checkpoint.checkpoint import Checkpoint
     from train.sampling.dreambooth_data import draw_class, read_concept, read_prompts, write_pictures
 
     checkpoint, out = Checkpoint.open(args.checkpoint), Path(args.out)
-    concept = read_concept(Path(args.pictures))
+    concept = read_concept([folder / row.name for row in list_folder(folder)])
     write_pictures(out / "concept", [(picture, args.prompt) for picture in concept])
     if not stats_path(out / "prior" / "shards" / "00000.tar").exists():
         prompts = read_prompts(args.class_prompt, args.prior)

@@ -8,7 +8,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.images import BadImage, decode
-from data.pack import list_folder
 from data.prepare.packing import key_of
 from data.storage.tars import write_shard
 from data.text.encoder import load_encoder
@@ -20,25 +19,21 @@ from train.weights.trained_net import default_device, load_net
 FEW = 100
 
 
-def read_concept(folder: Path) -> list[bytes]:
-    """The JPEGs and PNGs of a folder.
+def read_concept(files: list[Path]) -> list[bytes]:
+    """The pictures of a concept, JPEGs and PNGs as they are.
 
     Raises: ValueError if a file is neither, or there are many of them.
     """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder '{folder.absolute()}': put the pictures of the concept there")
-    pictures = []
-    for row in list_folder(folder):
-        data = (folder / row.name).read_bytes()
-        try:
-            decode(data)
-        except BadImage as error:
-            raise ValueError(f"'{folder / row.name}' cannot be used: {error}") from None
-        pictures.append(data)
-    if len(pictures) > FEW:
+    if len(files) > FEW:
         raise ValueError(
-            f"'{folder}' holds {len(pictures)} pictures: a concept has a handful; for more take finetune_lora"
+            f"pictures= holds {len(files)}: a concept has a handful; for more use +experiment=finetune_lora"
         )
+    pictures = [file.read_bytes() for file in files]
+    for file, picture in zip(files, pictures, strict=True):
+        try:
+            decode(picture)
+        except BadImage as error:
+            raise ValueError(f"'{file}' cannot be used: {error}") from None
     return pictures
 
 
