@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
-from train.checkpoint.reader import CheckpointReader, part_file
+from train.checkpoint.format import part_file
+from train.checkpoint.reader import CheckpointReader
 from train.ema import EMA
 
 

@@ -14,7 +14,7 @@ import pytest
 from data.storage.tars import read_shard, write_shard
 from tests.chaos import TINY, Run, ask_a_rank, damage, differences, kill_a_rank_that_saves, kill_a_worker
 from tests.support.trainings import launch, make_data, metrics, start
-from train.checkpoint.format import complete_checkpoints
+from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 from train.faults.preempt import REQUEUE
 
 
@@ -35,7 +35,7 @@ def test_a_run_with_kills_signals_and_damage_equals_an_undisturbed_one(repo, dat
         status = run.end(tree)
         assert status == (REQUEUE if fault is not kill_a_rank_that_saves else status) != 0, run.said()[-3000:]
         assert not (run_dir / "done").exists()
-    newest = complete_checkpoints(run_dir)[-1]
+    newest = latest_checkpoint(run_dir)
     damage(newest, "rank-00001.safetensors", draw)
     done = launch(repo, data, run_dir, *TINY, steps, ranks=2)
     assert done.returncode == 0 and (run_dir / "done").exists(), done.stderr[-3000:]
@@ -124,7 +124,7 @@ def test_a_full_or_vanished_disk_is_reported_and_saved_checkpoints_stay(repo, da
         subprocess.run(["mount", "-o", "remount,rw,size=64m", disk], check=True)
         assert complete_checkpoints(disk / "run") == saved
         run = start(repo, data, disk / "run", *TINY, "steps=400", ranks=2)
-        while complete_checkpoints(disk / "run")[-1:] == saved[-1:] and run.poll() is None:
+        while latest_checkpoint(disk / "run") == saved[-1] and run.poll() is None:
             time.sleep(0.1)
         subprocess.run(["umount", "-l", disk], check=True)
         out, _ = run.communicate(timeout=200)

@@ -13,7 +13,8 @@ from data.loader.order import Order
 from launch.compose import compose_config
 from launch.cost.memory import partition, states
 from launch.cost.traffic import checkpoint_bytes
-from train.checkpoint.reader import CheckpointReader, part_file
+from train.checkpoint.format import part_file
+from train.checkpoint.reader import CheckpointReader
 from train.config import accumulation
 
 RANKS = 512

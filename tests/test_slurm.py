@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.slurm_cluster import Cluster, install
 from tests.support.trainings import SMALL, make_data, metrics
-from train.checkpoint.format import complete_checkpoints, read_manifest
+from train.checkpoint.format import latest_checkpoint, read_manifest
 
 pytestmark = pytest.mark.slow
 STEPS = 30
@@ -71,9 +71,9 @@ def test_warned_requeued_resumed_finished(cluster, repo, data, tmp_path):
     # What Slurm itself does at --signal=B:USR1@N: to the batch script alone.
     cluster.command("scancel", "--batch", "--signal=USR1", job)
     wait_until(
-        lambda: complete_checkpoints(run_dir) and cluster.state(job) != "RUNNING", "the end of the first start", log
+        lambda: latest_checkpoint(run_dir) and cluster.state(job) != "RUNNING", "the end of the first start", log
     )
-    stopped_at = read_manifest(complete_checkpoints(run_dir)[-1])["step"]
+    stopped_at = read_manifest(latest_checkpoint(run_dir))["step"]
     assert 3 <= stopped_at < STEPS and not (run_dir / "done").exists()
     wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job", log)
 
@@ -83,7 +83,7 @@ def test_warned_requeued_resumed_finished(cluster, repo, data, tmp_path):
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1)), "each step once, none lost"
     assert output.count("asked to save and leave") == 1 and f"stopped at step {stopped_at} as asked: requeued" in output
     assert "finished: RUN_DIR/done exists" in output
-    assert read_manifest(complete_checkpoints(run_dir)[-1])["ranks"] == 2
+    assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2
     assert {p.name for p in (run_dir / "logs").glob("train-*.log")} == {f"train-{job}-node{i}.log" for i in (1, 2)}
     assert output.count("preflight: 2 nodes") == 1, "only before the first start"
 
@@ -132,7 +132,7 @@ def test_the_command_of_the_model_card_in_an_allocation(cluster, repo, data, tmp
         cwd=repo, env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert read_manifest(complete_checkpoints(run_dir)[-1])["ranks"] == 2 and (run_dir / "done").exists()
+    assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2 and (run_dir / "done").exists()
 
 
 def test_a_missing_partition(cluster, repo):

@@ -21,7 +21,8 @@ from data.text.embeddings import read_empty
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.config import UNetConfig
-from tests.test_export import NET, write_run
+from tests.checkpoints import write_run
+from tests.test_export import NET
 from train.config import Config
 from train.export import Export, export
 from train.inputs import Inputs, find_inputs

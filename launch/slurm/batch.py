@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch.compose import ROOT, compose_config
 from launch.slurm.allocation import Allocation, check_commands, check_hostfile, find_allocation
-from train.checkpoint.format import complete_checkpoints
+from train.checkpoint.format import latest_checkpoint, step_of
 from train.config import accumulation
 from train.faults.preempt import REQUEUE
 
@@ -85,7 +85,8 @@ def say(text: str) -> None:
 
 def latest_step(run_dir: Path) -> int:
     """The step of the latest complete checkpoint, 0 if there is none."""
-    return max((int(folder.name.rpartition("-")[2]) for folder in complete_checkpoints(run_dir)), default=0)
+    latest = latest_checkpoint(run_dir)
+    return step_of(latest) if latest else 0
 
 
 def verdict(

@@ -18,8 +18,8 @@ from data.cli import parse
 from model.config import UNetConfig
 from model.unet import UNet
 from tests.benchmarks.nets import ROOT, size
-from train.export import build_unet
 from train.sampling.sampler import make_scheduler, sample
+from train.weights.diffusers_folder import build_unet
 
 
 @dataclass

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data.loader.prompts import stored_prompts
 from data.text.embeddings import read_empty
 from model.unet import UNet
-from train.checkpoint.format import complete_checkpoints
+from train.checkpoint.format import latest_checkpoint
 from train.config import Config
 from train.inputs import Inputs
 from train.monitor.alerts import Alerts
@@ -99,5 +99,5 @@ class RunProgress:
         print(f"curves      {curves[0]}  {curves[1]}  ({self.tracker.path})")
         for path in sorted((self.run_dir / "samples").glob("*.png"))[-1:]:
             print(f"samples     {path}")
-        for path in complete_checkpoints(self.run_dir)[-1:]:
-            print(f"checkpoint  {path}")
+        if latest := latest_checkpoint(self.run_dir):
+            print(f"checkpoint  {latest}")
