@@ -16,10 +16,9 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
-from data.cli import parse
+from data.cli import REQUEUE, parse
 from tests.trainings import launch, make_data, metrics, start
 from train.checkpoint.format import complete_checkpoints, find_fault
-from train.faults.preempt import REQUEUE
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = (

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from launch.compose import compose_config
 from launch.cost.step_cost import inputs
 from model.unet import UNet
+from train.compose import compose_config
 from train.ema import EMA
 from train.engine import build_engine, init_distributed
 

@@ -5,21 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
-from train.config import Config, accumulation, check, check_nodes
+from train.compose import compose_config
+from train.config import Config, accumulation
+from train.main import check_nodes
 from train.summary import parameters
 
 
 def load(repo: Path, *overrides: str) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", list(overrides)))
-    assert isinstance(config, Config)
-    check(config)
-    return config
+    return compose_config(list(overrides))
 
 
 @pytest.mark.parametrize(

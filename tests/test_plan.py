@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from launch.compose import compose_config
-from launch.cost.estimate import Options, Plan, make_plan
+from launch.cost.assumptions import Options
+from launch.cost.estimate import Plan, make_plan
 from launch.cost.memory import REDUCE_BUCKET, moments_bytes, most_that_fits, partition, states
 from launch.cost.page import render
 from launch.cost.step_cost import image_flops, step_bytes
@@ -18,6 +18,7 @@ from launch.plan import main
 from model.recompute import MEMORY
 from model.unet import UNetConfig
 from tests.trainings import free_port
+from train.compose import compose_config
 from train.monitor.gpus import GPUS
 
 SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16"]
@@ -176,10 +177,12 @@ def test_the_page(plan):
         (["mfu=40"], "mfu=40.0 is a share"),
         (["micro_bath=2"], "micro_bath"),
         (["model.memory=all"], "memory='all'"),
-        (["+experiment=unknown"], "unknown"),
+        (["+experiment=unknown"], "experiment=unknown must be one of"),
+        (["nods=3"], "unknown key 'nods' (did you mean 'nodes'?)"),
     ],
 )
-def test_mistakes_are_told_in_a_line(arguments, told):
-    with pytest.raises(SystemExit) as exit:
+def test_mistakes_are_told_in_a_line(capsys, arguments, told):
+    with pytest.raises(SystemExit) as caught:
         main([*(SMALL if "+experiment=unknown" not in arguments else []), *arguments])
-    assert told in str(exit.value) and "\n" not in str(exit.value)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and told in said and said.count("\n") == 1

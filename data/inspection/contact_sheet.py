@@ -4,7 +4,6 @@ import textwrap
 import unicodedata
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -40,6 +39,8 @@ def contact_sheet(tiles: list[Tile]) -> Image.Image:
     """
     if not tiles:
         raise ValueError("none of the samples looked at can be shown: see their reasons in an .html report")
+    import matplotlib  # here, since it takes a while to import
+
     # Pillow's own font knows Latin letters only; this one comes with matplotlib.
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), LETTER)
     side = max(tiles[0].pixels.shape[-1] * SCALE, 96)

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from data.loader.dataset import find_datasets
 from data.text.meta import TextMeta
+from launch.cost.assumptions import Options
 from launch.cost.memory import FP32, Peak, States, most_that_fits, peak, states
 from launch.cost.step_cost import Bytes, Flops, image_flops, step_bytes
 from launch.cost.traffic import Collectives, Reading, checkpoint_bytes, collectives, embedding_bytes
@@ -20,36 +21,6 @@ GB = 1e9
 
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": FP32}
-
-
-# A 256 px JPEG as img2dataset stores it, with caption and tar headers; LAION-400M at 256 px is some 10 TB.
-IMAGE_KB = 25.0
-
-
-@dataclass(slots=True)
-class Options:
-    """Memory, time, bytes and GPU-hours of a training, before it starts; other arguments are those of train/main.py.
-
-    gpu: a name of train/monitor/gpus.py.  link: Gbit/s of a node to the others, each way.  link_efficiency: share of
-    it that collectives reach.  mfu: the share of the GPUs' peak that forward and backward reach.  samples, image_kb: of
-    the dataset, where it isn't there to be looked at.  storage: GB/s that all nodes together read, 0 if unknown.
-    reserve_gb: of a GPU, for CUDA, NCCL, cuDNN's workspaces and fragments.
-    """
-
-    gpu: str = "a100-80g"
-    nodes: int = 64
-    gpus_per_node: int = 8
-    link: float = 1600.0
-    link_efficiency: float = 0.8
-    mfu: float = 0.4
-    samples: int = 1_200_000_000
-    image_kb: float = IMAGE_KB
-    storage: float = 0.0
-    reserve_gb: float = 5.0
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +86,7 @@ class Plan:
 
 
 def make_plan(options: Options, config: Config) -> Plan:
-    """Raises: ValueError for values that cannot be, or a micro batch that doesn't divide the batch."""
-    check_options(options)
+    """Raises: ValueError for a GPU that is not known, or a micro batch that doesn't divide the batch."""
     gpu, ranks = find_gpu(options.gpu), options.ranks
     accumulate, weight_bytes = accumulation(config, ranks), WEIGHT_BYTES[config.precision]
     count, frozen = parameters(config)
@@ -145,19 +115,6 @@ def make_plan(options: Options, config: Config) -> Plan:
         options, config, gpu, count, accumulate, kept, choices, wires, reading, samples, looked,
         checkpoint_bytes(kept, ranks), times, limit,
     )  # fmt: skip
-
-
-def check_options(options: Options) -> None:
-    """Raises: ValueError that names the argument."""
-    for name in ("nodes", "gpus_per_node", "link", "link_efficiency", "mfu", "samples", "image_kb"):
-        if getattr(options, name) <= 0:
-            raise ValueError(f"{name}={getattr(options, name)} must be above 0")
-    for name in ("mfu", "link_efficiency"):
-        if getattr(options, name) > 1:
-            raise ValueError(f"{name}={getattr(options, name)} is a share, at most 1")
-    for name in ("storage", "reserve_gb"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"{name}={getattr(options, name)} must be at least 0")
 
 
 def replace_memory(config: Config, memory: str) -> Config:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from data.storage.locations import open_location
 from data.text.meta import sidecar
-from launch.compose import ROOT
 from launch.cost.estimate import WEIGHT_BYTES
 from launch.cost.memory import states
 from launch.cost.traffic import checkpoint_bytes
+from train.compose import ROOT
 from train.config import Config
 from train.inputs import find_inputs
 from train.summary import parameters

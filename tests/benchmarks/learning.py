@@ -18,9 +18,9 @@ from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from data.cli import parse
-from launch.compose import compose_config
 from model.unet import UNet
 from tests.benchmarks.commands import run
+from train.compose import compose_config
 from train.monitor.flops import training_flops
 from train.monitor.plots import save
 
