@@ -38,7 +38,10 @@ KINDS: dict[Any, tuple[str, str]] = {
 
 def location(default: Any = MISSING) -> Any:
     """A field that holds a path or URL, or a list of them: `~` is expanded, and an empty value is refused."""
-    return field(default=default, metadata={"location": True})
+    metadata = {"location": True}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def command(action: Callable[[T], object], schema: type[T], argv: list[str] | None = None) -> None:
@@ -175,15 +178,15 @@ def expand(key: str, value: str) -> str:
 def help_text(schema: type, usage: str = "") -> str:
     """What a command does, how it is called, and each key with its type, default and meaning."""
     intro, _ = describe(schema)
-    required = " ".join(f"{f.name}=..." for f in fields(schema) if _default(f) == "required")
-    usage = usage or f"python -m {_module()} {required} [key=value ...]"
+    required = [f"{f.name}=..." for f in fields(schema) if _default(f) == "required"]
+    usage = usage or " ".join(["python -m", _module(), *required, "[key=value ...]"])
     return "\n".join([textwrap.fill(intro, WIDTH), "", f"usage: {usage}", "", *key_lines(schema)])
 
 
 def key_lines(schema: type) -> list[str]:
     """The lines of a help page that list a schema's keys."""
     rows = list(keys(schema))
-    width = min(max(len(name) for name, *_ in rows), 28)
+    width = min(max((len(name) for name, *_ in rows), default=0), 28)
     lines = []
     for name, kind, default, meaning in rows:
         lines += textwrap.wrap(
@@ -205,7 +208,7 @@ def keys(schema: type, before: str = "") -> Iterator[tuple[str, str, str, str]]:
         if is_dataclass(kind):
             yield from keys(kind, f"{name}.")  # type: ignore[arg-type]
         else:
-            yield name, "path" if f.metadata.get("location") else kind_name(kind), _default(f), meanings.get(f.name, "")
+            yield name, kind_name(kind, f.metadata.get("location")), _default(f), meanings.get(f.name, "")
         if inner := _in_dict(kind):
             yield from keys(inner, f"{name}.NAME.")
 
@@ -231,9 +234,11 @@ def describe(schema: type) -> tuple[str, dict[str, str]]:
     return " ".join(intro), {name: " ".join(parts) for name, parts in meanings.items()}
 
 
-def kind_name(kind: Any) -> str:
+def kind_name(kind: Any, is_location: bool = False) -> str:
     """A type in the words of help and errors."""
     kind = _without_none(kind)
+    if is_location:
+        return "a list of paths" if get_origin(kind) is list else "a path"
     if get_origin(kind) in (list, tuple):
         (inner, *_), number = get_args(kind), f"{len(get_args(kind))} " if get_origin(kind) is tuple else ""
         return f"a list of {number}{KINDS[inner][1]}" if inner in KINDS else "a list"
@@ -303,4 +308,6 @@ def _default(f: Field) -> str:
         return "none by default"
     if isinstance(value, bool):
         return f"{value} by default".lower()
+    if isinstance(value, (list, tuple)):
+        return f"{','.join(map(str, value))} by default"
     return f"{value:,} by default".replace(",", "_") if isinstance(value, int) else f"{value} by default"

@@ -21,7 +21,9 @@ def test_no_slurm_and_an_array_are_told():
 
 def test_no_slurm_is_a_line_and_no_trace(monkeypatch, capsys):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert main(["+experiment=if_i_xl"]) == MISTAKE
+    with pytest.raises(SystemExit) as caught:
+        main(["+experiment=if_i_xl"])
+    assert caught.value.code == MISTAKE
     assert capsys.readouterr().err.startswith("error: this is no Slurm job")
 
 
