@@ -208,7 +208,7 @@ def keys(schema: type, before: str = "") -> Iterator[tuple[str, str, str, str]]:
         if is_dataclass(kind):
             yield from keys(kind, f"{name}.")  # type: ignore[arg-type]
         else:
-            yield name, kind_name(kind, f.metadata.get("location")), _default(f), meanings.get(f.name, "")
+            yield name, kind_name(kind, bool(f.metadata.get("location"))), _default(f), meanings.get(f.name, "")
         if inner := _in_dict(kind):
             yield from keys(inner, f"{name}.NAME.")
 

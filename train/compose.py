@@ -1,12 +1,12 @@
 """The configuration of a training, from an experiment in conf/ and key=value arguments."""
 
+import re
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from data.checks import check_choice
@@ -20,14 +20,7 @@ GROUPS = ("experiment", "model")
 # What takes the place of Hydra's own flags.
 INSTEAD = {
     ("--multirun", "-m"): "start one training for each set of values",
-    (
-        "--config-name",
-        "-cn",
-        "--config-dir",
-        "-cd",
-        "--config-path",
-        "-cp",
-    ): "choose a configuration by +experiment=NAME",
+    ("--config-name", "-cn", "--config-dir", "-cd"): "choose a configuration by +experiment=NAME",
     ("--cfg", "-c", "--info", "-i", "--resolve"): "dry_run=true checks the configuration and prints what would run",
 }
 T = TypeVar("T")
@@ -116,15 +109,17 @@ def _compose(chosen: dict[str, str]) -> DictConfig:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", overrides)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        cause = error.__cause__ or error
-        text = " ".join(str(cause).split("\n")[:2])
-        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-            text = unknown_key(Config, cause.full_key)
-        elif isinstance(cause, OmegaConfBaseException):
-            text = f"{cause.full_key}: {str(cause.msg).splitlines()[0]}"
+    except (HydraException, YAMLError) as error:
         files = " and ".join(f"conf/{group}/{name}.yaml" for group, name in chosen.items())
-        raise ValueError(f"{files} cannot be composed: {text}") from None
+        raise ValueError(f"{files} cannot be composed: {_one_line(str(error))}") from None
+
+
+def _one_line(error: str) -> str:
+    """What an error of Hydra says: the mistake in the second line, then its key, or all in the first line."""
+    first, *rest = error.splitlines()
+    if not (key := re.search(r"full_key: (\S+)", error)):
+        return first if "Could not find" in first else " ".join([first, *(line.strip() for line in rest)])
+    return unknown_key(Config, key[1]) if "ConfigKeyError" in first else f"{key[1]}: {rest[0]}"
 
 
 def _comment(path: Path) -> str:
