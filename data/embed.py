@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import MISSING
-
-from data.cli import command
+from data.cli import command, location
 from data.storage.shards import find_shards
 from data.text.captions import CLEANING, cleaner
 from data.text.meta import COMPUTE, STORED
@@ -20,17 +18,26 @@ DEFAULTS = {
 
 @dataclass
 class Embed:
-    """Runs a frozen text encoder over the captions of shards and writes its hidden states beside them.
+    """Runs a frozen text encoder over the captions of shards and writes its hidden states as sidecar shards.
 
-    A rerun adds what is missing, and any number of processes may do so at once. encoder, tokens (77), compute (bfloat16
-    or float32), dtype (float16, float32, bfloat16 or int8, as stored), cleaning (if-1 or lower-strip): by default those
-    of the meta file in out, if there is one. mode: embed; meta writes the meta file and the empty caption's embedding
-    alone, for text.mode=online; check compares all embeddings with the captions; repair makes anew what is wrong.
+    A rerun makes only what is missing; several processes may work on one folder at once. Where out has a meta file,
+    its encoder, tokens, compute, dtype and cleaning are the defaults.
+
+    shards: the image shards, as data.shards of a training.
+    out: folder for the embeddings; with mode=check any location that can be read.
+    encoder: name on the hub, or folder, of an encoder that transformers loads; DeepFloyd/t5-v1_1-xxl by default.
+    tokens: length that captions are cut or padded to; 77 by default.
+    compute: bfloat16 (default) or float32, the precision that the encoder runs in.
+    dtype: float16 (default), float32, bfloat16 or int8, as which embeddings are stored.
+    batch: captions in one forward pass.
+    cleaning: if-1 (default) or lower-strip, what is done to captions before the tokenizer, see data/text/captions.py.
+    mode: embed; meta writes only the meta file and the empty caption's embedding, for text.mode=online; check compares
+    all embeddings with the captions; repair embeds anew what check finds wrong.
     """
 
-    shards: str = MISSING
-    out: str = MISSING
-    encoder: str = ""
+    shards: str = location()
+    out: str = location()
+    encoder: str = location("")
     tokens: int = 0
     compute: str = ""
     dtype: str = ""
@@ -79,5 +86,9 @@ def _check_arguments(args: Embed) -> None:
         raise ValueError(f"tokens={args.tokens} and batch={args.batch} must be at least 1")
 
 
+def main(argv: list[str] | None = None) -> None:
+    command(embed, Embed, argv)
+
+
 if __name__ == "__main__":
-    command(embed, Embed)
+    main()

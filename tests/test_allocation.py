@@ -4,9 +4,9 @@ import socket
 
 import pytest
 
+from data.cli import REQUEUE
 from launch.slurm.allocation import Allocation, check_hostfile, find_allocation, free_port, ranks_per_node
 from launch.slurm.batch import MISTAKE, main, verdict
-from train.faults.preempt import REQUEUE
 
 JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[1-2]"}
 TWO = Allocation("123", ["node1", "node2"], 8, "node1", 15123, 0)
@@ -21,7 +21,9 @@ def test_no_slurm_and_an_array_are_refused():
 
 def test_no_slurm_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert main(["+experiment=if_i_xl"]) == MISTAKE
+    with pytest.raises(SystemExit) as caught:
+        main(["+experiment=if_i_xl"])
+    assert caught.value.code == MISTAKE
     assert capsys.readouterr().err.startswith("error: this is no Slurm job")
 
 

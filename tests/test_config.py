@@ -10,27 +10,22 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 from data.cli import describe, keys
 from data.text.meta import TextMeta
 from model.config import ACTIVATIONS
 from model.unet import UNet
 from train.checkpoint.resume import check_resumable
-from train.config import Config, accumulation, check_nodes
+from train.compose import compose_config
+from train.config import Config, accumulation
 from train.inputs import resolve_text_shape
+from train.main import check_nodes
 from train.summary import describe as describe_run
 from train.summary import parameters
 
 
 def load(repo: Path, *overrides: str) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", list(overrides)))
-    assert isinstance(config, Config)
-    return config
+    return compose_config(list(overrides))
 
 
 @pytest.mark.parametrize(

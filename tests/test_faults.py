@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.cli import REQUEUE
 from data.storage.tars import read_shard, write_shard
 from tests.chaos import TINY, Run, ask_a_rank, damage, differences, kill_a_rank_that_saves, kill_a_worker
 from tests.support.trainings import launch, make_data, metrics, start
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint
-from train.faults.preempt import REQUEUE
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from data.storage.locations import open_location
 from data.text.meta import sidecar_location
-from launch.compose import ROOT
 from launch.cost.memory import WEIGHT_BYTES, states
 from launch.cost.traffic import checkpoint_bytes
+from train.compose import ROOT
 from train.config import Config
 from train.inputs import find_inputs
 from train.summary import parameters

@@ -13,14 +13,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.compose import ROOT, compose_config
+from data.cli import MISTAKE, REQUEUE, run_command
 from launch.slurm.allocation import Allocation, check_commands, check_hostfile, find_allocation
-from train.checkpoint.format import latest_checkpoint, step_of
+from train.compose import ROOT, compose_config, training_help
 from train.config import accumulation
-from train.faults.preempt import REQUEUE
 
-# Exit status of train/main.py and launch/preflight.py for a mistake that the user must correct.
-MISTAKE = 2
 # The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
 # The name of the log has Slurm's name of the node, which may differ from the machine's.
 NODE = """
@@ -85,6 +82,8 @@ def say(text: str) -> None:
 
 def latest_step(run_dir: Path) -> int:
     """The step of the latest complete checkpoint, 0 if there is none."""
+    from train.checkpoint.format import latest_checkpoint, step_of  # here, since it imports torch
+
     latest = latest_checkpoint(run_dir)
     return step_of(latest) if latest else 0
 
@@ -113,31 +112,29 @@ def verdict(
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the job's exit status."""
-    overrides = sys.argv[1:] if argv is None else argv
-    try:
-        allocation = find_allocation()
-        check_commands(LAUNCHER)
-        config = compose_config(overrides)
-        accumulation(config, allocation.ranks)
-        run_dir = Path(config.run_dir)
-        logs = Path(os.environ.get("LOGS") or run_dir / "logs").absolute()
-        logs.mkdir(parents=True, exist_ok=True)
-        hostfile = Path(os.environ.get("HOSTFILE") or logs / f"hostfile-{allocation.job_id}")
-        if "HOSTFILE" not in os.environ:
-            hostfile.write_text(allocation.hostfile())
-        check_hostfile(hostfile, allocation)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+def batch(overrides: list[str]) -> None:
+    """Run the job. Exits with its status.
+
+    Raises: ValueError, OSError for what the user can mend.
+    """
+    allocation = find_allocation()
+    check_commands(LAUNCHER)
+    config = compose_config(overrides)
+    accumulation(config, allocation.ranks)
+    run_dir = Path(config.run_dir)
+    logs = Path(os.environ.get("LOGS") or run_dir / "logs").absolute()
+    logs.mkdir(parents=True, exist_ok=True)
+    hostfile = Path(os.environ.get("HOSTFILE") or logs / f"hostfile-{allocation.job_id}")
+    if "HOSTFILE" not in os.environ:
+        hostfile.write_text(allocation.hostfile())
+    check_hostfile(hostfile, allocation)
     job = Job(allocation, hostfile, logs)
     job.install_signal_handlers()
     if os.environ.get("PREFLIGHT", "1") != "0" and not allocation.restarts:
         status = job.run("preflight", "--module", "launch.preflight", *overrides)
         if status or job.cancelled:
             say(f"the preflight ended with status {status}, so no training is started: {logs}/preflight-*.log say why")
-            return status
+            sys.exit(status)
     began_at, status = latest_step(run_dir), REQUEUE
     if not job.warned:
         status = job.run("train", "train/main.py", *overrides)
@@ -152,8 +149,17 @@ def main(argv: list[str] | None = None) -> int:
             say("it could not be requeued (only what sbatch submitted can be): start it again")
         elif not job.cancelled:
             signal.pause()
-    return 0 if (run_dir / "done").exists() else status or 1
+    sys.exit(0 if (run_dir / "done").exists() else status or 1)
+
+
+def help_page() -> str:
+    """This module's docstring, and the arguments of the training."""
+    return f"{__doc__}\nusage: python -m launch.slurm.batch +experiment=NAME [key=value ...]\n\n{training_help()}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_command(batch, help_page, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
-from data.cli import parse
+from data.cli import command, location
 from tests.benchmarks.commands import run
 from train.monitor.plots import save_figure
 
@@ -25,12 +25,18 @@ LAST = 100  # the steps over which a run's end is judged
 
 @dataclass
 class Training:
-    """Trains the smoke experiment's net with each activation and seed."""
+    """Trains the smoke experiment's net with each activation and seed.
 
-    out: str = "runs/fewbit"
+    out: folder for the data and the runs.
+    steps: of each training.
+    seeds: trainings of each activation.
+    picture: a .png for the curves.
+    """
+
+    out: str = location("runs/fewbit")
     steps: int = 400
     seeds: int = 5
-    picture: str = "docs/fewbit_training.png"
+    picture: str = location("docs/fewbit_training.png")
 
 
 def curve(args: Training, activation: str, seed: int) -> np.ndarray:
@@ -58,9 +64,8 @@ def draw(curves: dict[str, list[np.ndarray]], path: str) -> None:
     save_figure(figure, Path(path))
 
 
-def main() -> None:
+def compare(args: Training) -> None:
     """Train what is missing, then print the table."""
-    args = parse(Training)
     demo = f"{args.out}/demo"
     run("-m", "data.demo", f"out={demo}/shards")
     run("-m", "data.tiny_t5", f"out={demo}/encoder")
@@ -78,6 +83,10 @@ def main() -> None:
             f"| {activation} | {statistics.mean(values):.4f} | {statistics.stdev(values):.4f} "
             f"| {statistics.mean(differences):+.4f} ± {error:.4f} |"
         )
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(compare, Training, argv)
 
 
 if __name__ == "__main__":

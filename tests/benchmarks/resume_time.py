@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.cli import parse
+from data.cli import command, location
 from data.config import DataConfig
 from data.loader.dataset import find_datasets
 from data.loader.stream import MicroBatches, micro_batches
@@ -23,11 +23,17 @@ from data.text.meta import EMPTY, TextMeta
 TOKENS, DIM, BATCH = 4, 1024, 64
 
 
-@dataclass(slots=True)
+@dataclass
 class ResumeTime:
-    """shards: how many of `shard_size` samples to write to `work`.  repeats: resumes at each place."""
+    """Measures how long the first batch takes after a resume.
 
-    work: str
+    work: a scratch folder for the shards.
+    shards: number of shards.
+    shard_size: samples in a shard.
+    repeats: resumes at each place of the epoch.
+    """
+
+    work: str = location()
     shards: int = 4
     shard_size: int = 10_000
     repeats: int = 5
@@ -71,5 +77,9 @@ def measure(args: ResumeTime) -> None:
         print(f"| {share:.0%} | {int(share * steps)} | {statistics.median(seconds):.3f} |", flush=True)
 
 
+def main(argv: list[str] | None = None) -> None:
+    command(measure, ResumeTime, argv)
+
+
 if __name__ == "__main__":
-    measure(parse(ResumeTime))
+    main()

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from launch.compose import compose_config
 from launch.cost.step_cost import inputs
 from model.unet import UNet
+from train.compose import compose_config
 from train.ema import EMA
 from train.engine import build_engine, init_distributed
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from launch.compose import compose_config
 from model.unet import UNet
+from train.compose import compose_config
 from train.config import accumulation
 from train.ema import EMA
 from train.engine import build_engine

@@ -8,10 +8,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from data.cli import REQUEUE
 from data.storage.tars import write_json
 
-# Exit status of a run that was asked to stop and shall be started again: EX_TEMPFAIL of sysexits.h.
-REQUEUE = 75
 # Slurm's warning before the time limit or a preemption; what launchers send when they are ended; Ctrl-C.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
