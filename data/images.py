@@ -1,4 +1,4 @@
-"""From the bytes of an image to the pixels that the network sees. For odd images see docs/hostile_input.md."""
+"""From the bytes of an image to the pixels that the network sees; odd images: docs/reference/hostile_input.md."""
 
 import io
 import struct

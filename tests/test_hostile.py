@@ -1,4 +1,4 @@
-"""Odd and hostile images: each has the outcome that docs/hostile_input.md names, and no bytes do anything else."""
+"""Odd and hostile images: each has the outcome in docs/reference/hostile_input.md, and no bytes do anything else."""
 
 import io
 import pickle
@@ -366,6 +366,6 @@ def test_no_warning_reaches_the_terminal(recwarn):
 
 
 def test_every_reason_is_in_the_table(repo: Path):
-    documented = (repo / "docs" / "hostile_input.md").read_text(encoding="utf-8")
+    page = (repo / "docs/reference/hostile_input.md").read_text(encoding="utf-8")
     assert {reason for _, reason in REFUSED.values()} == REASONS
-    assert not [reason for reason in REASONS if f"`{reason}`" not in documented]
+    assert not [reason for reason in REASONS if f"`{reason}`" not in page]

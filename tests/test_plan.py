@@ -135,7 +135,7 @@ def test_xl_is_what_is_known_of_it(repo):
     assert flops.forward == pytest.approx(2.879e12, rel=0.001)
     assert flops.total * config.global_batch == pytest.approx(26.5e15, rel=0.002)
     step = step_bytes(config.model, 1, "bf16", accumulated=True)
-    # docs/benchmarks.md, counted by another walk.
+    # docs/measurements/benchmarks.md, counted by another walk.
     assert step.kept == pytest.approx(722.4e6, rel=0.01)
     assert step.peak > 2 * 4_304_695_110 + step.kept
 

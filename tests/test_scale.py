@@ -1,4 +1,7 @@
-"""512 ranks without 512 GPUs: the real engine with a fake process group, and plans; docs/plan.md says what is left."""
+"""512 ranks without 512 GPUs: the real engine with a fake process group, and plans.
+
+docs/measurements/plan.md says what this leaves open.
+"""
 
 import os
 import subprocess

@@ -33,7 +33,7 @@ class Shard:
 
 
 def find_shards(where: str | Path) -> list[Shard]:
-    """The shards of a dataset, in the order of their names or of the list. where: see docs/sources.md.
+    """The shards of a dataset, in the order of their names or of the list. where: see docs/reference/sources.md.
 
     Counts come from the index, else from NNNNN_stats.json as img2dataset writes it, else from the tars' headers.
     Raises: ValueError if there is no shard or no sample, or if the index does not fit the shards.

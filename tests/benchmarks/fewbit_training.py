@@ -1,6 +1,6 @@
 """Does training with the few-bit GELU end where the exact one does? Several seeds each, on the demo scenes.
 
-python -m tests.benchmarks.fewbit_training [out=runs/fewbit steps=400 seeds=5 picture=docs/fewbit_training.png]
+python -m tests.benchmarks.fewbit_training [out=runs/fewbit steps=400 seeds=5 picture=docs/images/fewbit_training.png]
 makes the demo data where it's missing, skips runs that are done, prints a table in Markdown and draws the curves.
 """
 
@@ -36,7 +36,7 @@ class Training:
     out: str = location("runs/fewbit")
     steps: int = 400
     seeds: int = 5
-    picture: str = location("docs/fewbit_training.png")
+    picture: str = location("docs/images/fewbit_training.png")
 
 
 def curve(args: Training, activation: str, seed: int) -> np.ndarray:

@@ -1,9 +1,9 @@
 """What each choice is worth: short trainings on the demo scenes, several seeds of each, judged on held-out captions.
 
-python -m tests.benchmarks.learning arms=ablations picture=docs/ablations.png   [seeds=3 steps=500 jobs=2]
-python -m tests.benchmarks.learning arms=sizes picture=docs/sizes.png           nets of three sizes at the same compute
+python -m tests.benchmarks.learning arms=ablations picture=docs/images/ablations.png   [seeds=3 steps=500 jobs=2]
+python -m tests.benchmarks.learning arms=sizes picture=docs/images/sizes.png   nets of three sizes at the same compute
 trains what is missing, goes on where it was stopped, prints a table in Markdown and draws it. The data are those of
-+experiment=scenes, made as docs/results.md says.
++experiment=scenes, made as docs/measurements/results.md says.
 """
 
 import json
