@@ -170,9 +170,9 @@ def test_a_shard_that_stays_unreadable_ends_the_run_or_is_passed_over(repo, data
 
 
 def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
-    unet = UNet(
-        UNetConfig(**json.loads((complete_checkpoints(two_ranks)[-1] / "manifest.json").read_text())["config"]["model"])
-    )
+    config = json.loads((complete_checkpoints(two_ranks)[-1] / "manifest.json").read_text())["config"]
+    assert (config["data"]["tokens"], config["model"]["encoder_dim"]) == (16, 64), "not given, but the embeddings'"
+    unet = UNet(UNetConfig(**config["model"]))
     for name in ("ema", "master"):
         weights = load_weights(complete_checkpoints(two_ranks)[-1], name)
         unet.load_state_dict(weights, strict=True)
