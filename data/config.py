@@ -66,15 +66,15 @@ class TextConfig:
 
 @dataclass(slots=True)
 class DataConfig:
-    """Where the samples lie and how they are read; docs/data.md.
+    """Where the samples lie and how they are read; docs/guide/data.md.
 
-    shards: folder or URL of the image shards; docs/sources.md.
+    shards: folder or URL of the image shards; docs/reference/sources.md.
     text: folder or URL of their text embeddings.
     mixture: several datasets by name, each with shards, text and weight, instead of shards and text.
     tokens: length of a caption's embedding; 0 for that in the embeddings' meta.json.
     crop_shift: largest shift of the crop from the centre, as a share of its side.
     cond_drop_prob: share of captions that are replaced by the empty one.
-    streams: parts of a batch that are each read from shards of their own, at most global_batch; docs/order.md.
+    streams: parts of a batch that are read from shards of their own, at most global_batch; docs/reference/order.md.
     phases: sets of streams that successive steps take turns in, so that as many workers can read side by side.
     shuffle_block: samples of a stream that are shuffled together.
     workers: loader processes of a rank; 0 reads in the trainer.

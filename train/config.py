@@ -106,8 +106,8 @@ class Config:
     """One run.
 
     run_dir: folder of the run: checkpoints, metrics, samples. A run goes on from the latest checkpoint in it.
-    init_from: weights to begin with, a file or folder as docs/export.md lists them; without, random ones. Of no effect
-        once run_dir has a checkpoint.
+    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; without, random ones. It has
+        no effect once run_dir has a checkpoint.
     seed: of every random draw.
     steps: optimizer steps of the whole run.
     global_batch: samples of an optimizer step, over all ranks.
@@ -115,7 +115,7 @@ class Config:
     diffusion_steps: T, the timesteps of the diffusion.
     precision: bf16 or fp32.
     recompute: what backward computes again to save memory: none, cheap (norms, activations, copies) or blocks
-        (everything inside the blocks); the gradients are the same. docs/benchmarks.md.
+        (everything inside the blocks); the gradients are the same. docs/measurements/benchmarks.md.
     compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs.
     ema_decay: decay a step of the weights' exponential moving average.
     log_every: optimizer steps between lines of metrics.
