@@ -1,33 +1,34 @@
 """What is kept for backward: the same gradients to the bit, and fewer bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from data.text.meta import TextMeta
 from launch.cost.step_cost import kept_bytes
 from model.config import RECOMPUTE, UNetConfig
 from model.unet import UNet
 from tests.benchmarks.nets import DIFFUSERS, OURS
 from tests.benchmarks.unet_memory import per_image
+from train.config import Config
+from train.inputs import Inputs
+from train.loop import build_net
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 
 
+NET = UNetConfig(
+    image_size=16, model_channels=32, channel_mult=[1, 2, 3], num_res_blocks=1, attention_resolutions=[8, 4],
+    num_head_channels=16, encoder_dim=24, encoder_channels=64, att_pool_heads=4,
+)  # fmt: skip
+
+
 def net(activation: str = "gelu", recompute: str = "none") -> UNet:
     torch.manual_seed(0)
-    shape = {
-        "image_size": 16,
-        "model_channels": 32,
-        "channel_mult": [1, 2, 3],
-        "num_res_blocks": 1,
-        "attention_resolutions": [8, 4],
-        "num_head_channels": 16,
-        "encoder_dim": 24,
-        "encoder_channels": 64,
-        "att_pool_heads": 4,
-    }
-    unet = UNet(UNetConfig(**shape, activation=activation), recompute)
+    unet = UNet(replace(NET, activation=activation), recompute)
     for parameter in unet.parameters():
         nn.init.normal_(parameter, std=0.1)
     return unet
@@ -108,6 +109,14 @@ def test_compiles_whole_without_recompiling(recompute):
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled(args[0] + 1, args[1] + 1, args[2]).mean().backward()
     assert all(p.grad is not None for p in unet.parameters())
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_a_run_recomputes_as_it_is_configured(recompute):
+    inputs_of_run = Inputs([], TextMeta("", "", "", 5, 24, "float16", "float32", ""))
+    unet = build_net(Config(model=NET, recompute=recompute), inputs_of_run, torch.device("cpu"))
+    args = inputs()
+    assert kept_bytes(lambda: unet(*args)) == kept("gelu", recompute)
 
 
 def test_an_unknown_choice_is_refused():

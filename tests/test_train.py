@@ -170,6 +170,7 @@ def test_a_shard_that_stays_unreadable_ends_the_run_or_is_passed_over(repo, data
 
 def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
     checkpoint = Checkpoint.open(two_ranks)
+    assert (checkpoint.config["data"]["tokens"], checkpoint.model.encoder_dim) == (16, 64), "not given: the embeddings'"
     unet = UNet(checkpoint.model)
     for name in ("ema", "master"):
         weights = checkpoint.weights(name)
