@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launch.compose import compose_config
 from launch.cost.estimate import Plan, make_plan
 from launch.cost.memory import REDUCE_BUCKET, most_that_fits, partition, states
 from launch.cost.options import PlanOptions
@@ -17,22 +16,22 @@ from launch.cost.page import render
 from launch.cost.step_cost import step_bytes
 from launch.cost.traffic import checkpoint_bytes, collectives
 from launch.plan import main
-from model.recompute import MEMORY
-from model.unet import UNetConfig
-from tests.trainings import free_port
+from model.config import RECOMPUTE, UNetConfig
+from tests.support.trainings import free_port
 from train.adam_state import moments_bytes
+from train.compose import compose_config
 from train.config import LoRAConfig, OptimConfig
 from train.engine import optimizer
 from train.monitor.flops import peak_flops, training_flops
 from train.monitor.gpus import GPUS, find_device
 
-SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16"]
+SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16", "model.encoder_dim=64"]
 TINY = [*SMALL, "precision=bf16", "model.image_size=16", "model.channel_mult=[1,2]", "model.attention_resolutions=[8]"]
 
 
 def measured(repo, tmp_path, ranks: int, *overrides: str) -> dict[str, int]:
     out, port = tmp_path / "found.json", str(free_port())
-    command = [sys.executable, "-m", "tests.measured_step", str(out), *SMALL, *overrides]
+    command = [sys.executable, "-m", "tests.support.measured_step", str(out), *SMALL, *overrides]
     common = os.environ | {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     started = [
@@ -48,14 +47,14 @@ def measured(repo, tmp_path, ranks: int, *overrides: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "precision", "optimizer", "memory"),
-    [(2, "bf16", "adamw8bit", "keep"), (1, "fp32", "adamw", "recompute_blocks")],
+    ("ranks", "precision", "optimizer", "recompute"),
+    [(2, "bf16", "adamw8bit", "none"), (1, "fp32", "adamw", "blocks")],
 )
-def test_bytes_of_a_real_step(repo, tmp_path, ranks, precision, optimizer, memory):
+def test_bytes_of_a_real_step(repo, tmp_path, ranks, precision, optimizer, recompute):
     overrides = [
         f"precision={precision}",
         f"optim.name={optimizer}",
-        f"model.memory={memory}",
+        f"recompute={recompute}",
         "model.activation=gelu_3bit",
     ]
     found = measured(repo, tmp_path, ranks, *overrides)
@@ -68,7 +67,7 @@ def test_bytes_of_a_real_step(repo, tmp_path, ranks, precision, optimizer, memor
 
     for accumulated, name in ((False, "peak"), (True, "accumulated_peak")):
         step = step_bytes(
-            config.model, config.micro_batch, precision, accumulated, config.data.tokens, recompute=memory
+            config.model, config.micro_batch, precision, accumulated, config.data.tokens, recompute=config.recompute
         )
         assert step.kept == pytest.approx(found["kept"], rel=0.001)
         assert step.peak == pytest.approx(found[name], rel=0.01), name
@@ -136,7 +135,7 @@ def test_xl_is_what_is_known_of_it(repo):
     assert flops.forward == pytest.approx(2.879e12, rel=0.001)
     assert flops.total * config.global_batch == pytest.approx(26.5e15, rel=0.002)
     step = step_bytes(config.model, 1, "bf16", accumulated=True)
-    # docs/benchmarks.md, counted by another walk.
+    # docs/measurements/benchmarks.md, counted by another walk.
     assert step.kept == pytest.approx(722.4e6, rel=0.01)
     assert step.peak > 2 * 4_304_695_110 + step.kept
 
@@ -215,7 +214,7 @@ def plan() -> Plan:
 
 
 def test_link_and_mfu_make_the_time(plan):
-    assert set(plan.costs) == set(MEMORY)
+    assert set(plan.costs) == set(RECOMPUTE)
     # A ring of two: gradients twice and weights once, half of each, at 1 GB/s of which half is reached.
     assert plan.times.communication == pytest.approx((2 * 2 + 2) * plan.parameters / 2 / 0.5e9, rel=0.001)
     assert plan.times.compute == pytest.approx(plan.flops.total * 8 / (2 * GPUS["a100-80g"].tflops * 1e12 * 0.1))
@@ -226,7 +225,7 @@ def test_link_and_mfu_make_the_time(plan):
 
 def test_the_page(plan):
     page = render(plan)
-    for part in (*MEMORY, "MEMORY OF A GPU", "FLOPS", "COMMUNICATION", "DATA", "CHECKPOINTS", "TIME", "bottleneck",
+    for part in (*RECOMPUTE, "MEMORY OF A GPU", "FLOPS", "COMMUNICATION", "DATA", "CHECKPOINTS", "TIME", "bottleneck",
                  "ASSUMED", "a100-80g", "8 Gbit/s a node", "GPU-hours", "largest micro batch that fits"):  # fmt: skip
         assert part in page, part
     assert max(map(len, page.splitlines())) <= 160
@@ -243,11 +242,13 @@ def test_the_page(plan):
         (["mfu=0"], "mfu=0.0 must be at least 0.001"),
         (["storage=nan"], "storage=nan must be at least 0"),
         (["micro_bath=2"], "micro_bath"),
-        (["model.memory=all"], "memory='all'"),
-        (["+experiment=unknown"], "unknown"),
+        (["recompute=all"], "recompute=all must be one of none, cheap, blocks"),
+        (["+experiment=unknown"], "experiment=unknown must be one of"),
+        (["nods=3"], "unknown key 'nods' (did you mean 'nodes'?)"),
     ],
 )
-def test_a_mistake_is_an_error_of_one_line(arguments, message):
-    with pytest.raises(SystemExit) as exit:
+def test_mistakes_are_told_in_a_line(capsys, arguments, told):
+    with pytest.raises(SystemExit) as caught:
         main([*(SMALL if "+experiment=unknown" not in arguments else []), *arguments])
-    assert message in str(exit.value) and "\n" not in str(exit.value)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and told in said and said.count("\n") == 1

@@ -12,8 +12,9 @@ from launch.cost.memory import WEIGHT_BYTES, Peak, States, most_that_fits, peak,
 from launch.cost.options import PlanOptions, check_options
 from launch.cost.step_cost import Bytes, step_bytes
 from launch.cost.traffic import Collectives, Reading, checkpoint_bytes, collectives, embedding_bytes
-from model.recompute import MEMORY
+from model.config import RECOMPUTE
 from train.config import Config, accumulation
+from train.inputs import resolve_text_shape
 from train.monitor.flops import Flops, training_flops
 from train.monitor.gpus import GPU, find_gpu
 from train.summary import parameters
@@ -74,6 +75,7 @@ class Plan:
     costs: dict[str, RecomputeCost]
     collectives: Collectives
     reading: Reading
+    assumed_text: bool
     checkpoint: int
     times: Times
     limit: Times
@@ -81,7 +83,7 @@ class Plan:
     @property
     def flops(self) -> Flops:
         """Of an image, without recomputation."""
-        return self.costs[MEMORY[0]].flops
+        return self.costs[RECOMPUTE[0]].flops
 
     @property
     def model_flops(self) -> int:
@@ -95,18 +97,19 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     Raises: ValueError for a value that cannot be, or a micro batch that does not divide the batch.
     """
     check_options(options)
+    assumed_text = resolve_text_shape(config)
     gpu, ranks = find_gpu(options.gpu), options.ranks
     accumulate, weight_bytes = accumulation(config, ranks), WEIGHT_BYTES[config.precision]
     trained, frozen = parameters(config)
     resident = states(trained, ranks, config.optim.name, weight_bytes, frozen)
     available = gpu.memory - options.reserve_gb * GB - resident.total
     costs = {}
-    for recompute in tqdm(MEMORY, desc="counting", unit="choice", leave=False, disable=None):
+    for recompute in tqdm(RECOMPUTE, desc="counting", unit="choice", leave=False, disable=None):
         costs[recompute] = recompute_cost(config, recompute, trained, ranks, available)
     traffic, reading = collectives(trained, ranks, weight_bytes), estimate_reading(options, config)
 
     node_link = options.link * GB / 8
-    at_peak = costs[config.model.memory].flops.total * config.global_batch / (ranks * gpu.tflops * 1e12)
+    at_peak = costs[config.recompute].flops.total * config.global_batch / (ranks * gpu.tflops * 1e12)
     times = Times(
         compute=at_peak / options.mfu,
         communication=traffic.seconds(gpu, options.nodes, options.gpus_per_node, node_link, options.link_efficiency),
@@ -119,7 +122,8 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     limit = Times(max(at_peak, at_full_rate), 0.0, 0.0, times.reading)
     checkpoint = checkpoint_bytes(resident, ranks)
     return Plan(
-        options, config, gpu, trained, accumulate, resident, costs, traffic, reading, checkpoint, times, limit
+        options, config, gpu, trained, accumulate, resident, costs, traffic, reading, assumed_text, checkpoint, times,
+        limit,
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def memory(plan: Plan) -> list[str]:
         row("bucket of the all-reduce", gb(weight_bytes * REDUCE_BUCKET)),
         row("reserve", gb(reserve)),
         "",
-        row(f"model.memory, micro batch {plan.config.micro_batch}", *plan.costs),
+        row(f"recompute, micro batch {plan.config.micro_batch}", *plan.costs),
         row("activations kept for backward", *(gb(cost.step.kept) for cost in costs)),
         row("backward: activations, gradients, bucket", *(gb(cost.peak.backward) for cost in costs)),
         row("all-reduce: gradients, bucket, its copy", *(gb(cost.peak.reduction) for cost in costs)),
@@ -82,7 +82,7 @@ def work(plan: Plan) -> list[str]:
         row("forward, of an image", flop(plan.flops.forward)),
         row("forward and backward, of a step", flop(plan.model_flops)),
         row("the run", flop(plan.model_flops * plan.config.steps)),
-        row("computed again, by model.memory as above", *more),
+        row("computed again, by recompute as above", *more),
     ]
 
 
@@ -189,6 +189,7 @@ def assumptions(plan: Plan) -> list[str]:
         if plan.reading.counted
         else f"image_kb={options.image_kb:g}, samples={options.samples:,}"
     )
+    text = f"{plan.config.data.tokens} x {plan.config.model.encoder_dim}"
     return [
         "ASSUMED",
         f"  {options.gpu}: {gpu.tflops:g} TFLOP/s dense bf16, {gpu.memory / 2**30:.0f} GiB, "
@@ -197,7 +198,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"  link={options.link:g} Gbit/s a node each way, of which collectives reach link_efficiency="
         f"{options.link_efficiency:g}; nothing overlaps with backward (DeepSpeed's ZeRO-1 as set up here)",
         f"  reserve_gb={options.reserve_gb:g} for CUDA, NCCL, cuDNN's workspaces and fragments",
-        f"  data: {data}; embeddings as data.embed stores them",
+        f"  data: {data}; embeddings as data.embed stores them"
+        + (f", {text} as T5-XXL's" if plan.assumed_text else ""),
         f"  weights padded to {ALIGNMENT} x the ranks; one bucket of {REDUCE_BUCKET:,} elements (DeepSpeed's defaults)",
         "  activations: eager; torch.compile may keep less. At the limit: peak FLOP/s, communication hidden behind it",
     ]

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.unet import UNet, UNetConfig
+from model.config import UNetConfig
+from model.unet import UNet
 from train.config import LoRAConfig
 from train.weights.lora import unet_on_meta
 
@@ -61,11 +62,11 @@ class LiveBytes(TorchDispatchMode):
 
 def step_bytes(
     config: UNetConfig, micro_batch: int, precision: str, accumulated: bool, tokens: int = 77,
-    lora: LoRAConfig | None = None, recompute: str = "keep",
+    lora: LoRAConfig | None = None, recompute: str = "none",
 ) -> Bytes:  # fmt: skip
     """Count the memory of a micro batch's forward and backward, for a net of any size, in seconds.
 
-    Nothing is computed and no memory is taken.  precision: 'bf16' or 'fp32'.  recompute: one of model.recompute.MEMORY.
+    Nothing is computed and no memory is taken.  precision: 'bf16' or 'fp32'.  recompute: one of model.config.RECOMPUTE.
     accumulated: the gradients of an earlier micro batch are there from the start; otherwise they appear as activations
     go.
     """

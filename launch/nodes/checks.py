@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from data.storage.locations import open_location
-from data.text.meta import sidecar
-from launch.compose import ROOT
+from data.text.meta import sidecar_location
 from launch.cost.memory import WEIGHT_BYTES, states
 from launch.cost.traffic import checkpoint_bytes
+from train.compose import ROOT
 from train.config import Config
 from train.inputs import find_inputs
 from train.summary import parameters
@@ -75,7 +75,7 @@ def read_rate(config: Config, needed: float) -> tuple[float, list[str]]:
     first = dist.get_rank() * len(shards) // dist.get_world_size() if dist.is_initialized() else 0
     start, read = time.perf_counter(), 0
     for shard, dataset in shards[first:] + shards[:first]:
-        for location in (shard.location, sidecar(shard, dataset.text)):
+        for location in (shard.location, sidecar_location(shard, dataset.text)):
             try:
                 with open_location(location) as file:
                     while chunk := file.read(CHUNK):

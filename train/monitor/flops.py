@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.unet import UNetConfig
+from model.config import UNetConfig
 from train.config import LoRAConfig
 from train.monitor.gpus import find_device
 from train.weights.lora import unet_on_meta
@@ -22,12 +22,12 @@ class Flops:
     total: int
 
 
-def training_flops(config: UNetConfig, tokens: int, lora: LoRAConfig | None = None, recompute: str = "keep") -> Flops:
+def training_flops(config: UNetConfig, tokens: int, lora: LoRAConfig | None = None, recompute: str = "none") -> Flops:
     """Count the FLOP of one image's forward and backward on a net without contents, of any size, in seconds.
 
     lora: if its rank is above 0, it alone is trained: no gradient of a frozen weight is computed, and none of an
     activation that lies before the first LoRA matrix.
-    recompute: one of model.recompute.MEMORY; without recomputation the total is what MFU counts.
+    recompute: one of model.config.RECOMPUTE; without recomputation the total is what MFU counts.
     """
     unet = unet_on_meta(config, lora, recompute)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
