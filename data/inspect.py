@@ -10,8 +10,8 @@ import numpy as np
 from data.checks import check_at_least
 from data.cli import command, location
 from data.inspection.contact_sheet import contact_sheet
-from data.inspection.findings import Eye, Findings, look
-from data.inspection.page import Summary, page
+from data.inspection.findings import Findings, TrainingView, inspect_samples
+from data.inspection.page import DatasetSummary, page
 from data.storage.locations import write_whole
 from data.storage.shards import Shard, find_shards, shard_bytes
 from data.text.meta import TextMeta, check_sidecars
@@ -53,8 +53,11 @@ def inspect(args: Inspect) -> Findings:
     check_at_least("crop_shift", args.crop_shift, 0)
     shards = find_shards(args.shards)
     meta = TextMeta.read(args.text) if args.text else None
-    summary = Summary(args.shards, shards, _bytes(shards), args.text, meta, _sidecar_fault(shards, args.text, meta))
-    found = look(shards, args.samples, Eye(args.image_size, args.crop_shift, args.seed), args.text, meta)
+    summary = DatasetSummary(
+        args.shards, shards, _bytes(shards), args.text, meta, _sidecar_fault(shards, args.text, meta)
+    )
+    view = TrainingView(args.image_size, args.crop_shift, args.seed)
+    found = inspect_samples(shards, args.samples, view, args.text, meta)
     for line in _lines(summary, found):
         print(line)
     if out.suffix.lower() == ".html":
@@ -82,7 +85,7 @@ def _sidecar_fault(shards: list[Shard], text: str, meta: TextMeta | None) -> str
     return ""
 
 
-def _lines(summary: Summary, found: Findings) -> list[str]:
+def _lines(summary: DatasetSummary, found: Findings) -> list[str]:
     """What is printed: the numbers that decide whether to train on this."""
     lines = [summary.size(), f"looked at {summary.share(found)}"]
     if found.sizes:

@@ -4,7 +4,7 @@ Other arguments than its own are those of train/main.py.
 """
 
 from data.cli import run_command
-from launch.cost.assumptions import Options
+from launch.cost.options import PlanOptions
 from train.compose import help_with_training, parse_with_config
 
 
@@ -13,7 +13,7 @@ def plan(argv: list[str]) -> None:
 
     Raises: ValueError for arguments that cannot be, or a micro batch that does not divide the batch.
     """
-    options, config = parse_with_config(Options, argv)
+    options, config = parse_with_config(PlanOptions, argv)
     # Imported here, since torch takes seconds.
     from launch.cost.estimate import make_plan
     from launch.cost.page import render
@@ -22,7 +22,7 @@ def plan(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_command(plan, lambda: help_with_training(Options, "python -m launch.plan"), argv)
+    run_command(plan, lambda: help_with_training(PlanOptions, "python -m launch.plan"), argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from data.cli import MISTAKE, run_command
-from launch.cost.assumptions import Options as Assumptions
+from launch.cost.options import PlanOptions
 from train.compose import help_with_training, parse_with_config
 from train.config import Config, accumulation
 
@@ -49,18 +49,18 @@ class Report:
 
 def look(options: Options, config: Config, ranks: int, nodes: int) -> Report:
     """What a rank can find by itself; the checks of the node are done by its first rank."""
-    from launch.cost.estimate import of_data
-    from launch.nodes.checks import code_hash, devices, read_rate, room_for_checkpoints, versions
+    from launch.cost.estimate import estimate_reading
+    from launch.nodes.checks import code_hash, devices, disk_faults, read_rate, versions
 
     local_rank = int(os.environ["LOCAL_RANK"])
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     seen, faults = devices(local_rank)
     report = Report(node, local_rank, code_hash(), versions(), seen, faults=faults)
     if local_rank == 0:
-        reading, _, _ = of_data(Assumptions(), config)
+        reading = estimate_reading(PlanOptions(), config)
         needed = reading.sample * config.global_batch / options.step_seconds / nodes
         report.read_rate, faults = read_rate(config, needed)
-        report.faults += faults + room_for_checkpoints(config, ranks)
+        report.faults += faults + disk_faults(config, ranks)
     return report
 
 
@@ -109,17 +109,19 @@ def preflight(argv: list[str]) -> None:
     # Imported here, since torch takes seconds.
     import torch.distributed as dist
 
-    from launch.nodes.checks import seen_in_run_dir
+    from launch.nodes.checks import shared_run_dir_faults
     from launch.nodes.network import all_reduce_rate, clock_offsets, pair_rates
     from train.engine import init_distributed
+    from train.inputs import resolve_text_shape
 
     rank, ranks, device = init_distributed()
     accumulation(config, ranks)
+    resolve_text_shape(config)
     names: list = [None] * ranks
     dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     reports: list = [None] * ranks
     dist.all_gather_object(reports, look(options, config, ranks, len(set(names))))
-    shared = seen_in_run_dir(config, names)
+    shared = shared_run_dir_faults(config, names)
     offsets = clock_offsets()
     whole = all_reduce_rate(device, options.test_mb)
     rates = pair_rates(device, options.test_mb, names)

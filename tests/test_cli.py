@@ -12,7 +12,7 @@ import pytest
 
 from data import cli
 from data.cli import keys, location, parse
-from tests.trainings import SMALL
+from tests.support.trainings import SMALL
 from train.compose import compose_config, names
 from train.config import Config
 

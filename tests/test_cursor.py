@@ -18,7 +18,7 @@ from data.storage.tars import Span, count_samples, stats_path, write_shard
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_sidecars
 
-pytest_plugins = ["faulty_server"]
+pytest_plugins = ["tests.support.faulty_server"]
 
 ROWS = 30
 

@@ -11,7 +11,7 @@ from data.images import preprocess
 from data.prepare.scenes import COLOURS, RELATIONS, SHAPES, SIZES, TONES, describe, draw
 from data.storage.shards import find_shards
 from data.storage.tars import read_shard, stats_path
-from train.evaluation.scene_alignment import Alignment, alignment, find, matches
+from train.evaluation.scene_alignment import Alignment, alignment, detect, matches
 
 MEMBERS = {"jpg", "txt", "json"}
 
@@ -166,7 +166,7 @@ def test_an_extra_thing_is_counted() -> None:
 
 def test_places_and_widths_are_measured_to_half_a_pixel() -> None:
     scene = next(s for s in (describe(7, index) for index in range(50)) if s.width == s.height and s.relation)
-    found = {thing.colour: thing for thing in find(np.asarray(draw(scene).resize((64, 64))))}
+    found = {thing.colour: thing for thing in detect(np.asarray(draw(scene).resize((64, 64))))}
     for thing in scene.things:
         measured = found[thing.colour]
         assert (measured.x, measured.y, measured.width) == pytest.approx((thing.x, thing.y, thing.width), abs=0.5 / 64)

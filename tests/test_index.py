@@ -12,7 +12,7 @@ from data.storage import clients, locations
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import stats_path, write_shard
 
-pytest_plugins = ["faulty_server"]
+pytest_plugins = ["tests.support.faulty_server"]
 
 
 def write(folder: Path, counts: dict[str, int], stats: bool = True) -> None:
@@ -126,7 +126,7 @@ def test_braces_and_lists_name_the_shards_in_their_order(folder, tmp_path):
     assert seen(f"{folder}/{{00002,00000}}.tar") == [("00002.tar", 1), ("00000.tar", 5)]
 
 
-def test_wrong_datasets_are_told_in_words(folder, tmp_path):
+def test_wrong_datasets_are_refused_with_a_remedy(folder, tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read.*nowhere"):
         find_shards(tmp_path / "nowhere.txt")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from data.storage.tar_headers import Damaged
+from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, count_samples, read_shard
 
 EXTENSIONS = {"jpg", "txt", "json", "npy"}
@@ -76,7 +76,7 @@ def actual(data: bytes, read: bool = True) -> tuple[list[tuple[str, dict[str, by
         reader = ShardReader(io.BytesIO(data), EXTENSIONS)
         while (sample := reader.sample(read)) is not None:
             found.append(sample)
-    except Damaged:
+    except DamagedTar:
         return found, True
     return found, False
 
@@ -184,5 +184,5 @@ def test_sizes_beyond_reason_and_sparse_files_are_damage_not_memory():
     ):
         info = tarfile.TarInfo("a.jpg")
         info.size, info.type = size, kind
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedTar):
             ShardReader(io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(2048)), EXTENSIONS).sample()

@@ -11,7 +11,7 @@ from yaml import YAMLError
 
 from data.checks import check_choice
 from data.cli import help_text, key_lines, keys, parse, set_key, split_argument, to_dataclass, unknown_key, unquoted
-from train.config import Config, check
+from train.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -32,8 +32,6 @@ def compose_config(overrides: list[str]) -> Config:
     +key=value and ++key=value mean key=value. A text is taken as it stands, but for a pair of quotes around it.
     Raises: ValueError in one line.
     """
-    from model.unet import check as check_unet
-
     chosen, values = {}, []
     for arg in overrides:
         _refuse_flag(arg)
@@ -50,8 +48,6 @@ def compose_config(overrides: list[str]) -> Config:
     for key, value in values:
         set_key(composed, Config, key, value)
     config: Config = to_dataclass(composed)
-    check(config)
-    check_unet(config.model)
     return config
 
 

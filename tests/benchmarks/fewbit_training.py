@@ -1,6 +1,6 @@
 """Does training with the few-bit GELU end where the exact one does? Several seeds each, on the demo scenes.
 
-python -m tests.benchmarks.fewbit_training [out=runs/fewbit steps=400 seeds=5 picture=docs/fewbit_training.png]
+python -m tests.benchmarks.fewbit_training [out=runs/fewbit steps=400 seeds=5 picture=docs/images/fewbit_training.png]
 makes the demo data where it's missing, skips runs that are done, prints a table in Markdown and draws the curves.
 """
 
@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from data.cli import command, location
 from tests.benchmarks.commands import run
-from train.monitor.plots import save
+from train.monitor.plots import save_figure
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 # Smaller than the smoke run's net, so that the whole takes minutes on two cores.
@@ -36,7 +36,7 @@ class Training:
     out: str = location("runs/fewbit")
     steps: int = 400
     seeds: int = 5
-    picture: str = location("docs/fewbit_training.png")
+    picture: str = location("docs/images/fewbit_training.png")
 
 
 def curve(args: Training, activation: str, seed: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def draw(curves: dict[str, list[np.ndarray]], path: str) -> None:
             )
     axes.set(xlabel="step", ylabel="mse, mean of 20 steps", yscale="log", title="Demo scenes: each line is one seed")
     axes.legend(frameon=False)
-    save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def compare(args: Training) -> None:

@@ -15,7 +15,7 @@ from data.cli import command
 from tests.benchmarks.nets import DIFFUSERS, OURS, build, inputs, size
 from tests.benchmarks.unet_memory import per_image
 from tests.benchmarks.unet_speed import step
-from train.monitor.flops import PEAK, training_flops
+from train.monitor.flops import peak_flops, training_flops
 
 MICRO_BATCH = {"34M": 2, "M": 24, "L": 8, "XL": 6}  # as conf/experiment has them; 34M is for trying this out
 
@@ -56,11 +56,11 @@ def time_all(args: GPU) -> None:
         print("skipped: no GPU that torch can use on this machine (torch.cuda.is_available() is false)")
         return
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    peak = next((value for card, value in PEAK.items() if card in name), None)
+    peak = peak_flops(torch.device(args.device))
     torch.set_default_dtype(torch.bfloat16)
     for size_name in args.sizes:
         config, batch = size(size_name), MICRO_BATCH[size_name]
-        flops = training_flops(config, tokens=77)
+        flops = training_flops(config, tokens=77).total
         print(f"\n{name}, torch {torch.__version__}, {size_name}, micro batch {batch}, bfloat16\n")
         print("| net | images/s | MFU | peak memory, GB | activations an image, MB |\n|---|---:|---:|---:|---:|")
         for net_name, compiled in product((DIFFUSERS, *OURS), (False, True)):

@@ -1,9 +1,9 @@
 """What each choice is worth: short trainings on the demo scenes, several seeds of each, judged on held-out captions.
 
-python -m tests.benchmarks.learning arms=ablations picture=docs/ablations.png   [seeds=3 steps=500 jobs=2]
-python -m tests.benchmarks.learning arms=sizes picture=docs/sizes.png           nets of three sizes at the same compute
+python -m tests.benchmarks.learning arms=ablations picture=docs/images/ablations.png   [seeds=3 steps=500 jobs=2]
+python -m tests.benchmarks.learning arms=sizes picture=docs/images/sizes.png   nets of three sizes at the same compute
 trains what is missing, goes on where it was stopped, prints a table in Markdown and draws it. The data are those of
-+experiment=scenes, made as docs/results.md says.
++experiment=scenes, made as docs/measurements/results.md says.
 """
 
 import json
@@ -22,8 +22,9 @@ from data.cli import command, location
 from model.unet import UNet
 from tests.benchmarks.commands import run
 from train.compose import compose_config
+from train.inputs import resolve_text_shape
 from train.monitor.flops import training_flops
-from train.monitor.plots import save
+from train.monitor.plots import save_figure
 
 BATCH = 16
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
@@ -96,9 +97,10 @@ def find_arms(args: Learning) -> list[Arm]:
 def cost(changes: tuple[str, ...]) -> tuple[float, float]:
     """Parameters of the net, and FLOP of a training image."""
     config = compose_config(["+experiment=scenes", *changes])
+    resolve_text_shape(config)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in UNet(config.model).parameters())
-    return float(parameters), training_flops(config.model, config.data.tokens)
+    return float(parameters), training_flops(config.model, config.data.tokens).total
 
 
 def make(args: Learning, arm: Arm, seed: int) -> dict:
@@ -142,7 +144,7 @@ def draw(arms: list[Arm], found: dict[str, list[dict]], path: str) -> None:
         axes.set_xticks(range(len(arms)), [arm.name for arm in arms], rotation=30, ha="right")
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3, axis="y")
-    save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def compare(args: Learning) -> None:

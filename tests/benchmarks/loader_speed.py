@@ -214,8 +214,9 @@ def contenders(args: LoaderSpeed, folder: Path, text: Path) -> dict[str, tuple[i
     def ours(urls: list[str], batch: int, workers: int) -> Iterator:
         config = replace(data, workers=workers, phases=max(workers, 1))
         stream = MicroBatches(
-            config, find_datasets(config), TextMeta.read(text), IMAGE_SIZE, 0, 8 * batch, batch, 0, 1, 0
-        )
+            config, find_datasets(config), TextMeta.read(text), image_size=IMAGE_SIZE, seed=0, global_batch=8 * batch,
+            micro_batch=batch,
+        )  # fmt: skip
         return micro_batches(stream, workers, pin_memory=False)
 
     loaders = {"ours": ours}

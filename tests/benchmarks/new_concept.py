@@ -17,11 +17,12 @@ from data.cli import command, location
 from data.storage.shards import find_shards
 from data.text.encoder import load_encoder
 from data.text.meta import TextMeta
+from train.checkpoint.checkpoint import Checkpoint
 from train.evaluation.eval_set import EvalSet, Pictures
 from train.evaluation.scene_alignment import alignment
 from train.monitor.plots import plot_grid
 from train.sampling.sampler import make_scheduler, sample
-from train.weights.pretrained import Trained, read_trained
+from train.weights.trained_net import load_net
 
 ORANGE, SIDE = (250, 130, 20), 96
 # Of the pictures' pixels; less than a tenth is orange in a scene whose things are not.
@@ -84,10 +85,10 @@ def orange_share(images: np.ndarray) -> np.ndarray:
     return (nearest == 0).mean((1, 2))
 
 
-def pictures_of(trained: Trained, text_emb: torch.Tensor, empty: torch.Tensor, args: NewConcept) -> np.ndarray:
+def pictures_of(checkpoint: Checkpoint, text_emb: torch.Tensor, empty: torch.Tensor, args: NewConcept) -> np.ndarray:
     """One for each embedding, by the same seeds for every net."""
-    unet = trained.load("ema", torch.device("cpu"))
-    scheduler = make_scheduler(trained.diffusion_steps, trained.model.learn_sigma)
+    unet = load_net(checkpoint, "ema", torch.device("cpu"))
+    scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma)
     return sample(unet, scheduler, text_emb, empty, args.guidance_scale, args.steps, range(len(text_emb))).numpy()
 
 
@@ -97,7 +98,7 @@ def compare(args: NewConcept) -> None:
         scenes = Pictures(find_shards(args.shards), args.captions, seed=0)
         draw_rings(Path(args.draw), scenes.captions(0, args.captions))
         return
-    nets = {folder: read_trained(folder) for folder in (args.before, *args.after)}
+    nets = {folder: Checkpoint.open(folder) for folder in (args.before, *args.after)}
     encoder = load_encoder(nets[args.before].text)
     concept = torch.from_numpy(encoder([args.prompt] * args.pictures_each))
     kept = EvalSet(find_shards(args.shards), args.captions, 0, args.text, TextMeta.read(args.text))
@@ -107,8 +108,8 @@ def compare(args: NewConcept) -> None:
     print("|---|---:|---:|---:|---:|")
     shown: list[np.ndarray] = []
     of_before = None
-    for folder, trained in nets.items():
-        rings, others = (pictures_of(trained, emb, empty, args) for emb in (concept, scene_emb))
+    for folder, checkpoint in nets.items():
+        rings, others = (pictures_of(checkpoint, emb, empty, args) for emb in (concept, scene_emb))
         shares = orange_share(rings)
         scores = np.array(
             [alignment(image.transpose(1, 2, 0), c).score for image, c in zip(others, captions, strict=True)]

@@ -1,4 +1,6 @@
-"""How well the order mixes: `python -m tests.benchmarks.order_quality picture=FILE.png` prints docs/order.md's tables.
+"""How well the order mixes: the tables of docs/measurements/order.md.
+
+    python -m tests.benchmarks.order_quality picture=FILE.png
 
 Measured: how far two samples that lie next to each other in a shard come apart in the sequence, how often they share a
 batch, from how many shards a batch is taken, and how much of it comes together again in the next epoch. Beside it stand

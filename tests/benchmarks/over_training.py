@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data.cli import help_text, location, parse, run_command
 from tests.benchmarks.commands import run
-from train.monitor.plots import save
+from train.monitor.plots import save_figure
 
 
 @dataclass
@@ -55,7 +55,7 @@ def draw(found: dict[int, list[dict[str, float]]], path: str) -> None:
         axes.set(xlabel="step", ylabel=name, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def evaluate(argv: list[str]) -> None:

@@ -57,7 +57,9 @@ def first_batch(folder: str, step: int) -> float:
     config = DataConfig(shards=folder, text=f"{folder}/text", tokens=TOKENS, streams=1, phases=1)
     datasets, meta = find_datasets(config), TextMeta.read(config.text)
     began = time.perf_counter()
-    stream = MicroBatches(config, datasets, meta, 64, 0, BATCH, BATCH, 0, 1, step)
+    stream = MicroBatches(
+        config, datasets, meta, image_size=64, seed=0, global_batch=BATCH, micro_batch=BATCH, step=step
+    )  # fmt: skip
     next(iter(micro_batches(stream, 0, pin_memory=False)))
     return time.perf_counter() - began
 

@@ -6,7 +6,7 @@ python -m tests.benchmarks.sampling_speed [net=smoke images=8 steps=10 rounds=7]
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from diffusers import IFPipeline
@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.cli import command
-from model.unet import UNet, UNetConfig
+from model.config import UNetConfig
+from model.unet import UNet
 from tests.benchmarks.nets import ROOT, size
-from train.export import build_unet
 from train.sampling.sampler import make_scheduler, sample
+from train.weights.diffusers_folder import build_unet
 
 
 @dataclass
@@ -43,8 +44,8 @@ def config_of(net: str) -> UNetConfig:
     """conf/model/small.yaml on embeddings of T5-XXL's width, the smoke run's net on narrow ones, or size(net)."""
     if net not in ("small", "smoke"):
         return size(net)
-    smoke = OmegaConf.load(ROOT / "conf/experiment/smoke.yaml").model if net == "smoke" else {}
-    parts = OmegaConf.load(ROOT / "conf/model/small.yaml"), smoke
+    smoke = {**OmegaConf.load(ROOT / "conf/experiment/smoke.yaml").model, "encoder_dim": 64}
+    parts = OmegaConf.load(ROOT / "conf/model/small.yaml"), smoke if net == "smoke" else {"encoder_dim": 4096}
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(UNetConfig), *parts))  # type: ignore[return-value]
 
 
@@ -70,7 +71,7 @@ def seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
 def measure(args: Speed) -> None:
     """Print one row of the table."""
     torch.manual_seed(0)
-    config = replace(config_of(args.net), memory="keep")
+    config = config_of(args.net)
     unet = UNet(config).eval()
     for parameter in unet.parameters():
         parameter.normal_(std=0.02)

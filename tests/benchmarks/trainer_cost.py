@@ -14,11 +14,11 @@ import torch
 
 from data.cli import command, location
 from model.unet import UNet
-from tests.trainings import SMALL, make_data, metrics, start
+from tests.support.trainings import SMALL, make_data, metrics, start
 from train.compose import compose_config
 from train.config import Config, accumulation
 from train.engine import build_engine, init_distributed
-from train.inputs import find_inputs
+from train.inputs import find_inputs, resolve_text_shape
 from train.loop import train
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -60,7 +60,7 @@ def bare(config: Config) -> float:
     """Seconds a step of forward, backward and step on one batch."""
 
     torch.manual_seed(0)
-    engine = build_engine(UNet(config.model), config, 1)
+    engine = build_engine(UNet(config.model, config.recompute), config, 1)
     size, n = config.model.image_size, config.micro_batch
     x, t = torch.randn(n, 3, size, size), torch.randint(0, 1000, (n,))
     text = torch.randn(n, config.data.tokens, config.model.encoder_dim)
@@ -76,6 +76,7 @@ def bare(config: Config) -> float:
 def overhead(args: TrainerCost, data: Path) -> None:
     """Print the ratio of the whole trainer to the bare loop."""
     config = compose_config(overrides(args, data))
+    resolve_text_shape(config)
     rank, ranks, device = init_distributed()
     inputs, whole, alone = find_inputs(config, rank), [], []
     for number in range(args.rounds):
