@@ -103,7 +103,7 @@ def read_index(location: str) -> list[Shard]:
 class Stats(NamedTuple):
     """What the stats file of a shard says: its samples, and its digest if our commands wrote the shard."""
 
-    count: int
+    samples: int
     digest: str | None
 
 
@@ -116,7 +116,7 @@ def read_stats(location: str) -> Stats | None:
     path = location.removesuffix(".tar") + STATS
     try:
         stats = json.loads(read_bytes(path))
-        count, digest = int(stats["successes"]), stats.get(DIGEST)
+        samples, digest = int(stats["successes"]), stats.get(DIGEST)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -124,7 +124,7 @@ def read_stats(location: str) -> Stats | None:
             f"'{path}' has no readable \"successes\" ({error}): delete it and the tar is counted"
         ) from None
     older = not is_remote(location) and os.stat(path).st_mtime_ns < os.stat(location).st_mtime_ns
-    return Stats(count, None if older else digest)
+    return Stats(samples, None if older else digest)
 
 
 def _find(where: str) -> list[Shard]:
@@ -171,7 +171,7 @@ def _needs_index(where: str) -> str:
 
 def _count(location: str) -> Shard:
     if stats := read_stats(location):
-        return Shard(location, stats.count, digest=stats.digest)
+        return Shard(location, stats.samples, digest=stats.digest)
     scan = scan_shard(location)
     if scan.damage:
         logger.warning("%s: only its first %d samples can be read: %s", location, scan.samples, scan.damage)
