@@ -230,8 +230,8 @@ def test_bad_images_are_counted_reported_and_add_nothing_and_too_many_stop_the_r
         (["global_batch=9"], "global_batch=9 is not a multiple of 1 ranks x micro_batch=4"),
         (["model.num_head_channels=33"], "num_head_channels=33"),
         (["model.encoder_dim=128"], "64 wide"),
-        (["data.shards=nowhere"], "no folder 'nowhere'"),
-        (["init_from=nowhere"], "no weights at 'nowhere'"),
+        (["data.shards=nowhere"], "/nowhere': make shards with"),
+        (["init_from=nowhere"], "/nowhere': download them first"),
         (["wandb.mode=online"], "run `wandb login`"),
     ],
 )
