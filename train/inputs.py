@@ -13,6 +13,7 @@ from data.loader.dataset import Dataset, find_datasets
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
 from train.checkpoint.format import latest_checkpoint
+from train.checkpoint.identity import DataIdentity, data_digest, weights_digest
 from train.config import Config
 from train.weights.pretrained import load_pretrained
 
@@ -27,13 +28,15 @@ RELEASED_TEXT = (77, 4096)
 class Inputs:
     """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin from, if any.
 
-    encoder: makes the embeddings where they are not stored.
+    encoder: makes the embeddings where they are not stored.  base: weights_digest of the net that a LoRA is added to;
+    '' without LoRA, None on the other ranks, which do not read it.
     """
 
     datasets: list[Dataset]
     meta: TextMeta
     weights: dict[str, Tensor] | None = None
     encoder: "TextEncoder | None" = None
+    base: str | None = ""
 
     def to(self, device: torch.device) -> None:
         """Move the text encoder to the device, if the run has one."""
@@ -47,9 +50,10 @@ class Inputs:
         return batch.text_emb.to(device, non_blocking=True)
 
     @property
-    def samples(self) -> list[int]:
-        """Samples in each dataset."""
-        return [dataset.samples for dataset in self.datasets]
+    def identity(self) -> DataIdentity:
+        """What a checkpoint keeps of the inputs, so that the run goes on with no others."""
+        samples = [dataset.samples for dataset in self.datasets]
+        return DataIdentity(samples, [data_digest(dataset) for dataset in self.datasets], self.meta, self.base)
 
 
 def begins_from_weights(config: Config) -> bool:
@@ -80,7 +84,10 @@ def find_inputs(config: Config, rank: int) -> Inputs:
     weights = None
     if rank == 0 and (begins_from_weights(config) or config.lora.rank):
         weights = load_pretrained(config.init_from, config.model)
-    return Inputs(datasets, metas[0], weights, encoder)
+    base: str | None = ""
+    if config.lora.rank:
+        base = weights_digest(weights) if weights else None
+    return Inputs(datasets, metas[0], weights, encoder, base)
 
 
 def resolve_text_shape(config: Config) -> bool:

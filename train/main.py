@@ -51,6 +51,7 @@ def help_page() -> str:
 def run(config: Config, rank: int, ranks: int) -> None:
     """Look at everything that can be looked at before the ranks meet, then train."""
     # Imported here: torch takes seconds, and --help and a mistyped key are answered before.
+    from train.checkpoint.identity import add_missing_digests
     from train.checkpoint.resume import check_resumable
     from train.faults.preempt import install_signal_handlers
     from train.inputs import find_inputs
@@ -68,7 +69,9 @@ def run(config: Config, rank: int, ranks: int) -> None:
         check_nodes(os.environ, ranks)
         accumulation(config, ranks)
         inputs = find_inputs(config, rank)
-        check_resumable(config, inputs.samples)
+        if rank == 0:
+            add_missing_digests(inputs.datasets)
+        check_resumable(config, inputs.identity)
         if rank == 0:
             check_login(config.wandb.mode)
     except ValueError as error:
@@ -95,7 +98,7 @@ def train_together(config: Config, inputs: "Inputs") -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         rank, ranks, device = init_distributed()
-        check_same_everywhere(config, inputs.datasets)
+        check_same_everywhere(config, inputs.datasets, inputs.identity.digests)
     except ValueError as error:
         leave(error, tell=rank == 0)
     try:
