@@ -10,27 +10,23 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 from data.cli import describe, keys
 from data.text.meta import TextMeta
 from model.config import ACTIVATIONS
 from model.unet import UNet
+from train.checkpoint.format import sealed
 from train.checkpoint.resume import check_resumable
-from train.config import Config, accumulation, check_nodes
+from train.compose import compose_config
+from train.config import Config, accumulation
 from train.inputs import resolve_text_shape
+from train.main import check_nodes
 from train.summary import describe as describe_run
 from train.summary import parameters
 
 
 def load(repo: Path, *overrides: str) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", list(overrides)))
-    assert isinstance(config, Config)
-    return config
+    return compose_config(list(overrides))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +107,10 @@ def test_the_schedule_is_the_cards(repo):
         ("data.crop_shift=nan", "data.crop_shift=nan must be at least 0"),
         ("data.unreadable_shard=pass", "data.unreadable_shard=pass must be one of skip, fail"),
         ("data.images.background=256", "data.images.background=256 must be a grey level from 0 to 255"),
-        ("+data.mixture={a:{shards:a,text:b,weight:0}}", r"data.mixture: the weights \[0.0\] must all be above 0"),
+        (
+            "data.mixture.a.shards=a data.mixture.a.text=b data.mixture.a.weight=0",
+            r"data.mixture: the weights \[0.0\] must all be above 0",
+        ),
         ("model.num_head_channels=33", "model.num_head_channels=33"),
         ("model.activation=relu", "model.activation=relu must be one of gelu, gelu_1bit"),
         ("model.encoder_dim=100", "model.encoder_dim=100, .* is not divisible by model.att_pool_heads=64"),
@@ -119,7 +118,7 @@ def test_the_schedule_is_the_cards(repo):
 )
 def test_values_that_clash_are_named(repo, override, message):
     with pytest.raises(ValueError, match=message):
-        load(repo, "+experiment=if_i_xl", override)
+        load(repo, "+experiment=if_i_xl", *override.split())
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_one_that_fits(repo):
@@ -157,7 +156,8 @@ def test_every_key_has_a_meaning():
         assert all(len(meaning) > 8 for meaning in meanings.values()), schema
     kinds = {name: kind for name, kind, _, _ in keys(Config)}
     paths = {"run_dir", "init_from", "data.shards", "data.text", "text.encoder"}
-    assert {name for name, kind in kinds.items() if kind == "path"} == paths
+    paths |= {"data.mixture.NAME.shards", "data.mixture.NAME.text"}
+    assert {name for name, kind in kinds.items() if kind == "a path"} == paths
 
 
 def test_the_configuration_is_read_without_torch():
@@ -226,7 +226,9 @@ def manifest_of(config: Config, run_dir: Path) -> None:
     """A checkpoint of a run as far as check_resumable reads it."""
     folder = run_dir / "checkpoints" / "step-00000004"
     folder.mkdir(parents=True)
-    manifest = {"step": 4, "samples": [10], "files": {}, "config": asdict(config)}
+    text = asdict(TextMeta("none", "0", "0", 16, 64, "float32", "float32", "if-1"))
+    manifest = {"step": 4, "ranks": 1, "samples": [10], "files": {}, "sha256": {}, "text": text}
+    manifest = sealed(manifest | {"config": asdict(config)})
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -245,7 +247,7 @@ def manifest_of(config: Config, run_dir: Path) -> None:
     ],
 )
 def test_what_may_not_change_on_the_way_is_named(repo, tmp_path, override, key):
-    usual = ("+experiment=smoke", f"run_dir={tmp_path / 'run'}", "+data.mixture={a:{shards:a,text:b}}")
+    usual = ("+experiment=smoke", f"run_dir={tmp_path / 'run'}", "data.mixture.a.shards=a", "data.mixture.a.text=b")
     manifest_of(load(repo, *usual), tmp_path / "run")
     with pytest.raises(ValueError) as error:
         check_resumable(load(repo, *usual, "init_from=weights", override), [10])
@@ -253,7 +255,7 @@ def test_what_may_not_change_on_the_way_is_named(repo, tmp_path, override, key):
 
 
 def test_all_else_may_change_on_the_way(repo, tmp_path):
-    usual = ("+experiment=smoke", f"run_dir={tmp_path / 'run'}", "+data.mixture={a:{shards:a,text:b}}")
+    usual = ("+experiment=smoke", f"run_dir={tmp_path / 'run'}", "data.mixture.a.shards=a", "data.mixture.a.text=b")
     manifest_of(load(repo, *usual), tmp_path / "run")
     other = (
         "data.mixture.a.shards=c",

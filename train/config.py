@@ -1,6 +1,5 @@
 """The typed configuration of a run. Imports no torch, so that it is read and checked at once."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from data.checks import check_at_least, check_choice, check_share
@@ -106,8 +105,8 @@ class Config:
     """One run.
 
     run_dir: folder of the run: checkpoints, metrics, samples. A run goes on from the latest checkpoint in it.
-    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; without, random ones. It has
-        no effect once run_dir has a checkpoint.
+    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; without, random ones. Of no
+        effect once run_dir has a checkpoint.
     seed: of every random draw.
     steps: optimizer steps of the whole run.
     global_batch: samples of an optimizer step, over all ranks.
@@ -204,14 +203,3 @@ def accumulation(config: Config, ranks: int) -> int:
             f"micro_batch={config.micro_batch}: {remedy}"
         )
     return whole
-
-
-def check_nodes(environment: Mapping[str, str], ranks: int) -> None:
-    """Raises: ValueError if Slurm gave several nodes and the launcher, which does not know Slurm, took one of them."""
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES") or 1)
-    of_this_node = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE")
-    if nodes > 1 and of_this_node and int(of_this_node) == ranks:
-        raise ValueError(
-            f"the job has {nodes} nodes, and all {ranks} ranks were started on this one: put launch/slurm/bin first on "
-            "PATH, or submit launch/slurm/train.sbatch; for this node alone, unset SLURM_JOB_NUM_NODES"
-        )

@@ -12,7 +12,7 @@ from data.loader.batch import Batch
 from data.loader.dataset import Dataset, find_datasets
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
-from train.checkpoint.format import complete_checkpoints
+from train.checkpoint.format import latest_checkpoint
 from train.config import Config
 from train.weights.pretrained import load_pretrained
 
@@ -53,8 +53,8 @@ class Inputs:
 
 
 def begins_from_weights(config: Config) -> bool:
-    """Whether all weights that are trained begin from given ones: there is no checkpoint to go on from."""
-    return bool(config.init_from) and not config.lora.rank and not complete_checkpoints(Path(config.run_dir))
+    """Whether all weights that are trained begin from some, there being no checkpoint to go on from."""
+    return bool(config.init_from) and not config.lora.rank and not latest_checkpoint(Path(config.run_dir))
 
 
 def find_inputs(config: Config, rank: int) -> Inputs:

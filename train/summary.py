@@ -1,20 +1,14 @@
 """A run in words, and its number of parameters."""
 
-import torch
-
 from data.loader.mixture import share_out
-from model.unet import UNet
 from train.config import Config, accumulation
 from train.inputs import find_inputs, resolve_text_shape
-from train.weights.lora import add_lora
+from train.weights.lora import unet_on_meta
 
 
 def parameters(config: Config) -> tuple[int, int]:
     """Number of parameters that are trained, and of those that are frozen; takes no memory for them."""
-    with torch.device("meta"):
-        unet = UNet(config.model)
-        if config.lora.rank:
-            add_lora(unet, config.lora, on_meta=True)
+    unet = unet_on_meta(config.model, config.lora)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in unet.parameters()) - trained
 

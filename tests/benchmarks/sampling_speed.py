@@ -14,17 +14,24 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.cli import parse
+from data.cli import command
 from model.config import UNetConfig
 from model.unet import UNet
 from tests.benchmarks.nets import ROOT, size
-from train.export import build_unet
 from train.sampling.sampler import make_scheduler, sample
+from train.weights.diffusers_folder import build_unet
 
 
 @dataclass
 class Speed:
-    """Times both samplers in turn.  images: drawn at a time, twice as many with guidance."""
+    """Times our sampler and diffusers' in turn.
+
+    net: smoke, small, 34M or M.
+    images: drawn at a time, twice as many with guidance.
+    steps: sampler steps.
+    rounds: turns of each.
+    guidance_scale: of both.
+    """
 
     net: str = "smoke"
     images: int = 8
@@ -61,9 +68,8 @@ def seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 @torch.no_grad()
-def main() -> None:
+def measure(args: Speed) -> None:
     """Print one row of the table."""
-    args = parse(Speed)
     torch.manual_seed(0)
     config = config_of(args.net)
     unet = UNet(config).eval()
@@ -106,6 +112,10 @@ def main() -> None:
         f"| {rates[0]:.3f} | {rates[1]:.3f} | {statistics.median(ratios):.3f} ({min(ratios):.2f}, {max(ratios):.2f}) "
         f"| {text_share(config):.1%} | {apart:.0f}/255 |"
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(measure, Speed, argv)
 
 
 if __name__ == "__main__":
