@@ -247,8 +247,8 @@ def test_the_page(plan):
         (["nods=3"], "unknown key 'nods' (did you mean 'nodes'?)"),
     ],
 )
-def test_mistakes_are_told_in_a_line(capsys, arguments, told):
+def test_mistakes_are_told_in_a_line(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main([*(SMALL if "+experiment=unknown" not in arguments else []), *arguments])
     said = capsys.readouterr().err
-    assert caught.value.code == 2 and told in said and said.count("\n") == 1
+    assert caught.value.code == 2 and message in said and said.count("\n") == 1
