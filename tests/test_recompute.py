@@ -1,5 +1,8 @@
 """What is kept for backward: the same gradients to the bit, and fewer bytes."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,9 +16,8 @@ from model.config import RECOMPUTE, UNetConfig
 from model.unet import UNet
 from tests.benchmarks.nets import DIFFUSERS, OURS
 from tests.benchmarks.unet_memory import per_image
-from train.config import Config
+from train.config import Config, OptimConfig
 from train.inputs import Inputs
-from train.loop import build_net
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 
@@ -111,12 +113,25 @@ def test_compiles_whole_without_recompiling(recompute):
     assert all(p.grad is not None for p in unet.parameters())
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_a_run_recomputes_as_it_is_configured(recompute):
-    inputs_of_run = Inputs([], TextMeta("", "", "", 5, 24, "float16", "float32", ""))
-    unet = build_net(Config(model=NET, recompute=recompute), inputs_of_run, torch.device("cpu"))
+def print_kept_of_a_run() -> None:
+    """The bytes that the net of a run keeps, a line for each choice; as a process of its own, for it joins a group."""
+    from train.engine import init_distributed
+    from train.loop import build
+
+    _, ranks, device = init_distributed()
     args = inputs()
-    assert kept_bytes(lambda: unet(*args)) == kept("gelu", recompute)
+    for recompute in RECOMPUTE:
+        config = Config(model=NET, recompute=recompute, precision="fp32", optim=OptimConfig("adamw"))
+        unet = build(config, Inputs([], TextMeta("", "", "", 5, 24, "float16", "float32", "")), ranks, device).model
+        print(recompute, kept_bytes(lambda unet=unet: unet(*args)))
+
+
+def test_a_run_recomputes_as_it_is_configured(repo):
+    code = "from tests.test_recompute import print_kept_of_a_run; print_kept_of_a_run()"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-3:] == [f"{recompute} {kept('gelu', recompute)}" for recompute in RECOMPUTE]
 
 
 def test_an_unknown_choice_is_refused():
