@@ -1,10 +1,9 @@
 """The configurations: the released experiments are as the card says, and mistakes are named."""
 
-import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -15,8 +14,6 @@ from data.cli import describe, keys
 from data.text.meta import TextMeta
 from model.config import ACTIVATIONS
 from model.unet import UNet
-from train.checkpoint.format import sealed
-from train.checkpoint.resume import check_resumable
 from train.compose import compose_config
 from train.config import Config, accumulation
 from train.inputs import resolve_text_shape
@@ -220,53 +217,3 @@ def test_without_embeddings_a_run_is_described_with_those_of_t5_xxl(repo):
     assert "none usable yet: " in text and "77 x 4096 assumed, as T5-XXL's" in text
     with pytest.raises(ValueError, match=r"no text embeddings in '.*/nowhere'"):
         resolve_text_shape(load(repo, "+experiment=scenes", "data.text=nowhere"))
-
-
-def manifest_of(config: Config, run_dir: Path) -> None:
-    """A checkpoint of a run as far as check_resumable reads it."""
-    folder = run_dir / "checkpoints" / "step-00000004"
-    folder.mkdir(parents=True)
-    text = asdict(TextMeta("none", "0", "0", 16, 64, "float32", "float32", "if-1"))
-    manifest = {"step": 4, "ranks": 1, "samples": [10], "files": {}, "sha256": {}, "text": text}
-    manifest = sealed(manifest | {"config": asdict(config)})
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [
-        ("seed=1", "seed=0, now it is 1"),
-        ("global_batch=32", "global_batch=16, now it is 32"),
-        ("diffusion_steps=500", "diffusion_steps=1000, now it is 500"),
-        ("model.activation=gelu_3bit", "model.activation=gelu, now it is gelu_3bit"),
-        ("data.streams=2", "data.streams=4, now it is 2"),
-        ("data.phases=2", "data.phases=1, now it is 2"),
-        ("data.shuffle_block=64", "data.shuffle_block=128, now it is 64"),
-        ("data.mixture.a.weight=2", "data.mixture={'a': 1.0}, now it is {'a': 2.0}"),
-        ("lora.rank=4", "lora=None, now it is {'rank': 4"),
-    ],
-)
-def test_what_may_not_change_on_the_way_is_named(repo, tmp_path, override, key):
-    usual = ("+experiment=smoke", f"run_dir={tmp_path / 'run'}", "data.mixture.a.shards=a", "data.mixture.a.text=b")
-    manifest_of(load(repo, *usual), tmp_path / "run")
-    with pytest.raises(ValueError) as error:
-        check_resumable(load(repo, *usual, "init_from=weights", override), [10])
-    assert f"was trained with {key}" in str(error.value) and "or choose another run_dir" in str(error.value)
-
-
-def test_all_else_may_change_on_the_way(repo, tmp_path):
-    usual = ("+experiment=smoke", f"run_dir={tmp_path / 'run'}", "data.mixture.a.shards=a", "data.mixture.a.text=b")
-    manifest_of(load(repo, *usual), tmp_path / "run")
-    other = (
-        "data.mixture.a.shards=c",
-        "recompute=blocks",
-        "optim.name=adamw",
-        "micro_batch=4",
-        "lora.alpha=3",
-    )
-    check_resumable(load(repo, *usual, *other), [10])
-    with pytest.raises(ValueError, match=r"was trained on \[10\] samples"):
-        check_resumable(load(repo, *usual), [11])
-    check_resumable(load(repo, *usual, "steps=4", "optim.warmup_steps=2"), [10])
-    with pytest.raises(ValueError, match="is beyond steps=3"):
-        check_resumable(load(repo, *usual, "steps=3", "optim.warmup_steps=2"), [10])

@@ -84,6 +84,27 @@ def test_of_several_runs_what_differs_stands_out(tmp_path):
     assert [trace["name"] for trace in lr["data"]] == [str(tmp_path / "elsewhere" / "one"), str(tmp_path / "one")]
 
 
+def test_a_recipe_is_shown_with_its_changes(tmp_path):
+    run = write_run(tmp_path / "run")
+    recipes = [(0, 1e-3, 600, 2), (300, 2e-3, 600, 2), (450, 9e-3, 600, 2), (200, 2e-3, 600, 2), (400, 2e-3, 800, 4)]
+    starts = [{"time": "2026-01-01", "step": step, "launch": ["main.py"], "ranks": ranks,
+               "config": {"optim": {"lr_peak": lr, "name": HOSTILE}, "steps": steps}}
+              for step, lr, steps, ranks in recipes]  # fmt: skip
+    (run / "starts.jsonl").write_text("".join(json.dumps(s) + "\n" for s in starts))
+    report([run], tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    # What was trained from step 300 on was made again from step 200 on.
+    assert "<p>run changed on the way:</p><ul><li>from step 201 on: optim.lr_peak 1e-3 -&gt; 2e-3</li>" in page
+    assert "<li>from step 401 on: ranks 2 -&gt; 4, steps 600 -&gt; 800</li></ul>" in page
+    assert "<th>optim.lr_peak</th><td>0.001; from step 201 on: 0.002</td>" in page
+    assert "<th>steps</th><td>600; from step 401 on: 800</td>" in page and "9e-3" not in page
+    assert HOSTILE not in page
+    report([run, write_run(tmp_path / "other", lr=2e-3)], tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    differs = "<tr class=differs><th>optim.lr_peak</th><td>0.001; from step 201 on: 0.002</td><td>0.002</td></tr>"
+    assert page.count(differs) == 2 and "other changed on the way" not in page
+
+
 def test_a_file_cut_mid_line_is_read_to_there_and_told(tmp_path, capsys):
     run = write_run(tmp_path / "run", lines=5)
     path = run / "metrics.jsonl"
