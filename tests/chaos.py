@@ -16,11 +16,10 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
-from data.cli import parse
-from tests.trainings import launch, make_data, metrics, start
+from data.cli import REQUEUE, command, location
+from tests.support.trainings import launch, make_data, metrics, start
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint
-from train.faults.preempt import REQUEUE
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = (
@@ -32,13 +31,16 @@ SAME = ("step", "loss", "mse", "vb", "lr", "grad_norm", "samples", "bad_samples"
 
 @dataclass
 class Chaos:
-    """Kills a training again and again.
+    """Kills a training again and again, and compares it with one that nothing happened to.
 
-    out: a folder for the data and the two runs. kills: with SIGKILL. others: times each of the other faults happens.
-    steps: of the training. seed: of the moments and the victims.
+    out: a folder for the data and the two runs; it is deleted first.
+    kills: how often processes are killed.
+    others: how often each of the other faults happens.
+    steps: of the training.
+    seed: of the moments and the victims.
     """
 
-    out: str = "runs/chaos"
+    out: str = location("runs/chaos")
     kills: int = 50
     others: int = 2
     steps: int = 900
@@ -216,12 +218,17 @@ def chaos(args: Chaos) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def report(args: Chaos) -> None:
+    """Print what happened. Exits: 1 if anything differs."""
     began = time.monotonic()
-    result = chaos(parse(Chaos, argv))
+    result = chaos(args)
     result["minutes"] = round((time.monotonic() - began) / 60, 1)
     print(json.dumps(result, indent=1))
     sys.exit(bool(result["differences"]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(report, Chaos, argv)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from torch import nn
 
 from data.config import DataConfig
 from data.text.meta import TextMeta
-from model.unet import UNet, UNetConfig
+from model.config import UNetConfig
+from model.unet import UNet
 from train.checkpoint.format import MANIFEST, file_sha256, part_file, sealed, step_folder
 from train.config import Config
 

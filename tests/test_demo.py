@@ -25,7 +25,7 @@ def samples(folder: Path) -> list[dict[str, bytes]]:
 
 
 def write(folder: Path, **arguments: int) -> Path:
-    demo.main([f"out={folder}", *(f"{key}={value}" for key, value in arguments.items())])
+    demo.write_demo(demo.Demo(str(folder), **arguments))
     return folder
 
 
@@ -95,16 +95,16 @@ def test_a_rerun_writes_what_is_missing_and_nothing_else(tmp_path: Path) -> None
 
 def test_a_folder_holds_one_dataset(tmp_path: Path) -> None:
     folder = write(tmp_path / "d", samples=4, shard_size=4)
-    with pytest.raises(SystemExit, match=r"seed=0 \(now 1\)"):
+    with pytest.raises(ValueError, match=r"seed=0 \(now 1\)"):
         write(folder, samples=4, shard_size=4, seed=1)
     (folder / "demo.json").unlink()
-    with pytest.raises(SystemExit, match=r"shards but no demo\.json"):
+    with pytest.raises(ValueError, match=r"shards of another command \(no demo\.json\)"):
         write(folder, samples=4, shard_size=4)
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"shard_size": 0}, {"shard_size": 10_001}, {"seed": -1}])
 def test_impossible_arguments_are_named(tmp_path: Path, wrong: dict[str, int]) -> None:
-    with pytest.raises(SystemExit, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         write(tmp_path / "d", **wrong)
     assert not (tmp_path / "d").exists()
 

@@ -22,7 +22,7 @@ from data.embed import Embed, embed
 from data.storage.shards import find_shards
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
-from model.unet import UNetConfig
+from model.config import UNetConfig
 from tests.checkpoints import random_net, write_run
 from train.evaluate import Evaluate, check, main
 from train.evaluation.chunked_array import ChunkedArray
@@ -187,8 +187,8 @@ def test_pieces_of_any_size_make_one_array(tmp_path):
         ("text=other-text", "which is not the encoder that the net was trained with"),
         ("text=nowhere", "no text embeddings in 'nowhere'"),
         ("steps=0", "steps=0 must lie between"),
-        ("model=if_i_m checkpoint=nowhere", "embeddings in 'text' are 64 wide"),
-        ("model=if_i_q", "model=if_i_q must be one of if_i_l, if_i_m, if_i_xl, scenes, small (did you mean"),
+        ("model=if_i_m checkpoint=nowhere", "no weights at 'nowhere'"),
+        ("model=if_i_q", "model=if_i_q must be one of if_i_l, if_i_m, if_i_xl, scenes, small"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_leave_nothing(base, monkeypatch, capsys, arguments, message):
@@ -287,7 +287,7 @@ def test_mistaken_neighbours_end_in_one_line(base, one, monkeypatch, capsys, arg
 
 def test_released_weights_are_judged_by_the_name_of_their_net(repo, base, tmp_path):
     """model= and a file stand in for a run: the pictures are those of the net itself."""
-    net = UNetConfig(**OmegaConf.load(repo / "conf" / "model" / "scenes.yaml"))
+    net = UNetConfig(**OmegaConf.load(repo / "conf" / "model" / "scenes.yaml"), encoder_dim=48)
     unet = random_net(net, 3)
     save_file(unet.state_dict(), tmp_path / "net.safetensors")
     write_tiny_t5(TinyT5(out=str(tmp_path / "t5"), dim=net.encoder_dim))

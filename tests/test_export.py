@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5Encod
 
 from data.text.encoder import TextEncoder
 from data.tiny_t5 import TinyT5, write_tiny_t5
+from model.config import UNetConfig
 from model.convert import diffusers_config
-from model.unet import UNet, UNetConfig
+from model.unet import UNet
 from tests.checkpoints import changed_run, write_manifest, write_run
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import latest_checkpoint
@@ -330,6 +331,6 @@ def foreign(base) -> None:
 def test_the_released_sizes_can_be_expressed():
     for channels in (192, 320, 704):
         with torch.device("meta"):
-            config = UNetConfig(model_channels=channels, encoder_channels=4 * channels)
+            config = UNetConfig(model_channels=channels, encoder_dim=4096, encoder_channels=4 * channels)
             theirs, ours = UNet2DConditionModel(**diffusers_config(config)), UNet(config)
         assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())

@@ -17,8 +17,8 @@ from data.loader.dataset import Dataset
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import read_shard, write_shard
 from model.unet import UNet
-from tests.faulty_server import serving
-from tests.trainings import STEPS, free_port, launch, make_data, metrics
+from tests.support.faulty_server import serving
+from tests.support.trainings import STEPS, free_port, launch, make_data, metrics
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 from train.checkpoint.resume import check_same_everywhere
@@ -121,7 +121,7 @@ def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
         file.write('{"step": 7, "lo')
     (run_dir / "checkpoints" / "step-00000006.part").mkdir()
     # What is kept for backward may change on the way: it makes no difference to a single bit.
-    done = launch(repo, data, run_dir, "wandb.mode=disabled", "model.memory=recompute_cheap", ranks=2)
+    done = launch(repo, data, run_dir, "wandb.mode=disabled", "recompute=cheap", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     names = ("step", "loss", "mse", "vb", "lr", "grad_norm")
     assert [[line[n] for n in names] for line in metrics(run_dir)] == [

@@ -77,7 +77,7 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     from train.sampling.sampler import make_scheduler, set_steps
     from train.weights.lora import merge_adapter
 
-    net = find_net(args.checkpoint, args.model, args.weights)
+    net = find_net(args.checkpoint, args.model, args.weights, args.text)
     eval_set = find_eval_set(args.shards, args.text, args.samples, args.seed, net)
     scheduler = make_scheduler(net.diffusion_steps, net.config.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)

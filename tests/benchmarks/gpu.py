@@ -1,6 +1,6 @@
 """Forward and backward of M, L and XL on a GPU, in bfloat16; skipped where there is none.
 
-python -m tests.benchmarks.gpu [sizes=[M,L,XL] steps=10] prints images a second, MFU and peak memory. A row is one net,
+python -m tests.benchmarks.gpu [sizes=M,L,XL steps=10] prints images a second, MFU and peak memory. A row is one net,
 fed micro batches of the experiment; no optimizer. MFU takes the FLOP without recomputation, and the card's dense peak.
 """
 
@@ -11,18 +11,23 @@ from itertools import product
 import torch
 from torch import nn
 
-from data.cli import parse
+from data.cli import command
 from tests.benchmarks.nets import DIFFUSERS, OURS, build, inputs, size
 from tests.benchmarks.unet_memory import per_image
 from tests.benchmarks.unet_speed import step
-from train.monitor.flops import PEAK, training_flops
+from train.monitor.flops import peak_flops, training_flops
 
 MICRO_BATCH = {"34M": 2, "M": 24, "L": 8, "XL": 6}  # as conf/experiment has them; 34M is for trying this out
 
 
 @dataclass
 class GPU:
-    """Times ours, eager and compiled, and diffusers' net on a GPU."""
+    """Times ours, eager and compiled, and diffusers' net on a GPU.
+
+    sizes: of the nets, of 34M, M, L and XL.
+    steps: that are timed.
+    device: cuda, or cpu to try this out.
+    """
 
     sizes: list[str] = field(default_factory=lambda: ["M", "L", "XL"])
     steps: int = 10
@@ -45,18 +50,17 @@ def measure(net: nn.Module, args: tuple[torch.Tensor, ...], steps: int) -> tuple
     return (time.perf_counter() - started) / steps, float(torch.cuda.max_memory_allocated()) if on_gpu else 0.0
 
 
-def main() -> None:
+def time_all(args: GPU) -> None:
     """Print a table for each size."""
-    args = parse(GPU)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("skipped: no GPU that torch can use on this machine (torch.cuda.is_available() is false)")
         return
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    peak = next((value for card, value in PEAK.items() if card in name), None)
+    peak = peak_flops(torch.device(args.device))
     torch.set_default_dtype(torch.bfloat16)
     for size_name in args.sizes:
         config, batch = size(size_name), MICRO_BATCH[size_name]
-        flops = training_flops(config, tokens=77)
+        flops = training_flops(config, tokens=77).total
         print(f"\n{name}, torch {torch.__version__}, {size_name}, micro batch {batch}, bfloat16\n")
         print("| net | images/s | MFU | peak memory, GB | activations an image, MB |\n|---|---:|---:|---:|---:|")
         for net_name, compiled in product((DIFFUSERS, *OURS), (False, True)):
@@ -77,6 +81,10 @@ def main() -> None:
                 torch.cuda.empty_cache()
             kept = per_image(net_name, size_name, torch.bfloat16)
             print(f"| {net_name}{', compiled' if compiled else ''} | {figures} | {kept / 1e6:,.0f} |", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(time_all, GPU, argv)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ python -m tests.benchmarks.new_concept before=RUN_DIR after=[RUN_DIR,...] shards
     compares the net before with those after, each a run with a seed of its own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import MISSING
 from PIL import Image
 
-from data.cli import parse
+from data.cli import command, location
 from data.storage.shards import find_shards
 from data.text.encoder import load_encoder
 from data.text.meta import TextMeta
@@ -32,19 +31,32 @@ MIN_ORANGE = 0.04
 
 @dataclass
 class NewConcept:
-    """draw: the folder for pictures and prompts; pictures_each: of the concept; captions: of scenes."""
+    """Draws the pictures of a new concept, or compares nets before and after they learned it.
 
-    shards: str = MISSING
-    draw: str = ""
-    before: str = ""
-    after: list[str] = field(default_factory=list)
-    text: str = ""
+    shards: the demo scenes.
+    draw: a folder to write the concept's pictures and class prompts to; nothing is compared then.
+    before: the run that the nets begin from.
+    after: the runs that learned the concept.
+    text: the scenes' embeddings.
+    prompt: caption of the concept.
+    pictures_each: pictures of the concept that each net draws.
+    captions: captions of scenes that each net draws.
+    guidance_scale: of the sampler.
+    steps: of the sampler.
+    grid: a .png for the pictures.
+    """
+
+    shards: str = location()
+    draw: str = location("")
+    before: str = location("")
+    after: list[str] = location([])
+    text: str = location("")
     prompt: str = "a zwx ring"
     pictures_each: int = 16
     captions: int = 96
     guidance_scale: float = 3.0
     steps: str = "20"
-    grid: str = "new_concept.png"
+    grid: str = location("new_concept.png")
 
 
 def draw_rings(folder: Path, captions: list[str]) -> None:
@@ -80,9 +92,8 @@ def pictures_of(checkpoint: Checkpoint, text_emb: torch.Tensor, empty: torch.Ten
     return sample(unet, scheduler, text_emb, empty, args.guidance_scale, args.steps, range(len(text_emb))).numpy()
 
 
-def main() -> None:
+def compare(args: NewConcept) -> None:
     """Print the table and draw the grid."""
-    args = parse(NewConcept)
     if args.draw:
         scenes = Pictures(find_shards(args.shards), args.captions, seed=0)
         draw_rings(Path(args.draw), scenes.captions(0, args.captions))
@@ -119,6 +130,10 @@ def main() -> None:
 def with_error(values: np.ndarray) -> str:
     """The mean and its standard error."""
     return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(compare, NewConcept, argv)
 
 
 if __name__ == "__main__":

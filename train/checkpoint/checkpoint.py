@@ -7,8 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data.text.meta import TextMeta
-from model.unet import UNetConfig
-from model.unet import check as check_unet
+from model.config import UNetConfig
 from train.checkpoint.format import (
     MANIFEST,
     complete_manifest,
@@ -77,7 +76,6 @@ class Checkpoint:
         try:
             config = manifest["config"]
             model = UNetConfig(**config["model"])
-            check_unet(model)
             return cls(
                 folder, manifest, int(manifest["step"]), int(manifest["ranks"]), config, model,
                 int(config["diffusion_steps"]), TextMeta(**manifest["text"]),

@@ -6,10 +6,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from train import adam_state
 from train.checkpoint.format import part_file
-
-# bitsandbytes scales its 8-bit states in blocks of this many elements, counted from the start of each rank's part.
-BLOCK = 256
 
 
 class CheckpointReader:
@@ -41,23 +39,12 @@ class CheckpointReader:
         pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
         for number, first, last in self._overlaps(start, stop):
             with safe_open(self._files[number], framework="pt") as file:
-                for order in (1, 2):
-                    pieces[order - 1].append(self._moment(file, order, first, last))
+                state = {name.removeprefix("moments."): file.get_slice(name) for name in self._moments}
+                for which in (1, 2):
+                    pieces[which - 1].append(adam_state.decode(state, which, first, last))
         with safe_open(self._files[0], framework="pt") as file:
             step = int(file.get_tensor("moments.step"))
         return _joined(pieces[0], stop - start), _joined(pieces[1], stop - start), step
-
-    def _moment(self, file: safe_open, order: int, first: int, last: int) -> Tensor:
-        if "moments.exp_avg" in self._names:  # torch's AdamW
-            return file.get_slice(("moments.exp_avg", "moments.exp_avg_sq")[order - 1])[first:last]
-        state = file.get_slice(f"moments.state{order}")
-        if f"moments.absmax{order}" not in self._names:  # bitsandbytes keeps fewer than 4096 elements in fp32
-            return state[first:last]
-        block, end = first // BLOCK, -(-last // BLOCK)
-        codes = state[block * BLOCK : min(end * BLOCK, self.size)]
-        scales = file.get_slice(f"moments.absmax{order}")[block:end].repeat_interleave(BLOCK)[: len(codes)]
-        values = file.get_tensor(f"moments.qmap{order}")[codes.int()] * scales
-        return values[first - block * BLOCK : last - block * BLOCK]
 
     @property
     def _moments(self) -> list[str]:

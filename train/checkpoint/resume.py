@@ -1,7 +1,6 @@
 """Resuming from the newest undamaged checkpoint, on any number of ranks."""
 
 import hashlib
-import json
 import shutil
 import sys
 from contextlib import suppress
@@ -21,30 +20,31 @@ if TYPE_CHECKING:  # the engine takes seconds to import, and check_resumable has
     from train.engine import Engine
 
 
-# What decides the order of the samples and the layout of the files; a run can't change these on its way.
-IDENTITY = (
-    "seed",
-    "global_batch",
-    "diffusion_steps",
-    "model",
-    "lora",
-    "data.streams",
-    "data.phases",
-    "data.shuffle_block",
-    "data.mixture",
-)
+def identity(config: dict) -> dict[str, object]:
+    """What a run may not change on its way, by key: the order of its samples and the layout of its files depend on it.
+
+    config: as the manifest of a checkpoint holds it.
+    """
+    kept = {key: config[key] for key in ("seed", "global_batch", "diffusion_steps")}
+    kept |= {f"model.{key}": value for key, value in config["model"].items()}
+    # Without a rank there is no LoRA, and alpha changes nothing.
+    kept["lora"] = config["lora"] if config["lora"]["rank"] else None
+    kept |= {f"data.{key}": config["data"][key] for key in ("streams", "phases", "shuffle_block")}
+    # The datasets may be moved.
+    kept["data.mixture"] = {name: dataset["weight"] for name, dataset in config["data"]["mixture"].items()}
+    return kept
 
 
 def check_resumable(config: Config, samples: list[int]) -> None:
     """Make sure that the run can go on from its latest checkpoint, if it has one.
 
-    Raises: ValueError if that belongs to another run or other data. The number of ranks may be another, and the
-    optimizer 8-bit or not.
+    The number of ranks may be another, and the optimizer 8-bit or not.
+    Raises: ValueError if the checkpoint belongs to another run or other data.
     """
     checkpoint = Checkpoint.latest(Path(config.run_dir))
     if checkpoint is None:
         return
-    folder, now = checkpoint.folder, json.loads(json.dumps(asdict(config)))
+    folder = checkpoint.folder
     if checkpoint.manifest["samples"] != samples:
         raise ValueError(
             f"'{folder}' was trained on {checkpoint.manifest['samples']} samples, data.shards now has {samples}: "
@@ -52,11 +52,12 @@ def check_resumable(config: Config, samples: list[int]) -> None:
         )
     if checkpoint.step > config.steps:
         raise ValueError(f"'{folder}' is beyond steps={config.steps}: raise steps, or choose another run_dir")
-    for key in IDENTITY:
-        there, here = _get(checkpoint.config, key), _get(now, key)
-        if there != here:
+    there = identity(checkpoint.config)
+    for key, here in identity(asdict(config)).items():
+        if there.get(key) != here:
             raise ValueError(
-                f"'{folder}' was trained with {key}={there}, now it is {here}: set it back, or choose another run_dir"
+                f"'{folder}' was trained with {key}={there.get(key)}, now it is {here}: "
+                "set it back, or choose another run_dir"
             )
 
 
@@ -139,15 +140,3 @@ def _restore(checkpoint: Checkpoint, engine: "Engine", ema: "EMA") -> int:
     engine.restore(checkpoint.step, schedule_step, reader.read("master", start, stop), moments)
     ema.average.copy_(reader.read("ema", start, stop))
     return checkpoint.step
-
-
-def _get(config: dict, key: str) -> object:
-    if key == "model":  # how its memory is spent changes nothing that is kept
-        return {name: value for name, value in config["model"].items() if name != "memory"}
-    if key == "lora":  # manifests from before there was any have none
-        return (config.get("lora") or {}).get("rank", 0) and config["lora"]
-    if key == "data.mixture":  # where the datasets lie may change
-        return {name: dataset["weight"] for name, dataset in config["data"]["mixture"].items()}
-    for part in key.split("."):
-        config = config[part]
-    return config

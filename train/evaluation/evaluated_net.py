@@ -1,7 +1,7 @@
 """The net that is evaluated: a checkpoint of a run, or released weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,9 @@ import torch
 from omegaconf import OmegaConf
 
 from data.checks import check_choice
-from model.unet import UNet, UNetConfig
+from data.text.meta import TextMeta
+from model.config import UNetConfig
+from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
 from train.weights.trained_net import load_net, load_released_net
 
@@ -34,16 +36,19 @@ class EvaluatedNet:
     encoder: tuple[str, str] | None
 
 
-def find_net(path: str, model: str, weights: str) -> EvaluatedNet:
+def find_net(path: str, model: str, weights: str, embeddings: str) -> EvaluatedNet:
     """The checkpoint at a path, or released weights there if `model` names their net, a file of conf/model.
 
-    weights: 'ema' or 'master'.
+    weights: 'ema' or 'master'.  embeddings: their folder, whose width the net has if its file gives none.
     Raises: ValueError.
     """
     if model:
         check_choice("model", model, sorted(file.stem for file in MODELS.glob("*.yaml")))
         values = OmegaConf.merge(OmegaConf.structured(UNetConfig), OmegaConf.load(MODELS / f"{model}.yaml"))
         config: UNetConfig = OmegaConf.to_object(values)  # type: ignore[assignment]
+        config = replace(config, encoder_dim=config.encoder_dim or TextMeta.read(embeddings).dim)
+        if not Path(path).exists():
+            raise ValueError(f"no weights at '{path}': name a file or folder on this machine")
         load = partial(load_released_net, path, config)
         return EvaluatedNet(config, RELEASED_STEPS, load, f"{path} as {model}", RELEASED_TOKENS, None)
     checkpoint = Checkpoint.open(path)

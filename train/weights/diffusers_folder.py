@@ -10,8 +10,8 @@ from transformers import T5EncoderModel
 
 from data.text.encoder import TextEncoder, load_encoder
 from data.text.meta import TextMeta
+from model.config import UNetConfig
 from model.convert import diffusers_config, each_to_diffusers
-from model.unet import UNetConfig
 from train.checkpoint.checkpoint import Checkpoint
 from train.sampling.sampler import make_scheduler
 from train.weights.pretrained import net_weights

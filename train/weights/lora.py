@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.attention import Projection
+from model.config import UNetConfig
 from model.convert import lora_to_diffusers, merge_lora
 from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
@@ -49,6 +51,18 @@ def add_lora(
     lora._register_custom_module({Projection: Linear})
     unet.requires_grad_(False)
     inject_adapter_in_model(lora, unet, low_cpu_mem_usage=on_meta)
+
+
+def unet_on_meta(config: UNetConfig, lora: LoRAConfig | None = None, recompute: str = "none") -> UNet:
+    """A net that takes no memory, of any size, with LoRA if its rank is above 0.
+
+    recompute: one of model.config.RECOMPUTE.
+    """
+    with torch.device("meta"):
+        unet = UNet(config, recompute)
+        if lora and lora.rank:
+            add_lora(unet, lora, on_meta=True)
+    return unet
 
 
 def trained_adapter(checkpoint: Checkpoint, name: str) -> Adapter:

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.config import UNetConfig
 from model.convert import from_diffusers, merge_lora, to_diffusers
-from model.unet import UNet, UNetConfig
+from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
 from train.weights.lora import trained_adapter
 
@@ -141,5 +142,5 @@ def _check_fit(state: dict[str, Tensor], net: dict[str, Tensor], path: Path) -> 
     if problems:
         raise ValueError(
             f"the weights in '{path}' don't fit the net: {'; '.join(problems)}: "
-            "set model to the net that they are of, or name other weights"
+            "set model to the net that they are of and embed the captions with its encoder, or name other weights"
         )

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.unet import UNet, UNetConfig
+from model.config import UNetConfig
+from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
 from train.weights.pretrained import load_pretrained, net_weights
 
