@@ -187,7 +187,7 @@ def test_pieces_of_any_size_make_one_array(tmp_path):
         ("text=other-text", "which is not the encoder that the net was trained with"),
         ("text=nowhere", "no text embeddings in 'nowhere'"),
         ("steps=0", "steps=0 must lie between"),
-        ("model=if_i_m checkpoint=nowhere", "no weights at 'nowhere'"),
+        ("model=if_i_m checkpoint=nowhere", "/nowhere': download them first"),
         ("model=if_i_q", "model=if_i_q must be one of if_i_l, if_i_m, if_i_xl, scenes, small"),
     ],
 )  # fmt: skip

@@ -351,7 +351,7 @@ def test_a_manifest_is_read_once_when_a_net_is_loaded(base, tmp_path, path):
         export(Export(str(tmp_path / path), str(tmp_path / "if"), encoder="auto"))
     assert opened == [newest]
     with opened_manifests() as opened:
-        find_net(str(tmp_path / path), "", "ema").load(torch.device("cpu"))
+        find_net(str(tmp_path / path), "", "ema", str(base / "text")).load(torch.device("cpu"))
     assert opened == [newest]
 
 
