@@ -51,11 +51,11 @@ def pack(args: Pack) -> None:
     source = os.fsencode(Path(args.source).resolve()).decode("utf-8", "backslashreplace")
     recipe = {"source": source, "shard_size": args.shard_size}
     before = read_recipe(out, RECIPE) or recipe
-    if before["shard_size"] != args.shard_size:
-        raise another_dataset(out, before, {**recipe, "source": before["source"]})
+    if before.get("shard_size") != args.shard_size:
+        raise another_dataset(out, {"shard_size": before.get("shard_size")}, {"shard_size": args.shard_size})
     changes = find_changes(rows, out, rules)
     # The same pictures at another path are the same dataset.
-    if before["source"] != source and (changes.captions or changes.pictures or changes.removed):
+    if before.get("source") != source and (changes.captions or changes.pictures or changes.removed):
         raise another_dataset(out, before, recipe)
     write_json(out / RECIPE, recipe)
     if write_changes(changes, out, args.shard_size, rules):

@@ -62,7 +62,12 @@ def read_recipe(out: Path, name: str) -> dict | None:
         return None
     if not path.exists():
         raise ValueError(f"'{out.absolute()}' holds shards of another command (no {name}): choose another out=")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"'{path.absolute()}' cannot be read ({error}): choose another out=, or delete that folder"
+        ) from None
 
 
 def another_dataset(out: Path, before: dict, recipe: dict) -> ValueError:
