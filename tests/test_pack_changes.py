@@ -128,6 +128,7 @@ def test_missing_shards_are_written_as_they_were(source: Path, out: Path, capsys
 
 def test_a_crash_while_a_shard_is_written_anew(source: Path, out: Path, capsys: Capture) -> None:
     rules = ImageRules()
+    index(Index(str(out), workers=1))
     (source / "a.txt").write_text("newer a")
     put(source, "g.jpg", picture("red"), "g")
 
@@ -146,6 +147,7 @@ def test_a_crash_while_a_shard_is_written_anew(source: Path, out: Path, capsys: 
     with pytest.raises(OSError, match="Input/output error"):
         write_changes(changes, out, 2, rules)
     assert not stats_path(out / "00000.tar").exists(), "an unfinished shard must not look finished"
+    assert not (out / "index.json").exists(), "nor must the index give its old size"
     capsys.readouterr()
     line = "1 caption changed, 1 picture added: shards 00000 and 00002 written anew"
     assert rerun(source, out, capsys) == line
