@@ -108,9 +108,9 @@ def count_shard(location: str, check: bool) -> Entry:
     try:
         size, stats = shard_bytes(location), read_stats(location)
         if stats and stats.digest and not check:
-            return Entry(location, stats.count, size, stats.count, stats.digest)
+            return Entry(location, stats.samples, size, stats.samples, stats.digest)
         scan = scan_shard(location)
-        return Entry(location, scan.samples, size, stats.count if stats else scan.samples, scan.digest, scan.damage)
+        return Entry(location, scan.samples, size, stats.samples if stats else scan.samples, scan.digest, scan.damage)
     except (OSError, ValueError) as error:
         return Entry(location, problem=str(error))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from braceexpand import braceexpand
 
-from data.storage.locations import is_remote, join, list_names, open_location, read_bytes, size_of, split
+from data.storage.locations import absolute, is_remote, join, list_names, open_location, read_bytes, size_of, split
 from data.storage.tars import DIGEST, STATS, scan_shard
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def find_shards(where: str | Path) -> list[Shard]:
     try:
         shards = read_index(where) if where.endswith(".json") else _find(where)
     except OSError as error:
-        raise ValueError(f"data.shards '{where}' cannot be read: {error}") from None
+        raise ValueError(f"the shards '{absolute(where)}' cannot be read: {error}") from None
     if not any(shard.count for shard in shards):
         raise ValueError(f"the {len(shards)} shards of '{where}' hold no samples")
     return shards
@@ -73,7 +73,9 @@ def locate(where: str) -> list[str]:
         found = list(braceexpand(where))
     else:
         if not is_remote(where) and not Path(where).is_dir():
-            raise ValueError(f"no folder '{where}': make shards with `python -m data.demo out={where}` or `data.pack`")
+            raise ValueError(
+                f"no folder '{absolute(where)}': make shards with `python -m data.demo out={where}` or `data.pack`"
+            )
         found = [join(where, name) for name in sorted(list_names(where)) if name.endswith(".tar")]
     if not found:
         raise ValueError(f"no shards (*.tar) in '{where}': make some with `python -m data.pack` or `data.demo`")
@@ -103,7 +105,7 @@ def read_index(location: str) -> list[Shard]:
 class Stats(NamedTuple):
     """What the stats file of a shard says: its samples, and its digest if our commands wrote the shard."""
 
-    count: int
+    samples: int
     digest: str | None
 
 
@@ -116,7 +118,7 @@ def read_stats(location: str) -> Stats | None:
     path = location.removesuffix(".tar") + STATS
     try:
         stats = json.loads(read_bytes(path))
-        count, digest = int(stats["successes"]), stats.get(DIGEST)
+        samples, digest = int(stats["successes"]), stats.get(DIGEST)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -124,7 +126,7 @@ def read_stats(location: str) -> Stats | None:
             f"'{path}' has no readable \"successes\" ({error}): delete it and the tar is counted"
         ) from None
     older = not is_remote(location) and os.stat(path).st_mtime_ns < os.stat(location).st_mtime_ns
-    return Stats(count, None if older else digest)
+    return Stats(samples, None if older else digest)
 
 
 def _find(where: str) -> list[Shard]:
@@ -171,7 +173,7 @@ def _needs_index(where: str) -> str:
 
 def _count(location: str) -> Shard:
     if stats := read_stats(location):
-        return Shard(location, stats.count, digest=stats.digest)
+        return Shard(location, stats.samples, digest=stats.digest)
     scan = scan_shard(location)
     if scan.damage:
         logger.warning("%s: only its first %d samples can be read: %s", location, scan.samples, scan.damage)
