@@ -20,8 +20,6 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
-from data.checks import one_line
-
 T = TypeVar("T")
 
 HELP = {"-h", "--help", "help"}
@@ -85,7 +83,7 @@ def fail(error: object) -> NoReturn:
 def reason(error: object) -> str:
     """What an error says; one of the operating system names the absolute path."""
     if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
-        return f"'{one_line(os.path.abspath(error.filename), 300)}': {error.strerror}"
+        return f"'{os.path.abspath(error.filename)}': {error.strerror}"
     return str(error)
 
 

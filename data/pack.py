@@ -68,13 +68,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def _list(args: Pack, rules: ImageRules) -> list[Row]:
     source = Path(args.source)
-    if source.is_dir():
+    shown = one_line(str(source.absolute()), 300)
+    try:
+        is_folder, is_file = source.is_dir(), source.is_file()
+    except OSError as error:  # such as too long a name
+        raise ValueError(f"source='{shown}' cannot be read: {error.strerror}") from None
+    if is_folder:
         if args.image_column or args.caption_column:
             raise ValueError("image_column= and caption_column= are for tables, and source= is a folder")
         return list_folder(source, Path(args.out))
-    if source.suffix.lower() in TABLES and source.is_file():
+    if source.suffix.lower() in TABLES and is_file:
         return list_table(source, rules, args.image_column, args.caption_column)
-    shown = one_line(str(source.absolute()), 300)
     raise ValueError(f"source='{shown}' is neither a folder nor a {', '.join(TABLES)} file that exists")
 
 

@@ -159,7 +159,9 @@ def test_a_crash_while_a_shard_is_written_anew(source: Path, out: Path, capsys: 
 def test_a_leftover_of_a_shard_that_is_not_needed_any_more_is_removed(source: Path, out: Path, capsys: Capture) -> None:
     stats_path(out / "00002.tar").unlink()
     (source / "e.jpg").unlink()
+    (out / "00000_stats.json.old").write_bytes((out / "00000_stats.json").read_bytes())
     rerun(source, out, capsys)
+    assert not list(out.glob("*.old"))
     assert [shard.name for shard in find_shards(out)] == ["00000.tar", "00001.tar"]
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.checks import one_line
 from data.config import ImageRules
 from data.images import BadImage, decode
-from data.prepare.changes import ROWS, Changes, Entry, compare, old_stats, read_packed, shard_path
+from data.prepare.changes import OLD, ROWS, Changes, Entry, compare, old_stats, read_packed, shard_path
 from data.prepare.rows import NO_PICTURE, Picture, Row, Unusable, read_picture, signature
 from data.storage.locations import write_whole
 from data.storage.shards import INDEX
@@ -123,7 +123,8 @@ class _Usable(NamedTuple):
 class _Writer:
     """Writes what changed.
 
-    written: shards that were written anew, new ones, and those that have no rows any more.  added: new rows.
+    anew, fresh, gone: the shards that were written anew, that are new, and that have no rows any more.
+    added: how many new rows were packed.  packed: how many rows are in the shards.
     """
 
     def __init__(self, changes: Changes, out: Path, shard_size: int, rules: ImageRules) -> None:
@@ -190,7 +191,8 @@ class _Writer:
             return None
 
     def _write_shard(self, number: int, kept: dict[int, Row], room: int) -> None:
-        shard, entries = shard_path(self.out, number), []  # type: Path, list[str]
+        shard = shard_path(self.out, number)
+        entries: list[str] = []
         index = self.out / INDEX
         self.index_removed |= index.exists()
         index.unlink(missing_ok=True)
@@ -225,7 +227,9 @@ class _Writer:
                 yield _sample(key_of(number, place), usable)
 
     def _remove_leftovers(self) -> None:
-        """Remove tars whose writing was interrupted and whose rows are in other shards now, or in none."""
+        """Remove what interrupted runs left: tars whose rows are in other shards now, or in none, and old stats files."""
+        for stats in self.out.glob(f"*{STATS}{OLD}"):
+            stats.unlink()
         for tar in self.out.glob("*.tar"):
             if re.fullmatch(r"\d{5,}", tar.stem) and not finished(tar):
                 tar.unlink()

@@ -1,6 +1,5 @@
 """A picture of a source and its caption: where both lie, whether they changed, and their bytes."""
 
-import codecs
 import errno
 import hashlib
 import os
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from data.config import ImageRules
 from data.images import HEAD, sniff
+from data.text.decode import decode_caption
 
 # The problem of a file that is no picture. It is named, but not counted among the pictures.
 NO_PICTURE = "not a picture"
@@ -142,15 +142,14 @@ def unusable(error: OSError, what: str = "") -> Exception:
     return Unusable(f"{what}can't be read ({os.strerror(error.errno)})")
 
 
-def decode_caption(data: bytes) -> str:
-    """The text of a caption: UTF-8, or UTF-16 with its mark; a byte order mark is not part of it.
+def caption_text(data: bytes) -> str:
+    """The text of a stored caption.
 
     Raises: Unusable.
     """
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError:
+        return decode_caption(data)
+    except ValueError:
         raise Unusable("caption is not UTF-8") from None
 
 
@@ -159,7 +158,7 @@ def _read_caption_file(path: str) -> str:
         raise Unusable("no .txt beside it")
     try:
         with open(path, "rb") as file:
-            return decode_caption(file.read())
+            return caption_text(file.read())
     except FileNotFoundError:
         raise Unusable("no .txt beside it") from None
     except OSError as error:

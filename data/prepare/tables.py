@@ -9,7 +9,7 @@ from typing import Any
 
 from data.checks import did_you_mean, one_line
 from data.config import ImageRules
-from data.prepare.rows import Row, Unusable, decode_caption, file_version, read_image_file
+from data.prepare.rows import Row, Unusable, caption_text, file_version, read_image_file
 
 IMAGE_COLUMNS = ("path", "image", "file", "file_name", "filename", "url")
 CAPTION_COLUMNS = ("caption", "text")
@@ -78,7 +78,7 @@ def _text(value: Any, what: str) -> str:
     if value is None or value != value:
         return ""
     if isinstance(value, bytes):
-        return decode_caption(value)
+        return caption_text(value)
     if isinstance(value, (list, dict)):
         raise Unusable(f"its {what} is a {'list' if isinstance(value, list) else 'group of values'}, not a text")
     return str(value)
