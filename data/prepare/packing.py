@@ -227,7 +227,7 @@ class _Writer:
                 yield _sample(key_of(number, place), usable)
 
     def _remove_leftovers(self) -> None:
-        """Remove what interrupted runs left: tars whose rows are in other shards now, or in none, and old stats files."""
+        """Remove what interrupted runs left: tars whose rows are in other shards or in none now, old stats files."""
         for stats in self.out.glob(f"*{STATS}{OLD}"):
             stats.unlink()
         for tar in self.out.glob("*.tar"):
