@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.loader.cursor import RawSample, ShardCursor, ShardUnreadable
-from data.storage import clients, locations
+from data.storage import clients, locations, retries
 from data.storage.shards import Shard
 from data.storage.tars import Span, count_samples, stats_path, write_shard
 from data.text.embeddings import read_empty
@@ -152,7 +152,7 @@ def test_an_unreadable_sidecar_too(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     for module, name, value in (
-        (clients, "READ_TIMEOUT", 0.2), (clients, "CHUNK", 512), (locations, "FIRST_WAIT", 0.001),
+        (clients, "READ_TIMEOUT", 0.2), (clients, "CHUNK", 512), (retries, "FIRST_WAIT", 0.001),
         (locations, "FIRST_BLOCK", 4096), (locations, "LARGEST_BLOCK", 16384),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
