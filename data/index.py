@@ -15,8 +15,8 @@ from tqdm import tqdm
 from data.checks import check_at_least
 from data.cli import command, location
 from data.storage.locations import join, split, write_whole
-from data.storage.shards import INDEX, is_folder, locate, shard_bytes, stats_count
-from data.storage.tars import count_samples
+from data.storage.shards import INDEX, is_folder, locate, read_stats, shard_bytes
+from data.storage.tars import DIGEST, scan_shard
 
 # Shards named in a report of one kind of fault.
 NAMED = 10
@@ -24,12 +24,14 @@ NAMED = 10
 
 @dataclass
 class Index:
-    """Writes index.json beside the shards: the samples and bytes of each, so that a training need not look for them.
+    """Writes index.json beside the shards: samples, bytes and digest of each, so that a training need not find them.
+
+    They are those of the stats file if our commands wrote it. The headers and captions of other shards are read.
 
     shards: the shards, as data.shards of a training.
     out: the .json to write; index.json in the folder of the shards by default, required where shards is no folder.
     workers: processes.
-    check: count by the tars' headers also where there is a stats file, and report where the two differ.
+    check: read all shards' headers and captions, and report where a stats file says something else.
     """
 
     shards: str = location()
@@ -41,13 +43,14 @@ class Index:
 class Entry(NamedTuple):
     """A shard.  size: bytes.  in_stats: samples by its stats file, or as counted where there is none.
 
-    damage: why it was not counted to its end.  problem: why it could not be counted at all.
+    digest: of its captions.  damage: why it was not counted to its end.  problem: why it could not be counted at all.
     """
 
     location: str
     samples: int = 0
     size: int = 0
     in_stats: int = 0
+    digest: str = ""
     damage: str = ""
     problem: str = ""
 
@@ -74,7 +77,10 @@ def index(args: Index) -> None:
         raise ValueError(f"not all shards of {args.shards} could be counted, so there is no index: mend or remove them")
     folder = split(out)[0]
     lines = [
-        json.dumps({"shard": _from(folder, e.location), "samples": e.samples, "bytes": e.size}, ensure_ascii=False)
+        json.dumps(
+            {"shard": _from(folder, e.location), "samples": e.samples, "bytes": e.size, DIGEST: e.digest},
+            ensure_ascii=False,
+        )
         for e in entries
     ]
     write_whole(out, ('{"shards": [\n' + ",\n".join(lines) + "\n]}\n").encode())
@@ -98,13 +104,13 @@ def _count_all(locations: list[str], args: Index) -> list[Entry]:
 
 
 def count_shard(location: str, check: bool) -> Entry:
-    """Count a shard, by its stats file unless it has none or it is to be checked."""
+    """Count a shard: by its stats file if that gives a digest too and is not to be checked, else by reading it."""
     try:
-        size, in_stats = shard_bytes(location), stats_count(location)
-        if in_stats is not None and not check:
-            return Entry(location, in_stats, size, in_stats)
-        samples, damage = count_samples(location)
-        return Entry(location, samples, size, samples if in_stats is None else in_stats, damage)
+        size, stats = shard_bytes(location), read_stats(location)
+        if stats and stats.digest and not check:
+            return Entry(location, stats.samples, size, stats.samples, stats.digest)
+        scan = scan_shard(location)
+        return Entry(location, scan.samples, size, stats.samples if stats else scan.samples, scan.digest, scan.damage)
     except (OSError, ValueError) as error:
         return Entry(location, problem=str(error))
 

@@ -2,14 +2,16 @@
 
 import json
 import logging
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from braceexpand import braceexpand
 
 from data.storage.locations import is_remote, join, list_names, open_location, read_bytes, size_of, split
-from data.storage.tars import STATS, count_samples
+from data.storage.tars import DIGEST, STATS, scan_shard
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +22,15 @@ REINDEX = "run `python -m data.index shards={}` again"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One webdataset tar: its path or URL, its number of samples and, if an index gives it, its size in bytes."""
+    """One webdataset tar: its path or URL, its number of samples and, if an index gives it, its size in bytes.
+
+    digest: ShardDigest of its captions, None if neither the index nor the stats file has it.
+    """
 
     location: str
     count: int
     size: int | None = None
+    digest: str | None = None
 
     @property
     def name(self) -> str:
@@ -83,30 +89,42 @@ def read_index(location: str) -> list[Shard]:
     folder = split(location)[0]
     try:
         entries = json.loads(read_bytes(location))["shards"]
-        rows = [(str(entry["shard"]), int(entry["samples"]), int(entry["bytes"])) for entry in entries]
+        rows = [(str(e["shard"]), int(e["samples"]), int(e["bytes"]), e.get(DIGEST)) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{location}' is no index of shards ({error!r}): make it anew with `data.index`") from None
     shards = [
-        Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size) for name, count, size in rows
+        Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size, digest)
+        for name, count, size, digest in rows
     ]
     _check_names([shard.location for shard in shards], location)
     return shards
 
 
-def stats_count(location: str) -> int | None:
-    """The number of samples of a shard by the NNNNN_stats.json beside it; None if there is no such file.
+class Stats(NamedTuple):
+    """What the stats file of a shard says: its samples, and its digest if our commands wrote the shard."""
 
+    samples: int
+    digest: str | None
+
+
+def read_stats(location: str) -> Stats | None:
+    """What the NNNNN_stats.json beside a shard says; None if there is no such file.
+
+    Of a local tar that was written after its stats file there is no digest, since it may hold other captions.
     Raises: ValueError if the file gives no count; OSError.
     """
-    stats = location.removesuffix(".tar") + STATS
+    path = location.removesuffix(".tar") + STATS
     try:
-        return int(json.loads(read_bytes(stats))["successes"])
+        stats = json.loads(read_bytes(path))
+        samples, digest = int(stats["successes"]), stats.get(DIGEST)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"'{stats}' has no readable \"successes\" ({error}): delete it and the tar is counted"
+            f"'{path}' has no readable \"successes\" ({error}): delete it and the tar is counted"
         ) from None
+    older = not is_remote(location) and os.stat(path).st_mtime_ns < os.stat(location).st_mtime_ns
+    return Stats(samples, None if older else digest)
 
 
 def _find(where: str) -> list[Shard]:
@@ -152,12 +170,12 @@ def _needs_index(where: str) -> str:
 
 
 def _count(location: str) -> Shard:
-    count, damage = stats_count(location), ""
-    if count is None:
-        count, damage = count_samples(location)
-    if damage:
-        logger.warning("%s: only its first %d samples can be read: %s", location, count, damage)
-    return Shard(location, count)
+    if stats := read_stats(location):
+        return Shard(location, stats.samples, digest=stats.digest)
+    scan = scan_shard(location)
+    if scan.damage:
+        logger.warning("%s: only its first %d samples can be read: %s", location, scan.samples, scan.damage)
+    return Shard(location, scan.samples, digest=scan.digest)
 
 
 def _check_names(locations: list[str], where: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from data.storage.atomic import atomic_file
+from data.storage.digests import ShardDigest
 from data.storage.local_files import PooledFile
 from data.storage.locations import open_location, write_whole
 from data.storage.tar_headers import BLOCK, DamagedTar, TarHeaders, padded
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # img2dataset's name for the counts of a shard, in place of .tar.
 STATS = "_stats.json"
+# The entry of the stats file with the shard's digest.
+DIGEST = "digest"
 # Members of a webdataset that describe it and are not samples.
 META_FOLDER = re.compile(r"__[^/]*__(/|$)")
 
@@ -28,10 +31,12 @@ def write_shard(path: Path, samples: Iterable[Sample], stats: dict | None = None
 
     The stats file is written last, so a tar without one was interrupted and must be written again.
     samples: (key, {extension: bytes}), written in this order as they come. Equal samples give equal bytes.
-    stats: entries of the stats file beside the number of samples.
+    stats: entries of the stats file beside the number of samples and the shard's digest.
     Raises: OSError.
     """
-    write_stats(path, write_tar(path, samples), stats or {})
+    digest = ShardDigest()
+    count = write_tar(path, digest.of(samples))
+    write_stats(path, count, {DIGEST: digest.hexdigest(), **(stats or {})})
 
 
 def write_tar(path: Path, samples: Iterable[Sample], aside: Path | None = None) -> int:
@@ -187,17 +192,34 @@ def read_shard(location: str | Path, extensions: set[str]) -> Iterator[Sample]:
             yield sample
 
 
-def count_samples(location: str | Path) -> tuple[int, str]:
-    """The number of samples in a shard, from its headers alone, and what stopped the reading before its end, or ''.
+class Scan(NamedTuple):
+    """What the headers and captions of a shard say.
+
+    samples: how many.  digest: ShardDigest of them.  damage: what stopped the reading before its end, or ''.
+    """
+
+    samples: int
+    digest: str
+    damage: str
+
+
+def scan_shard(location: str | Path) -> Scan:
+    """Count the samples of a shard and digest their captions. Nothing else is read but headers.
 
     Raises: OSError.
     """
-    count = 0
-    with open_location(str(location)) as file:
-        try:
-            reader = ShardReader(file, set())
-            while reader.sample(read=False) is not None:
-                count += 1
-        except DamagedTar as damage:
-            return count, str(damage)
-    return count, ""
+    count, digest, damage = 0, ShardDigest(), ""
+    try:
+        for _ in digest.of(read_shard(location, {"txt"})):
+            count += 1
+    except DamagedTar as error:
+        damage = str(error)
+    return Scan(count, digest.hexdigest(), damage)
+
+
+def shard_digest(location: str | Path) -> str:
+    """The digest of a shard, from its headers and captions; of a damaged one that of the samples before the damage.
+
+    Raises: OSError.
+    """
+    return scan_shard(location).digest

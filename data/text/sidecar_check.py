@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from data.storage.digests import caption_digest
 from data.storage.locations import is_remote, join, list_names, open_location
 from data.storage.shards import Shard
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, Span, read_shard
 from data.text.embeddings import from_bytes, read_empty
 from data.text.meta import TextMeta, sidecar_location
-from data.text.sidecar_record import SidecarRecord, caption_digest, checksum
+from data.text.sidecar_record import SidecarRecord, checksum
 
 # Sidecars that are read at once; and how many faulty ones are printed.
 READERS, MAX_PRINTED = 4, 20

@@ -1,21 +1,16 @@
 """What the stats file of a sidecar records of its embeddings, so that a check needs no encoder."""
 
-import hashlib
 import json
 import zlib
 from dataclasses import dataclass, field
 
+from data.storage.digests import CAPTION_DIGITS
 from data.storage.locations import read_bytes
 from data.storage.tars import STATS
 
 # Entries of the stats file, and the hex digits that they have for each embedding, in the order of the sidecar.
 CAPTIONS, CHECKSUMS = "captions_blake2b", "npy_crc32"
-DIGEST_DIGITS, CHECKSUM_DIGITS = 16, 8
-
-
-def caption_digest(key: str, caption: bytes) -> str:
-    """A hash that changes with the key and with the caption."""
-    return hashlib.blake2b(key.encode() + b"\0" + caption, digest_size=DIGEST_DIGITS // 2).hexdigest()
+CHECKSUM_DIGITS = 8
 
 
 def checksum(npy: bytes) -> str:
@@ -48,7 +43,7 @@ class SidecarRecord:
         location = sidecar.removesuffix(".tar") + STATS
         try:
             stats = json.loads(read_bytes(location))
-            return SidecarRecord(_cut(stats[CAPTIONS], DIGEST_DIGITS), _cut(stats[CHECKSUMS], CHECKSUM_DIGITS))
+            return SidecarRecord(_cut(stats[CAPTIONS], CAPTION_DIGITS), _cut(stats[CHECKSUMS], CHECKSUM_DIGITS))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"'{location}' is not of this version of data.embed ({error!r})") from None
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from data.storage.claims import Claim
+from data.storage.digests import caption_digest
 from data.storage.shards import Shard
 from data.storage.tars import Sample, Span, read_shard, write_stats, write_tar
 from data.text.embeddings import encode_states, to_bytes
 from data.text.encoder import TextEncoder
 from data.text.meta import sidecar_location
 from data.text.prefetch import prefetch
-from data.text.sidecar_record import SidecarRecord, caption_digest
+from data.text.sidecar_record import SidecarRecord
 
 # How many batches the tokenizer and the encoder may be ahead of the step that follows them.
 TOKENIZED_AHEAD, ENCODED_AHEAD = 4, 2

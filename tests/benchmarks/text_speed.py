@@ -26,8 +26,8 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from data.cli import command
 from data.storage.claims import claim
-from data.storage.shards import Shard, find_shards
 from data.storage.locations import open_location
+from data.storage.shards import Shard, find_shards
 from data.storage.tars import ShardReader, write_shard
 from data.text.embeddings import encode_states, from_bytes, read_into, to_bytes
 from data.text.encoder import TextEncoder
