@@ -21,8 +21,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "jpe", "jfif", "webp", "gif", "bmp", "
 ENDED, UNREADABLE = "shard ended early", "shard unreadable"
 NO_IMAGE, NO_EMBEDDING, TEXT_UNREADABLE = "no image", "no embedding", "embeddings unreadable"
 NO_CAPTION = "no caption"
-# Why a sound picture may be no image of its sample: to the reader 1.5.jpg has the key 1; and the files of a sample must be
-# next to each other.
+# Why a sound picture may be no image of its sample: 1.5.jpg has the key 1, and the files of a sample must be adjacent.
 DOTS_IN_KEYS, CAPTION_ALONE = "no image, dots in keys", "no image beside the caption, tar not sorted by name?"
 
 

@@ -142,7 +142,7 @@ class MicroBatches:
     def _read_text(self, out: np.ndarray, raw: RawSample) -> None:
         """Write the embedding or the token ids of a sample into out.
 
-        Raises: ValueError, whose message is the reason under which the sample is counted; ShardUnreadable; MachineError.
+        Raises: ValueError, whose message is the reason for the count; ShardUnreadable; MachineError.
         """
         if self.encoder:
             out[:] = self.encoder.token_ids([raw.caption.decode("utf-8", "replace")])[0]

@@ -7,6 +7,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from data.storage.clients import UnreadableError
@@ -77,10 +78,8 @@ class OpenFiles:
             file.check(handle)
             self._handles[id(file)] = handle
             return handle
-        try:
+        with suppress(KeyError):  # another thread may just have closed it; it stays open for this read
             self._handles.move_to_end(id(file))
-        except KeyError:  # another thread has just closed it; it stays open for this read
-            pass
         return handle
 
     def drop(self, file: "PooledFile") -> None:
@@ -182,7 +181,7 @@ class PooledFile:
 
 
 class PooledReader(io.RawIOBase):
-    """A PooledFile as an unbuffered stream: the position is kept here, so that a closed file is read on where it was."""
+    """A PooledFile as a stream. The position is kept here, so that a closed file is read on where it was."""
 
     def __init__(self, path: str) -> None:
         self.file, self.name, self._position = PooledFile(path), path, 0

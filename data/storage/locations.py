@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 FIRST_BLOCK, LARGEST_BLOCK = 1 << 18, 1 << 23
 # Blocks that a process fetches in the background at the same time, each over a connection of its own.
 MAX_PREFETCHES = 32
+_prefetches = threading.BoundedSemaphore(MAX_PREFETCHES)
 
 
 def is_remote(location: str) -> bool:
@@ -225,5 +226,4 @@ def _reset_prefetches() -> None:
     _prefetches = threading.BoundedSemaphore(MAX_PREFETCHES)
 
 
-_reset_prefetches()
 os.register_at_fork(after_in_child=_reset_prefetches)  # threads of the parent do not run in it and release nothing

@@ -10,8 +10,8 @@ from typing import BinaryIO, NamedTuple
 # Headers and data come in blocks of this size; a block of zeros ends the archive.
 BLOCK = 512
 END = bytes(BLOCK)
-# The data of a larger member is never read: no image is as large, and memory is limited. Beyond the second size a header
-# is taken for damage, as it is for a larger name.
+# The data of a larger member is never read: no image is as large, and memory is limited. Beyond the second size, and
+# for a longer name, a header is taken for damage.
 LARGEST_MEMBER, LARGEST_SKIP, LARGEST_NAME = 1 << 30, 1 << 50, 1 << 20
 # Types of header: files with data; entries without data, whatever their size field says; and those that describe the
 # next header.
@@ -40,6 +40,14 @@ class _Described(NamedTuple):
     name: str | None = None
     size: int | None = None
     sparse: bool | None = None
+
+    def before(self, later: "_Described") -> "_Described":
+        """What both say. Of several headers for one file the first counts, as in tarfile."""
+        return _Described(
+            later.name if self.name is None else self.name,
+            later.size if self.size is None else self.size,
+            later.sparse if self.sparse is None else self.sparse,
+        )
 
 
 NOTHING = _Described()
@@ -70,8 +78,7 @@ class TarHeaders:
                     found = _Described(_string(text)) if kind == LONG_NAME else _pax(text)
                 if kind == PAX_GLOBAL and found != NOTHING:
                     raise DamagedTar("a header for all files names one file's path or size")
-                # Of several headers for one file the first counts, as in tarfile.
-                described = _Described(*(b if a is None else a for a, b in zip(described, found, strict=True)))
+                described = described.before(found)
                 skip = 0
                 continue
             name = name if described.name is None else described.name

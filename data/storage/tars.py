@@ -138,10 +138,10 @@ class ShardReader:
             return None
         while self.key == key:
             if read and self._extension in self._extensions and not self._fault:
-                as_span = self._span_file and self._size
-                data = Span(self._span_file, self._file.tell(), self._size) if as_span else self._file.read(self._size)
+                lies_at = self._span_file if self._size else None
+                data = Span(lies_at, self._file.tell(), self._size) if lies_at else self._file.read(self._size)
                 members[self._extension] = b"" if self._extension in members else data
-                self._next(padded(self._size) if as_span else -self._size % BLOCK)
+                self._next(padded(self._size) if lies_at else -self._size % BLOCK)
             else:
                 if read:
                     self._note_unread(key)

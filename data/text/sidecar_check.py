@@ -91,7 +91,10 @@ def check_sidecar(shard: Shard, folder: str, meta: TextMeta) -> SidecarReport:
 
 
 def _embeddings(location: str) -> Iterator[tuple[str, Span | None, bytes, str, str]]:
-    """key, span if the sidecar is local, bytes, recorded digest and recorded checksum of each embedding. Raises: ValueError, OSError."""
+    """key, Span (None behind a URL), bytes, recorded digest and recorded checksum of each embedding.
+
+    Raises: ValueError, OSError.
+    """
     record = SidecarRecord.read(location)
     recorded = zip(record.digests, record.checksums, strict=False)
     with open_location(location) as file:
