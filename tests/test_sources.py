@@ -80,7 +80,7 @@ def test_after_so_many_tries_it_is_over(server, fault):
 
 def test_waits_double_and_end_at_the_longest(server, monkeypatch):
     waits = []
-    monkeypatch.setattr(locations.time, "sleep", waits.append)
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
     monkeypatch.setattr(retries, "LONGEST_WAIT", 0.03)
     server.faults, server.for_good = ["500"], True
     with pytest.raises(UnreadableError):

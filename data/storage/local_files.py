@@ -183,8 +183,15 @@ class PooledFile:
 class PooledReader(io.RawIOBase):
     """A PooledFile as a stream. The position is kept here, so that a closed file is read on where it was."""
 
-    def __init__(self, path: str) -> None:
-        self.file, self.name, self._position = PooledFile(path), path, 0
+    def __init__(self, file: PooledFile) -> None:
+        super().__init__()
+        self.file, self.name, self._position = file, file.path, 0
+
+    def close(self) -> None:
+        """Close the file. Whoever still refers to the PooledFile may read it; it is opened anew for that."""
+        if not self.closed:
+            open_files.drop(self.file)
+        super().close()
 
     def readable(self) -> bool:
         """Yes."""

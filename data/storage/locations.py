@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from data.storage.atomic import atomic_file
 from data.storage.clients import TransientError, UnreadableError, http_range, list_s3, s3_range, write_s3
-from data.storage.local_files import PooledReader, check_handles
+from data.storage.local_files import SCARCE, PooledFile, PooledReader, check_handles
 from data.storage.retries import MAX_TRIES, wait
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def open_location(location: str) -> BinaryIO:
     Raises: OSError; of these FileNotFoundError if there is no such file, UnreadableError once all tries have failed,
     MachineError if this machine is out of open files, memory or space.
     """
-    return io.BufferedReader(RemoteFile(location) if is_remote(location) else PooledReader(location))
+    return io.BufferedReader(RemoteFile(location) if is_remote(location) else PooledReader(PooledFile(location)))
 
 
 def read_bytes(location: str) -> bytes:
@@ -200,6 +200,11 @@ class RemoteFile(io.RawIOBase):
                             break
             except TransientError as error:
                 check_handles(self._location)  # too few open files look like a server that refuses
+                problem = str(error)
+            except OSError as error:
+                if error.errno not in SCARCE:
+                    raise
+                check_handles(self._location)
                 problem = str(error)
             else:
                 problem = "the answer was cut short"
