@@ -7,7 +7,6 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from data.storage.clients import UnreadableError
@@ -70,16 +69,17 @@ class OpenFiles:
 
         Raises: OSError, as open does; UnreadableError if it is no longer the file that it was.
         """
-        handle = self._handles.get(id(file))
-        if handle is None:
-            while len(self._handles) >= self.limit:
-                self._handles.popitem(last=False)
-            handle = _Handle(file.path)
-            file.check(handle)
-            self._handles[id(file)] = handle
-            return handle
-        with suppress(KeyError):  # another thread may just have closed it; it stays open for this read
-            self._handles.move_to_end(id(file))
+        key = id(file)
+        try:
+            self._handles.move_to_end(key)
+            return self._handles[key]
+        except KeyError:
+            pass
+        while len(self._handles) >= self.limit:
+            self._handles.popitem(last=False)
+        handle = _Handle(file.path)
+        file.check(handle)
+        self._handles[key] = handle
         return handle
 
     def drop(self, file: "PooledFile") -> None:
@@ -132,13 +132,21 @@ class PooledFile:
         self.path = path
         self._first: tuple[int, int] | None = None  # size and time of change
         self._fault = ""
-        self.size: int = self._tried(lambda: open_files.get(self).size)
+        try:
+            self.size = open_files.get(self).size
+        except OSError as error:
+            self.size = self._try_again(error, lambda: open_files.get(self).size)
 
     def read_at(self, offset: int, *buffers: Any) -> int:
         """Fill these buffers one after the other. Returns the number of bytes, less than asked for at the end."""
-        return self._tried(self._read, offset, buffers)
+        try:
+            return self._read(offset, buffers)
+        except OSError as error:
+            return self._try_again(error, self._read, offset, buffers)
 
     def _read(self, offset: int, buffers: tuple[Any, ...]) -> int:
+        if self._fault:  # a file that failed for good costs a minute once, not for each of its samples
+            raise UnreadableError(self._fault)
         handle = open_files.get(self)  # referred to during the read, so that no other thread closes it
         return os.preadv(handle.number, buffers, offset)
 
@@ -150,31 +158,33 @@ class PooledFile:
         elif self._first != found:
             raise UnreadableError(f"{self.path} changed while it was read: {self._first} before, {found} now")
 
-    def _tried(self, action: Callable[..., int], *arguments: Any) -> int:
-        """What the action returns, after as many tries as its errors are worth."""
-        if self._fault:  # a file that failed for good costs a minute once, not for each of its samples
-            raise UnreadableError(self._fault)
-        failures, scarce = 0, False
+    def _try_again(self, error: OSError, action: Callable[..., int], *arguments: Any) -> int:
+        """What the action returns, which failed with this error, after as many tries as its errors are worth."""
+        failures, freed = 0, False
         while True:
-            try:
-                return action(*arguments)
-            except OSError as error:
-                open_files.drop(self)
-                if error.errno in SCARCE and not scarce:
-                    scarce = True
-                    open_files.shrink()
-                    continue
+            open_files.drop(self)
+            if error.errno in SCARCE and not freed:
+                freed = True
+                open_files.shrink()
+            else:
                 raise_if_machine(error, self.path)
                 if error.errno not in PASSING:
-                    raise
+                    raise error
                 failures += 1
-                reason = os.strerror(error.errno)
-            if failures == MAX_TRIES:
-                self._fault = f"{self.path}: {MAX_TRIES} tries in a row failed ({reason})"
-                raise UnreadableError(self._fault)
-            if failures == 1:
-                logger.warning("%s: %s; trying again for up to a minute", self.path, reason)
-            wait(failures)
+                self._wait(failures, os.strerror(error.errno))
+            try:
+                return action(*arguments)
+            except OSError as again:
+                error = again
+
+    def _wait(self, failures: int, reason: str) -> None:
+        """Wait before the next try. Raises: UnreadableError after the last one."""
+        if failures == MAX_TRIES:
+            self._fault = f"{self.path}: {MAX_TRIES} tries in a row failed ({reason})"
+            raise UnreadableError(self._fault)
+        if failures == 1:
+            logger.warning("%s: %s; trying again for up to a minute", self.path, reason)
+        wait(failures)
 
     def __del__(self) -> None:
         open_files.drop(self)
