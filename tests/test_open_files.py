@@ -84,14 +84,14 @@ def stream(config: DataConfig, **changes: int) -> MicroBatches:
 
 
 def content(config: DataConfig, batches: int, workers: int = 0) -> tuple[list[bytes], int]:
-    """The bytes of some batches, none of which has a bad sample; and the most tars that were open between them."""
-    made, most = micro_batches(stream(config), workers, False), 0
+    """The bytes of some batches, none of which has a bad sample; and the most tars that were opened at a time."""
+    before, made, most = open_tars(), micro_batches(stream(config), workers, False), 0
     found = []
     for _ in range(batches):
         batch = next(made)
         assert not batch.bad
         found.append(batch.pixels.numpy().tobytes() + batch.text_emb.numpy().tobytes() + batch.visit.numpy().tobytes())
-        most = max(most, open_tars())
+        most = max(most, open_tars() - before)
     return found, most
 
 
