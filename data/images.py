@@ -1,6 +1,8 @@
 """From the bytes of an image to the pixels that the network sees; odd images: docs/reference/hostile_input.md."""
 
+import errno
 import io
+import os
 import struct
 import warnings
 
@@ -10,6 +12,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from data.config import ImageRules
+from data.storage.machine import raise_if_machine
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 # The formats by which `sniff` calls a file: where its marks lie, and the marks. Only the first three are ever decoded.
@@ -97,7 +100,7 @@ def shifted_center_box(width: int, height: int, shift: float, rng: np.random.Gen
 def decode(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
     """JPEG or PNG bytes to an RGB image, turned upright by its EXIF tag, with transparency over the background.
 
-    Raises: BadImage.
+    Raises: BadImage; MachineError if the memory is used up.
     """
     if len(data) > rules.max_bytes:
         raise BadImage("too many bytes")
@@ -111,8 +114,20 @@ def decode(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
             return _upright_rgb(image, rules.background)
         except BadImage:
             raise
+        except MemoryError as error:
+            _check_memory(rules)
+            raise BadImage("corrupt image") from error
         except Exception as error:  # for damaged bytes Pillow's decoders raise errors of many types
             raise BadImage("truncated image" if _has_no_end(data) else "corrupt image") from error
+
+
+def _check_memory(rules: ImageRules) -> None:
+    """Raises: MachineError if there is no memory for the largest image that may be decoded, whatever this one is."""
+    try:
+        bytearray(4 * rules.max_pixels)
+    except MemoryError:
+        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        raise_if_machine(error, f"an image of up to data.images.max_pixels={rules.max_pixels}")
 
 
 class _Jpeg(JpegImageFile):
