@@ -1,9 +1,9 @@
-# The two commands a newcomer needs are `make smoke` and `make test`; `make` alone lists all.
+# Start with `make smoke` and `make test`; `make` alone lists all targets.
 
 SHELL := /bin/sh
 FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))
 
-# Tried, not only looked up: a version manager's shim can exist and still not run.
+# Each Python is run, not only looked up: a version manager's shim can exist and still not run.
 PYTHON := $(shell for p in python3.11 python3.10 python3; do \
 	"$$p" -c '$(FITS)' 2>/dev/null && { echo "$$p"; break; }; done)
 ifeq ($(PYTHON),)
@@ -19,10 +19,10 @@ help:
 	@echo 'make test-slow  install, run the tests that take minutes'
 	@echo 'make chaos      install, train through 50 kills and other faults (half an hour)'
 	@echo 'make test-slurm install, train on a real Slurm of two nodes on this machine (root and apt)'
-	@echo 'make bench      install, count bytes and time the net against its peers (half an hour)'
-	@echo 'make gpu-check  check on a GPU what only a GPU can show, in ten minutes (docs/gpu_check.md)'
+	@echo 'make bench      install, compare the net'"'"'s memory and speed with diffusers'"'"' and the original (half an hour)'
+	@echo 'make gpu-check  install, check and time on a GPU what only a GPU can show (ten minutes)'
 	@echo 'make lint       install, check style (ruff) and types (mypy)'
-	@echo 'make browser    install Debian'"'"'s chromium (as root), with which make test looks at the report'
+	@echo 'make browser    install Debian'"'"'s chromium (as root), with which make test checks the report'
 	@echo 'make install    make .venv with every package pinned by constraints.txt'
 	@echo
 	@echo 'PYTHON=/path/to/python3.11 picks the Python (found: $(PYTHON)).'
@@ -52,7 +52,7 @@ chaos: install
 test-slurm: install
 	.venv/bin/python -m pytest -q -rs -m slow tests/test_slurm.py
 
-# The original net, as its authors published it: an opponent here, and nothing that the project needs.
+# The original net as its authors published it, for `make bench` to compare with; nothing else needs it.
 .bench/installed: | install
 	.venv/bin/python -m pip install --disable-pip-version-check -q --no-deps --target .bench deepfloyd-if==1.0.1
 	@touch $@
@@ -62,7 +62,7 @@ bench: .bench/installed
 	PYTHONPATH=.bench .venv/bin/python -m tests.benchmarks.unet_speed
 	.venv/bin/python -m tests.benchmarks.fewbit_training
 
-# Another Python, PYTHON_GPU=python3 say, needs torch and a few packages: docs/gpu_check.md.
+# Another Python, PYTHON_GPU=python3 say, needs torch and a few packages: docs/guide/gpu_check.md.
 PYTHON_GPU := .venv/bin/python
 gpu-check: $(if $(filter .venv/%,$(PYTHON_GPU)),install)
 	$(PYTHON_GPU) -m tests.gpu_check
@@ -72,6 +72,6 @@ lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Without it the tests of the report's page are skipped.
+# The tests of the report's page need it, and are skipped without it.
 browser:
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -28,3 +29,9 @@ def check_share(name: str, value: float) -> None:
     """Raises: ValueError if the value does not lie between 0 and 1."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value} must lie between 0 and 1")
+
+
+def check_absent(name: str, path: str) -> None:
+    """Raises: ValueError if something lies at a path that is to be written."""
+    if path and Path(path).exists():
+        raise ValueError(f"{name}={Path(path).absolute()} exists already: choose another {name}=, or delete it")

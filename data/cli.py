@@ -6,30 +6,42 @@ A command's arguments are a dataclass. Its docstring says what the command does,
 begins with `field: ` for each (`a, b: ` for two alike). `--help` prints that with the types and defaults.
 """
 
+import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, field, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from data.checks import did_you_mean
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 T = TypeVar("T")
 
 HELP = {"-h", "--help", "help"}
-# The exit status for what the user can mend, and that of a command which Ctrl-C ended.
-MISTAKE, INTERRUPTED = 2, 130
+# Exit statuses: a mistake that the user can mend; a training that was asked to leave and is to be started again
+# (EX_TEMPFAIL of sysexits.h); Ctrl-C.
+MISTAKE, REQUEUE, INTERRUPTED = 2, 75, 130
 WIDTH = 110
+# How help and errors call a type: one value, and several in a list.
+KINDS: dict[Any, tuple[str, str]] = {
+    str: ("text", "texts"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+}
 
 
-def location(default: str = MISSING) -> Any:
-    """A field that holds a path or URL: `~` is expanded, and an empty value on the command line is refused."""
-    return field(default=default, metadata={"location": True})
+def location(default: Any = MISSING) -> Any:
+    """A field that holds a path or URL, or a list of them: `~` is expanded, and an empty value is refused."""
+    metadata = {"location": True}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def command(action: Callable[[T], object], schema: type[T], argv: list[str] | None = None) -> None:
@@ -37,12 +49,19 @@ def command(action: Callable[[T], object], schema: type[T], argv: list[str] | No
 
     Exits: 0 after --help; 2 with one line for what the user can mend, a ValueError or OSError; 130 after Ctrl-C.
     """
+    run_command(lambda given: action(parse(schema, given)), lambda: help_text(schema), argv)
+
+
+def run_command(
+    action: Callable[[list[str]], object], help_page: Callable[[], str], argv: list[str] | None = None
+) -> None:
+    """Run a command that reads its arguments itself; exits as `command` does."""
     argv = arguments(argv)
     if HELP & set(argv):
-        print(help_text(schema))
+        print(help_page())
         sys.exit(0)
     try:
-        action(parse(schema, argv))
+        action(argv)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -57,8 +76,15 @@ def arguments(argv: list[str] | None) -> list[str]:
 
 def fail(error: object) -> NoReturn:
     """End with the status of a user's mistake, and one line that says what it was."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {reason(error)}", file=sys.stderr)
     sys.exit(MISTAKE)
+
+
+def reason(error: object) -> str:
+    """What an error says; one of the operating system names the absolute path."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        return f"'{os.path.abspath(error.filename)}': {error.strerror}"
+    return str(error)
 
 
 def parse(schema: type[T], argv: list[str]) -> T:
@@ -67,33 +93,76 @@ def parse(schema: type[T], argv: list[str]) -> T:
     A text is taken as it stands. A list may be written a,b or [a,b].
     Raises: ValueError in one line for an unknown or missing key, or a value of a wrong type.
     """
-    known = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
-    types = get_type_hints(schema)
-    texts, rest = {}, []
+    values = OmegaConf.structured(schema)
     for arg in argv:
-        key, equals, value = arg.partition("=")
-        if not equals:
-            raise ValueError(f"'{arg}' is not of the form key=value; keys: {', '.join(known)}")
-        if key not in known:
-            raise ValueError(f"unknown key '{key}'{did_you_mean(key, known)}; keys: {', '.join(known)}")
-        if types[key] in (str, str | None):
-            texts[key] = expand(key, value) if known[key].metadata.get("location") else value
-        elif getattr(types[key], "__origin__", None) is list and not value.startswith("["):
-            rest.append(f"{key}=[{value}]")
-        else:
-            rest.append(arg)
+        set_key(values, schema, *split_argument(arg))
+    return to_dataclass(values)
+
+
+def to_dataclass(values: DictConfig) -> Any:
+    """The dataclass of a structured configuration.
+
+    Raises: ValueError if a required key is missing, or what the dataclass itself raises.
+    """
+    missing = sorted(OmegaConf.missing_keys(values))
+    if missing:
+        raise ValueError(f"missing {', '.join(f'{name}=...' for name in missing)}; --help says what each key means")
+    return OmegaConf.to_object(values)
+
+
+def split_argument(arg: str) -> tuple[str, str]:
+    """The key and the value of an argument.
+
+    Raises: ValueError if it is not of the form key=value.
+    """
+    key, equals, value = arg.partition("=")
+    if not equals or not key:
+        raise ValueError(f"'{arg}' is not of the form key=value; --help lists the keys")
+    return key, value
+
+
+def set_key(values: DictConfig, schema: type, key: str, text: str) -> None:
+    """Set a key, dotted where dataclasses lie within dataclasses, to the value that a user typed.
+
+    Raises: ValueError in one line if the schema has no such key or the value is of a wrong type.
+    """
+    found = _find(schema, key)
+    if found is None:
+        raise ValueError(unknown_key(schema, key))
+    kind, is_location = found
+    if get_origin(kind) is dict or is_dataclass(kind):
+        inner = [name for name, *_ in keys(schema) if name.startswith(f"{key}.")] or [f"{key}.KEY"]
+        raise ValueError(f"'{key}' is a group of keys: set each by itself, such as {inner[0]}=...")
+    if is_location and not text.strip("[] "):
+        raise ValueError(f"{key}={text} is empty: give a path, or leave the key out")
     try:
-        # As YAML `prompt="a cat: red"` would be a dict, so texts take no part in it.
-        values = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_cli(rest), dict.fromkeys(texts, ""))
-        missing = sorted(OmegaConf.missing_keys(values))
-        if missing:
-            raise ValueError(f"missing {', '.join(f'{name}=...' for name in missing)}; --help says what each key means")
-        result: T = OmegaConf.to_object(values)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
-    for key, text in texts.items():
-        setattr(result, key, text)
-    return result
+        value = _read(text, kind, is_location)
+    except (ValueError, KeyError):
+        raise ValueError(f"{key}={text} must be {kind_name(kind)}") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    with open_dict(values):  # a dict takes names of the user's choice
+        values.merge_with(value)
+
+
+def unknown_key(schema: type, key: str) -> str:
+    """The error for a key that a schema does not have, with the key that was meant and, where they are few, all."""
+    parts = key.split(".")
+    # NAME stands for the names in a dict, which the user chooses.
+    known = [
+        ".".join(parts[i] if part == "NAME" and i < len(parts) else part for i, part in enumerate(name.split(".")))
+        for name, *_ in keys(schema)
+    ]
+    same_end = [name for name in known if name.rpartition(".")[2] == parts[-1]]
+    near = get_close_matches(key, same_end, 1, cutoff=0) or get_close_matches(key, known, 1)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    rest = f"keys: {', '.join(known)}" if len(known) < 20 else "--help lists the keys"
+    return f"unknown key '{key}'{hint}; {rest}"
+
+
+def unquoted(text: str) -> str:
+    """A text without the pair of quotes around it, if there is one."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def expand(key: str, value: str) -> str:
@@ -103,34 +172,45 @@ def expand(key: str, value: str) -> str:
     """
     if not value.strip():
         raise ValueError(f"{key}= is empty: give a path, or leave the key out")
-    return str(Path(value).expanduser()) if value.startswith("~") else value
+    return os.path.expanduser(value)
 
 
 def help_text(schema: type, usage: str = "") -> str:
     """What a command does, how it is called, and each key with its type, default and meaning."""
     intro, _ = describe(schema)
+    required = [f"{f.name}=..." for f in fields(schema) if _default(f) == "required"]
+    usage = usage or " ".join(["python -m", _module(), *required, "[key=value ...]"])
+    return "\n".join([textwrap.fill(intro, WIDTH), "", f"usage: {usage}", "", *key_lines(schema)])
+
+
+def key_lines(schema: type) -> list[str]:
+    """The lines of a help page that list a schema's keys."""
     rows = list(keys(schema))
-    required = " ".join(f"{name}=..." for name, _, default, _ in rows if default == "required")
-    usage = usage or f"python -m {_module()} {required} [key=value ...]"
-    width = min(max(len(name) for name, *_ in rows), 28)
-    lines = [intro, "", f"usage: {usage}", ""]
+    width = min(max((len(name) for name, *_ in rows), default=0), 28)
+    lines = []
     for name, kind, default, meaning in rows:
-        told = f"{kind}, {default}. {meaning}"
-        indent = " " * (width + 4)
-        head = f"  {name:<{width}}  "
-        lines += textwrap.wrap(told, WIDTH, initial_indent=head, subsequent_indent=indent, break_long_words=False)
-    return "\n".join(lines)
+        lines += textwrap.wrap(
+            f"{kind}, {default}. {meaning}", WIDTH, initial_indent=f"  {name:<{width}}  ",
+            subsequent_indent=" " * (width + 4), break_long_words=False,
+        )  # fmt: skip
+    return lines
 
 
 def keys(schema: type, before: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Name, type, default and meaning of each key of a dataclass, those of dataclasses within it included."""
+    """Name, type, default and meaning of each key of a dataclass, those of dataclasses within it included.
+
+    The keys of a dict of dataclasses are listed under the name NAME.
+    """
     _, meanings = describe(schema)
     types = get_type_hints(schema)
     for f in fields(schema):
-        if is_dataclass(types[f.name]):
-            yield from keys(types[f.name], f"{before}{f.name}.")
+        name, kind = before + f.name, types[f.name]
+        if is_dataclass(kind):
+            yield from keys(kind, f"{name}.")  # type: ignore[arg-type]
         else:
-            yield before + f.name, _kind(f, types[f.name]), _default(f), meanings.get(f.name, "")
+            yield name, kind_name(kind, bool(f.metadata.get("location"))), _default(f), meanings.get(f.name, "")
+        if inner := _in_dict(kind):
+            yield from keys(inner, f"{name}.NAME.")
 
 
 def describe(schema: type) -> tuple[str, dict[str, str]]:
@@ -154,25 +234,80 @@ def describe(schema: type) -> tuple[str, dict[str, str]]:
     return " ".join(intro), {name: " ".join(parts) for name, parts in meanings.items()}
 
 
+def kind_name(kind: Any, is_location: bool = False) -> str:
+    """A type in the words of help and errors."""
+    kind = _without_none(kind)
+    if is_location:
+        return "a list of paths" if get_origin(kind) is list else "a path"
+    if get_origin(kind) in (list, tuple):
+        (inner, *_), number = get_args(kind), f"{len(get_args(kind))} " if get_origin(kind) is tuple else ""
+        return f"a list of {number}{KINDS[inner][1]}" if inner in KINDS else "a list"
+    if get_origin(kind) is dict or is_dataclass(kind):
+        return "a group of keys"
+    return KINDS[kind][0] if kind in KINDS else str(kind)
+
+
+def _find(schema: type, key: str) -> tuple[Any, bool] | None:
+    """The type of a key and whether it is a location; None if the schema has no such key."""
+    name, dot, rest = key.partition(".")
+    f = next((f for f in fields(schema) if f.name == name), None)
+    if f is None:
+        return None
+    kind = get_type_hints(schema)[name]
+    if inner := _in_dict(kind):
+        kind, (_, dot, rest) = (inner, rest.partition(".")) if dot else (kind, ("", "", ""))
+    if dot:
+        return _find(kind, rest) if is_dataclass(kind) else None  # type: ignore[arg-type]
+    return kind, bool(f.metadata.get("location"))
+
+
+def _in_dict(kind: Any) -> type | None:
+    """The dataclass that a dict holds under names of the user's choice, if the type is such a dict."""
+    inner = get_args(kind)[-1] if get_origin(kind) is dict else None
+    return inner if is_dataclass(inner) else None  # type: ignore[return-value]
+
+
+def _read(text: str, kind: Any, is_location: bool) -> Any:
+    """The value that a text stands for. Raises: ValueError, KeyError if it stands for none of this type."""
+    if kind != (kind := _without_none(kind)) and text == "null":
+        return None
+    if get_origin(kind) in (list, tuple):
+        inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        parts = [unquoted(part.strip()) for part in inside.split(",")] if inside.strip() else []
+        inner = get_args(kind)
+        if get_origin(kind) is tuple and len(parts) != len(inner):
+            raise ValueError
+        return [_read(part, inner[0], is_location) for part in parts]
+    if kind is str:
+        return _literal(os.path.expanduser(text) if is_location else text)
+    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+
+
+def _literal(text: str) -> str:
+    """A text as OmegaConf must be given it to keep it as it stands: ${...} would be a reference to another key."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _without_none(kind: Any) -> Any:
+    if get_origin(kind) in (Union, UnionType):
+        return next(part for part in get_args(kind) if part is not type(None))
+    return kind
+
+
 def _module() -> str:
     """How the command was called: data.demo for `python -m data.demo`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
-
-
-def _kind(f: Field, kind: Any) -> str:
-    if f.metadata.get("location"):
-        return "path"
-    return {str: "text", bool: "true or false"}.get(kind, getattr(kind, "__name__", str(kind)) if isinstance(kind, type)
-                                                    and not hasattr(kind, "__origin__") else str(kind))  # fmt: skip
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _default(f: Field) -> str:
     value = f.default_factory() if f.default_factory is not NO_DEFAULT else f.default
     if value is NO_DEFAULT or (isinstance(value, str) and value == MISSING):
         return "required"
-    if value in ("", None) or value == {}:
+    if value in ("", None) or value in ({}, []):
         return "none by default"
     if isinstance(value, bool):
         return f"{value} by default".lower()
+    if isinstance(value, (list, tuple)):
+        return f"{','.join(map(str, value))} by default"
     return f"{value:,} by default".replace(",", "_") if isinstance(value, int) else f"{value} by default"

@@ -1,6 +1,9 @@
-"""What a run is told of its data."""
+"""The configuration of a run's data: where it lies, how it is read, what is decoded. Imports no torch and no Pillow."""
 
 from dataclasses import dataclass, field
+
+from data.checks import check_at_least, check_choice, check_share
+from data.cli import location
 
 # Above this Pillow warns, and above twice this it refuses to crop.
 PILLOWS_LIMIT = 89_478_485
@@ -8,11 +11,12 @@ PILLOWS_LIMIT = 89_478_485
 
 @dataclass(slots=True)
 class ImageRules:
-    """What is decoded, and how.
+    """Which images are decoded, and how.
 
-    allow_webp: the libwebp 1.2.2 in Pillow 9.2.0 has a known hole (CVE-2023-4863); only for files that one trusts.
-    background: grey level, 0 to 255, behind what is transparent.
-    max_pixels, max_bytes: largest image that is decoded.
+    allow_webp: decode WebP; only for files that you trust, since Pillow 9.2.0 has libwebp 1.2.2 with CVE-2023-4863.
+    background: grey level from 0 to 255 behind transparent pixels.
+    max_pixels: largest image that is decoded, width x height.
+    max_bytes: largest image file that is decoded.
     """
 
     allow_webp: bool = False
@@ -22,19 +26,25 @@ class ImageRules:
 
     def __post_init__(self) -> None:
         if not 0 <= self.background <= 255:
-            raise ValueError(f"background={self.background}: must be a grey level from 0 to 255")
+            raise ValueError(f"data.images.background={self.background} must be a grey level from 0 to 255")
         if not 1 <= self.max_pixels <= PILLOWS_LIMIT:
-            raise ValueError(f"max_pixels={self.max_pixels}: must be from 1 to {PILLOWS_LIMIT}, Pillow's own limit")
-        if self.max_bytes < 1:
-            raise ValueError(f"max_bytes={self.max_bytes}: must be at least 1")
+            raise ValueError(
+                f"data.images.max_pixels={self.max_pixels} must lie between 1 and {PILLOWS_LIMIT}, Pillow's own limit"
+            )
+        check_at_least("data.images.max_bytes", self.max_bytes, 1)
 
 
 @dataclass(slots=True)
 class DatasetConfig:
-    """One dataset of a mixture.  weight: its share of every batch, in any unit."""
+    """One dataset of a mixture.
 
-    shards: str
-    text: str
+    shards: folder or URL of its image shards.
+    text: folder or URL of their text embeddings.
+    weight: its share of every batch, in any unit.
+    """
+
+    shards: str = location()
+    text: str = location()
     weight: float = 1.0
 
 
@@ -42,31 +52,41 @@ class DatasetConfig:
 class TextConfig:
     """Where text embeddings come from.
 
-    mode: 'stored' reads them from data.text; 'online' runs the frozen encoder that its meta file names on every rank.
-    encoder: where that lies now, if not where the meta file says.
+    mode: stored reads them from data.text; online computes them on every rank with the frozen encoder that the
+        meta.json in data.text names.
+    encoder: where that encoder lies now, if not where meta.json says.
     """
 
     mode: str = "stored"
-    encoder: str = ""
+    encoder: str = location("")
+
+    def __post_init__(self) -> None:
+        check_choice("text.mode", self.mode, ("stored", "online"))
 
 
 @dataclass(slots=True)
 class DataConfig:
-    """Where the samples lie and how they are read; see docs/data.md.
+    """Where the samples lie and how they are read; docs/guide/data.md.
 
-    shards, text: image shards and their embeddings, as docs/sources.md has it.  mixture: several such pairs by name, in
-    place of shards and text.  tokens: length of an embedding.
+    shards: folder or URL of the image shards; docs/reference/sources.md.
+    text: folder or URL of their text embeddings.
+    mixture: several datasets by name, each with shards, text and weight, instead of shards and text.
+    tokens: length of a caption's embedding; 0 for that in the embeddings' meta.json.
     crop_shift: largest shift of the crop from the centre, as a share of its side.
-    cond_drop_prob: share of captions replaced by the empty one.
-    streams, phases, shuffle_block: see data.loader.order.  workers: loader processes per rank, 0 reads in the trainer.
-    images: what is decoded.  max_bad_share: the run stops when more of the samples than this cannot be used.
-    unreadable_shard: 'skip' makes bad samples of what cannot be read, 'fail' ends the run.
+    cond_drop_prob: share of captions that are replaced by the empty one.
+    streams: parts of a batch, each read from shards of its own; at most global_batch. docs/reference/order.md.
+    phases: sets of streams that successive steps take turns in, so that as many workers can read side by side.
+    shuffle_block: samples of a stream that are shuffled together.
+    workers: loader processes of a rank; 0 reads in the trainer.
+    images: which images are decoded, and how.
+    max_bad_share: the run stops when more than this share of the samples cannot be used.
+    unreadable_shard: skip counts the samples of a shard that cannot be read as bad, fail ends the run.
     """
 
-    shards: str = "shards"
-    text: str = "text"
+    shards: str = location("shards")
+    text: str = location("text")
     mixture: dict[str, DatasetConfig] = field(default_factory=dict)
-    tokens: int = 77
+    tokens: int = 0
     crop_shift: float = 0.1
     cond_drop_prob: float = 0.1
     streams: int = 8
@@ -77,6 +97,15 @@ class DataConfig:
     max_bad_share: float = 0.05
     unreadable_shard: str = "skip"
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "crop_shift", "workers"):
+            check_at_least(f"data.{name}", getattr(self, name), 0)
+        for name in ("streams", "phases", "shuffle_block"):
+            check_at_least(f"data.{name}", getattr(self, name), 1)
+        for name in ("cond_drop_prob", "max_bad_share"):
+            check_share(f"data.{name}", getattr(self, name))
+        check_choice("data.unreadable_shard", self.unreadable_shard, ("skip", "fail"))
+
     def datasets(self) -> list[DatasetConfig]:
-        """Those of the mixture, or the one."""
+        """The datasets of the mixture, or else the one of shards and text."""
         return list(self.mixture.values()) or [DatasetConfig(self.shards, self.text)]

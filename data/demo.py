@@ -1,4 +1,4 @@
-"""Write the embedded demo data, captioned shapes as shards: `python -m data.demo out=DIR`."""
+"""Write the demo data, pictures of captioned shapes, as shards: `python -m data.demo out=DIR`."""
 
 import io
 import json
@@ -7,56 +7,70 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.cli import arguments, parse
-from data.prepare.packing import check_shard_size, claim_folder, finished, key_of
+from data.checks import check_at_least
+from data.cli import command, location
+from data.prepare.packing import check_shard_size, finished, key_of, record_recipe
 from data.prepare.scenes import Scene, describe, draw
 from data.storage.tars import write_shard
 
-# Raise it whenever the same seed would draw other pictures, so that old and new shards do not mix in one folder.
+# To be raised when the same seed draws other pictures, so that old and new shards do not mix in one folder.
 VERSION = 1
 
 
 @dataclass
-class DemoArgs:
-    """Write procedural scenes with true captions as webdataset shards."""
+class Demo:
+    """Draws scenes of coloured shapes with captions that say what is in them, and writes both as webdataset shards.
 
-    out: str
+    A rerun makes only what is missing.
+
+    out: folder for the shards.
+    samples: number of pictures.
+    shard_size: pictures in a shard.
+    seed: of the scenes; the same seed draws the same pictures.
+    """
+
+    out: str = location()
     samples: int = 1500
     shard_size: int = 128
     seed: int = 0
 
 
 def sample(seed: int, index: int, key: str) -> dict[str, bytes]:
-    """The scene number `index` as the members of a sample: jpg, txt, json."""
+    """The members of the sample that shows scene number `index`: jpg, txt, json."""
     scene = describe(seed, index)
     jpeg = io.BytesIO()
-    # 4:4:4, or the colours would bleed over the edges of small shapes.
+    # 4:4:4: with subsampled colours those of small shapes would bleed over their edges.
     draw(scene).save(jpeg, "JPEG", quality=92, subsampling=0)
     facts = json.dumps(_facts(scene, key), indent=1)
     return {"jpg": jpeg.getvalue(), "txt": scene.caption.encode(), "json": facts.encode()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(DemoArgs, arguments(argv))
+def write_demo(args: Demo) -> None:
+    """Write the shards that are not there yet.
+
+    Raises: ValueError if an argument cannot be, or the folder holds another dataset; OSError.
+    """
     check_shard_size(args.shard_size)
-    if args.samples < 1:
-        raise SystemExit(f"samples={args.samples}: must be at least 1")
-    if args.seed < 0:
-        raise SystemExit(f"seed={args.seed}: must not be negative")
+    check_at_least("samples", args.samples, 1)
+    check_at_least("seed", args.seed, 0)
     out = Path(args.out)
     recipe = {"samples": args.samples, "shard_size": args.shard_size, "seed": args.seed, "version": VERSION}
-    claim_folder(out, "demo.json", recipe)
+    record_recipe(out, "demo.json", recipe)
     with tqdm(total=args.samples, desc="scenes", unit="img") as bar:
         for number, first in enumerate(range(0, args.samples, args.shard_size)):
             indices = range(first, min(first + args.shard_size, args.samples))
             shard = out / f"{number:05d}.tar"
             if finished(shard) is None:
-                keys = [key_of(number, place) for place in range(len(indices))]
+                keys = [key_of(number, row) for row in range(len(indices))]
                 write_shard(
                     shard, [(key, sample(args.seed, index, key)) for key, index in zip(keys, indices, strict=True)]
                 )
             bar.update(len(indices))
     print(f"{args.samples} scenes in {number + 1} shards: {out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(write_demo, Demo, argv)
 
 
 def _facts(scene: Scene, key: str) -> dict:

@@ -17,32 +17,39 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.cli import arguments, parse
-from data.prepare.packing import Picture, check_shard_size, claim_folder, pack_rows
+from data.cli import command, location
+from data.prepare.packing import Picture, check_shard_size, pack_rows, record_recipe
 
 PICTURES = "lobehub-fluent-emoji-3d-1.1.0.tgz"
-# Later releases name more emoji and change the case of a few, so that the set would not stay the same.
+# Pinned: later releases name more emoji and change the case of a few names, which would make another dataset.
 NAMES = {
     "cldr-annotations-full-41.0.0.tgz": "annotations",
     "cldr-annotations-derived-full-41.0.0.tgz": "annotationsDerived",
 }
 NPM = "npm pack @lobehub/fluent-emoji-3d@1.1.0 cldr-annotations-full@41.0.0 cldr-annotations-derived-full@41.0.0"
-# Two thirds of all files: variants which differ in little, or pictures of text.
+# Two thirds of all files have one of these in their name: variants that differ in little, or pictures of text.
 LEFT_OUT = ("skin tone", "flag", "keycap")
 VARIATION_SELECTOR = "fe0f"
 
 
 @dataclass
-class FluentArgs:
-    """Make shards of the Fluent 3D emoji from the three packages that `npm pack` left in a folder."""
+class Fluent:
+    """Makes shards of Microsoft's Fluent 3D emoji and their names from three packages of npm.
 
-    packages: str
-    out: str
+    A rerun makes only what is missing.
+
+    packages: folder with the three .tgz files that `npm pack` leaves there (see data/fluent.py).
+    out: folder for the shards.
+    shard_size: pictures in a shard.
+    """
+
+    packages: str = location()
+    out: str = location()
     shard_size: int = 100
 
 
 def names_of(packages: Path) -> dict[str, str]:
-    """CLDR's English name of every emoji, by its characters without variation selectors."""
+    """The English name that CLDR gives each emoji, by the emoji's characters without variation selectors."""
     names = {}
     for file, kind in NAMES.items():
         with tarfile.open(packages / file) as tar:
@@ -55,7 +62,7 @@ def names_of(packages: Path) -> dict[str, str]:
 
 
 def captioned(packages: Path, names: dict[str, str]) -> dict[str, tuple[str, bytes]]:
-    """File name -> (caption, webp bytes) of the emoji that have a name and are not left out, by file name."""
+    """File name -> (caption, webp bytes) of the emoji that have a name and are not left out, sorted by file name."""
     found = {}
     with tarfile.open(packages / PICTURES) as tar:
         for member in tar:
@@ -72,8 +79,8 @@ def captioned(packages: Path, names: dict[str, str]) -> dict[str, tuple[str, byt
 
 def to_jpeg(webp: bytes) -> bytes:
     """The picture on white, as JPEG."""
-    # Pillow 9.2.0's libwebp has a known hole (CVE-2023-4863). This is the one place that reads WebP,
-    # and what it reads comes from one named version of one package; never point it at the open web.
+    # Pillow 9.2.0's libwebp has a known hole (CVE-2023-4863). What is read here comes from one pinned version of one
+    # package; never point it at the open web.
     picture = Image.open(io.BytesIO(webp), formats=["WEBP"]).convert("RGBA")
     jpeg = io.BytesIO()
     white = Image.new("RGBA", picture.size, "white")
@@ -81,20 +88,27 @@ def to_jpeg(webp: bytes) -> bytes:
     return jpeg.getvalue()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(FluentArgs, arguments(argv))
+def write_fluent(args: Fluent) -> None:
+    """Write the shards that are not there yet.
+
+    Raises: ValueError if an argument cannot be, a package is missing, or out holds another dataset; OSError.
+    """
     check_shard_size(args.shard_size)
     packages, out = Path(args.packages), Path(args.out)
     files = (PICTURES, *NAMES)
     missing = [file for file in files if not (packages / file).is_file()]
     if missing:
-        raise SystemExit(f"{packages} lacks {', '.join(missing)}; get them there with: {NPM}")
+        raise ValueError(f"'{packages.absolute()}' lacks {', '.join(missing)}; get them there with: {NPM}")
     hashes = {file: hashlib.sha256((packages / file).read_bytes()).hexdigest() for file in files}
-    claim_folder(out, "fluent.json", {"packages": hashes, "shard_size": args.shard_size})
+    record_recipe(out, "fluent.json", {"packages": hashes, "shard_size": args.shard_size})
     emoji = captioned(packages, names_of(packages))
     if not emoji:
-        raise SystemExit(f"{packages / PICTURES} holds no emoji that {' or '.join(NAMES)} names")
+        raise ValueError(f"'{(packages / PICTURES).absolute()}' holds no emoji that {' or '.join(NAMES)} names")
     pack_rows(list(emoji), lambda file: Picture(to_jpeg(emoji[file][1]), emoji[file][0], file), out, args.shard_size)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(write_fluent, Fluent, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From the bytes of an image to the pixels that the network sees; for odd ones see docs/hostile_input.md."""
+"""From the bytes of an image to the pixels that the network sees; odd images: docs/reference/hostile_input.md."""
 
 import io
 import struct
@@ -12,12 +12,12 @@ from PIL.PngImagePlugin import PngImageFile
 from data.config import ImageRules
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-# An end mark is looked for in so many last bytes: tools leave a little behind it.
+# The end mark is searched in so many last bytes, since some tools append a little to a file.
 TAIL = 1024
-# No coder gets more pixels into a byte: JPEG spends a bit on each 8 x 8 block, and deflate packs 1,032 bytes into one,
+# The most pixels that a byte can encode: JPEG spends a bit on each 8 x 8 block, and deflate packs 1,032 bytes into one,
 # each of 8 pixels at 1 bit.
-MOST_PIXELS_PER_BYTE = {"JPEG": 512, "PNG": 8256}
-# Real files have 1 to 20. Each scan goes over the whole image, however few bytes it takes.
+MAX_PIXELS_PER_BYTE = {"JPEG": 512, "PNG": 8256}
+# Real files have 1 to 20 scans. Each costs a pass over the whole image, however few bytes it takes.
 MAX_SCANS = 100
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -32,7 +32,7 @@ UPRIGHT = {
 
 
 class BadImage(ValueError):
-    """The image cannot be used; the message is the reason under which it is counted, one of a fixed few."""
+    """The image cannot be used. The message is the reason under which it is counted, one of a fixed set."""
 
 
 DEFAULT_RULES = ImageRules()
@@ -41,21 +41,22 @@ DEFAULT_RULES = ImageRules()
 def preprocess(
     data: bytes, image_size: int, shift: float, rng: np.random.Generator, rules: ImageRules = DEFAULT_RULES
 ) -> np.ndarray:
-    """Image bytes to uint8 [3, image_size, image_size]: decode, shifted centre crop, Pillow BICUBIC.
+    """Image bytes to uint8 [3, image_size, image_size]: decode, shifted centre crop, Pillow's BICUBIC resize.
 
+    shift: as for shifted_center_box.
     Raises: BadImage.
     """
     image = decode(data, rules)
-    # Cropped first: resize(box=...) would let the filter reach over the edge of the crop.
+    # Cropped first, since with resize(box=...) the filter would reach beyond the crop.
     box = shifted_center_box(image.width, image.height, shift, rng)
-    if box != (0, 0, *image.size):  # crop() would copy the whole
+    if box != (0, 0, *image.size):  # else crop() would copy the whole image
         image = image.crop(box)
     image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, reducing_gap=None)
     return np.asarray(image).transpose(2, 0, 1)
 
 
 def shifted_center_box(width: int, height: int, shift: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """The largest square, moved from the centre by up to `shift` of its side on each axis, kept inside the image.
+    """The largest square, moved from the centre by at most `shift` of its side on each axis, within the image.
 
     Returns: left, upper, right, lower in pixels.  Source: the model card's words, as read in docs/recipe.md.
     """
@@ -67,13 +68,13 @@ def shifted_center_box(width: int, height: int, shift: float, rng: np.random.Gen
 
 
 def decode(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
-    """JPEG or PNG bytes to an RGB image, upright by its EXIF tag, transparency laid on the background.
+    """JPEG or PNG bytes to an RGB image, turned upright by its EXIF tag, with transparency over the background.
 
     Raises: BadImage.
     """
     if len(data) > rules.max_bytes:
         raise BadImage("too many bytes")
-    # Other libraries switch this on, and Pillow then makes up what is missing.
+    # Other libraries set this, and Pillow then fills in what is missing.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,12 +84,12 @@ def decode(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
             return _upright_rgb(image, rules.background)
         except BadImage:
             raise
-        except Exception as error:  # Pillow's decoders raise whatever the bytes led them to
+        except Exception as error:  # for damaged bytes Pillow's decoders raise errors of many types
             raise BadImage("truncated image" if _has_no_end(data) else "corrupt image") from error
 
 
 class _Jpeg(JpegImageFile):
-    """A JPEG without the search of its EXIF block for a resolution, which 64 KB of EXIF can make cost 300 MB."""
+    """A JPEG whose EXIF is not searched for a resolution, for which 64 KB of EXIF can take 300 MB of memory."""
 
     def _open(self) -> None:
         self.info["dpi"] = (72, 72)
@@ -96,24 +97,24 @@ class _Jpeg(JpegImageFile):
 
 
 class _Png(PngImageFile):
-    """A PNG without the means to show its further frames, for which Pillow takes memory before its size is judged."""
+    """A PNG without its further frames, for which Pillow would allocate memory before the size is checked."""
 
     def _seek(self, frame: int, rewind: bool = False) -> None:
         self._prev_im = None
 
 
 def _open(data: bytes, rules: ImageRules) -> ImageFile.ImageFile:
-    """The image by its first bytes, its header read and judged. Pillow's registry of formats has no say in it.
+    """The image, with its header read and checked. The first bytes decide its format, not Pillow's registry.
 
-    Raises: BadImage, and anything for a damaged header.
+    Raises: BadImage; an error of any type for a damaged header.
     """
     file = io.BytesIO(data)
     image: ImageFile.ImageFile
     if data.startswith(JPEG):
         image = _Jpeg(file)
-        # Behind the image there may be anything, where chance has the two bytes once in 2**16.
+        # After the image there may be other data, in which the two bytes appear by chance once in 2**16.
         coded = np.frombuffer(data, np.uint8, offset=file.tell())
-        scans = np.count_nonzero((coded[:-1] == 0xFF) & (coded[1:] == 0xDA))  # at a fifth of the time of bytes.count
+        scans = np.count_nonzero((coded[:-1] == 0xFF) & (coded[1:] == 0xDA))  # in a fifth of the time of bytes.count
         if scans > MAX_SCANS + len(data) // 2**15:
             raise BadImage("too many scans")
     elif data.startswith(PNG):
@@ -127,7 +128,7 @@ def _open(data: bytes, rules: ImageRules) -> ImageFile.ImageFile:
     pixels = image.width * image.height
     if pixels > rules.max_pixels:
         raise BadImage("too many pixels")
-    if pixels > len(data) * MOST_PIXELS_PER_BYTE.get(image.format, pixels):
+    if pixels > len(data) * MAX_PIXELS_PER_BYTE.get(image.format, pixels):
         raise BadImage("truncated image")
     return image
 
@@ -140,13 +141,13 @@ def _upright_rgb(image: Image.Image, background: int) -> Image.Image:
         image = image.convert("RGBA")
         behind = Image.new("RGBA", image.size, (background, background, background, 255))
         image = Image.alpha_composite(behind, image)
-    if image.mode != "RGB":  # convert() would copy what is RGB already
+    if image.mode != "RGB":  # convert() would copy an RGB image
         image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The high byte of a 16-bit grey, as Pillow does it for 16-bit colours; convert("L") would clip to white."""
+    """The high byte of a 16-bit grey, as Pillow takes it for 16-bit colours; convert("L") would clip to white."""
     values = np.asarray(image)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     if "transparency" in image.info:
@@ -155,7 +156,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _orientation(exif: bytes) -> int:
-    """The orientation tag, or 1. Only this one is looked for: a parse of all costs what a hostile file wants."""
+    """The EXIF orientation, or 1. Only this tag is read: parsing all of them can cost as much as a file demands."""
     tiff = exif[6:]
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
@@ -173,7 +174,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def _has_no_end(data: bytes) -> bool:
-    """Whether the mark that ends a file of its format is missing."""
+    """Whether the end mark of the file's format is missing."""
     if data.startswith(JPEG):
         return b"\xff\xd9" not in data[-TAIL:]
     if data.startswith(PNG):

@@ -1,6 +1,7 @@
 """Count the samples of all shards once: `python -m data.index shards=WHERE [out=FILE.json workers=8 check=true]`."""
 
 import json
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -9,97 +10,115 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import MISSING
 from tqdm import tqdm
 
-from data.cli import command
+from data.checks import check_at_least
+from data.cli import command, location
 from data.storage.locations import join, split, write_whole
-from data.storage.shards import INDEX, is_folder, locate, shard_bytes, stats_count
-from data.storage.tars import count_samples
+from data.storage.shards import INDEX, is_folder, locate, read_stats, shard_bytes
+from data.storage.tars import DIGEST, scan_shard
 
-# So many shards are named for each kind of fault.
+# Shards named in a report of one kind of fault.
 NAMED = 10
 
 
 @dataclass
 class Index:
-    """Writes index.json beside the shards: how many samples and bytes each has, so that no start has to look.
+    """Writes index.json beside the shards: samples, bytes and digest of each, so that a training need not find them.
 
-    shards: as data.shards.  out: where to write, needed where shards is not a folder.  workers: processes.
-    check: count by the tars' headers also where there is a stats file, and say where the two differ.
+    They are those of the stats file if our commands wrote it. The headers and captions of other shards are read.
+
+    shards: the shards, as data.shards of a training.
+    out: the .json to write; index.json in the folder of the shards by default, required where shards is no folder.
+    workers: processes.
+    check: read all shards' headers and captions, and report where a stats file says something else.
     """
 
-    shards: str = MISSING
-    out: str = ""
+    shards: str = location()
+    out: str = location("")
     workers: int = 8
     check: bool = False
 
 
 class Entry(NamedTuple):
-    """What was found out about a shard; problem: why it can't be counted, damage: why not to its end."""
+    """A shard.  size: bytes.  in_stats: samples by its stats file, or as counted where there is none.
+
+    digest: of its captions.  damage: why it was not counted to its end.  problem: why it could not be counted at all.
+    """
 
     location: str
     samples: int = 0
     size: int = 0
-    said: int = 0
+    in_stats: int = 0
+    digest: str = ""
     damage: str = ""
     problem: str = ""
 
 
 def index(args: Index) -> None:
-    """Raises: ValueError if shards can't be found or counted; OSError."""
-    if args.workers < 1:
-        raise ValueError(f"workers={args.workers} must be at least 1")
+    """Count all shards and write the index.
+
+    Raises: ValueError if shards cannot be found or counted; OSError.
+    """
+    check_at_least("workers", args.workers, 1)
     if args.shards.endswith(".json"):
         raise ValueError(f"shards={args.shards} is an index: name the shards themselves")
     if not args.out and not is_folder(args.shards):
-        raise ValueError(f"shards={args.shards} is not a folder: say with out=FILE.json where the index shall lie")
+        raise ValueError(f"shards={args.shards} is not a folder: name the file for the index, out=FILE.json")
     out = args.out or join(args.shards, INDEX)
-    entries = _look(locate(args.shards), args)
+    entries = _count_all(locate(args.shards), args)
     _report("cannot be read", [f"{e.location}: {e.problem}" for e in entries if e.problem])
     _report("are damaged; what comes before that is used", [f"{e.location}: {e.damage}" for e in entries if e.damage])
-    differ = [f"{e.location}: {e.said} by its stats, {e.samples} in the tar" for e in entries if e.said != e.samples]
-    _report("hold another number of samples than their stats file says; the tar's holds", differ)
+    differ = [
+        f"{e.location}: {e.in_stats} by its stats, {e.samples} in the tar" for e in entries if e.in_stats != e.samples
+    ]
+    _report("hold another number of samples than their stats file says; the tar's is taken", differ)
     if any(entry.problem for entry in entries):
         raise ValueError(f"not all shards of {args.shards} could be counted, so there is no index: mend or remove them")
     folder = split(out)[0]
     lines = [
-        json.dumps({"shard": _from(folder, e.location), "samples": e.samples, "bytes": e.size}, ensure_ascii=False)
+        json.dumps(
+            {"shard": _from(folder, e.location), "samples": e.samples, "bytes": e.size, DIGEST: e.digest},
+            ensure_ascii=False,
+        )
         for e in entries
     ]
     write_whole(out, ('{"shards": [\n' + ",\n".join(lines) + "\n]}\n").encode())
     print(f"{out}: {len(entries)} shards, {sum(entry.samples for entry in entries):,} samples")
 
 
-def _look(locations: list[str], args: Index) -> list[Entry]:
+def _count_all(locations: list[str], args: Index) -> list[Entry]:
     workers = min(args.workers, len(locations))
     bar = partial(tqdm, total=len(locations), unit="shard", desc="index")
     if workers == 1:
-        return [look(location, args.check) for location in bar(locations)]
-    # Forked, since importing anew would take longer than most counts.
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        return [count_shard(location, args.check) for location in bar(locations)]
+    # Forked: to import everything again would take longer than most counts. Ctrl-C is for the parent alone.
+    fork, ignored = get_context("fork"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, fork, initializer=signal.signal, initargs=ignored) as pool:
         try:
-            return list(bar(pool.map(partial(look, check=args.check), locations)))
+            return list(bar(pool.map(partial(count_shard, check=args.check), locations)))
         except BrokenProcessPool:
-            raise ValueError("a worker of data.index died, perhaps for want of memory: try fewer workers=") from None
+            raise ValueError(
+                f"a worker of data.index died, perhaps out of memory: take fewer than workers={args.workers}"
+            ) from None
 
 
-def look(location: str, check: bool) -> Entry:
-    """Count a shard."""
+def count_shard(location: str, check: bool) -> Entry:
+    """Count a shard: by its stats file if that gives a digest too and is not to be checked, else by reading it."""
     try:
-        size, said = shard_bytes(location), stats_count(location)
-        if said is not None and not check:
-            return Entry(location, said, size, said)
-        samples, damage = count_samples(location)
-        return Entry(location, samples, size, samples if said is None else said, damage)
+        size, stats = shard_bytes(location), read_stats(location)
+        if stats and stats.digest and not check:
+            return Entry(location, stats.samples, size, stats.samples, stats.digest)
+        scan = scan_shard(location)
+        return Entry(location, scan.samples, size, stats.samples if stats else scan.samples, scan.digest, scan.damage)
     except (OSError, ValueError) as error:
         return Entry(location, problem=str(error))
 
 
 def _from(folder: str, location: str) -> str:
-    """A shard beside the index goes by its name, so that both can be moved; another by its whole location."""
-    its_folder, name = split(location)
-    if its_folder == folder:
+    """The name of a shard in the index: its file name if it lies beside it, so that both can be moved; else in full."""
+    shard_folder, name = split(location)
+    if shard_folder == folder:
         return name
     return location if "://" in location else str(Path(location).resolve())
 
@@ -110,5 +129,9 @@ def _report(what: str, lines: list[str]) -> None:
         print(f"{len(lines)} shards {what}:\n  " + "\n  ".join(lines[:NAMED]) + more)
 
 
+def main(argv: list[str] | None = None) -> None:
+    command(index, Index, argv)
+
+
 if __name__ == "__main__":
-    command(index, Index)
+    main()

@@ -1,4 +1,4 @@
-"""Show a dataset before it is trained on: `python -m data.inspect shards=DIR out=REPORT.html [text=DIR]`."""
+"""Show what a dataset holds, before a training: `python -m data.inspect shards=DIR out=REPORT.html [text=DIR]`."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from omegaconf import MISSING
 
-from data.cli import command
+from data.checks import check_at_least
+from data.cli import command, location
 from data.inspection.contact_sheet import contact_sheet
-from data.inspection.findings import Eye, Findings, look
-from data.inspection.page import Summary, page
+from data.inspection.findings import Findings, TrainingView, inspect_samples
+from data.inspection.page import DatasetSummary, page
 from data.storage.locations import write_whole
 from data.storage.shards import Shard, find_shards, shard_bytes
 from data.text.meta import TextMeta, check_sidecars
@@ -21,13 +21,18 @@ from data.text.meta import TextMeta, check_sidecars
 class Inspect:
     """Shows what is in the shards, what is wrong with it, and samples as the network sees them.
 
-    out: an .html file, or a .png for the pictures alone.  text: the embeddings, to be looked at too.
-    samples: how many to look at, taken evenly; 0 for all.  image_size, crop_shift, seed: as the training has them.
+    shards: the shards, as data.shards of a training.
+    out: the report, an .html file; or a .png for the pictures alone.
+    text: the embeddings, to look at them too.
+    samples: how many to look at, spread evenly; 0 for all.
+    image_size: pixels, as model.image_size of the training.
+    crop_shift: as data.crop_shift of the training.
+    seed: as seed of the training.
     """
 
-    shards: str = MISSING
-    out: str = MISSING
-    text: str = ""
+    shards: str = location()
+    out: str = location()
+    text: str = location("")
     samples: int = 2000
     image_size: int = 64
     crop_shift: float = 0.1
@@ -35,26 +40,24 @@ class Inspect:
 
 
 def inspect(args: Inspect) -> Findings:
-    """Look, print the main numbers and write the report.
+    """Look at the samples, print the main numbers and write the report.
 
-    Raises: ValueError if a number can't be, or there is nothing to look at; OSError.
+    Raises: ValueError if a number cannot be, or there is nothing to look at; OSError.
     """
     out = Path(args.out)
     if out.suffix.lower() not in (".html", ".png"):
         raise ValueError(f"out={args.out} must end in .html for the whole report, or in .png for the pictures alone")
-    for name, value, least in (
-        ("samples", args.samples, 0),
-        ("image_size", args.image_size, 1),
-        ("seed", args.seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
-    if not args.crop_shift >= 0:
-        raise ValueError(f"crop_shift={args.crop_shift} must be at least 0")
+    check_at_least("samples", args.samples, 0)
+    check_at_least("image_size", args.image_size, 1)
+    check_at_least("seed", args.seed, 0)
+    check_at_least("crop_shift", args.crop_shift, 0)
     shards = find_shards(args.shards)
     meta = TextMeta.read(args.text) if args.text else None
-    summary = Summary(args.shards, shards, _bytes(shards), args.text, meta, _sidecar_fault(shards, args.text, meta))
-    found = look(shards, args.samples, Eye(args.image_size, args.crop_shift, args.seed), args.text, meta)
+    summary = DatasetSummary(
+        args.shards, shards, _bytes(shards), args.text, meta, _sidecar_fault(shards, args.text, meta)
+    )
+    view = TrainingView(args.image_size, args.crop_shift, args.seed)
+    found = inspect_samples(shards, args.samples, view, args.text, meta)
     for line in _lines(summary, found):
         print(line)
     if out.suffix.lower() == ".html":
@@ -82,7 +85,7 @@ def _sidecar_fault(shards: list[Shard], text: str, meta: TextMeta | None) -> str
     return ""
 
 
-def _lines(summary: Summary, found: Findings) -> list[str]:
+def _lines(summary: DatasetSummary, found: Findings) -> list[str]:
     """What is printed: the numbers that decide whether to train on this."""
     lines = [summary.size(), f"looked at {summary.share(found)}"]
     if found.sizes:
@@ -98,13 +101,14 @@ def _lines(summary: Summary, found: Findings) -> list[str]:
     if summary.meta:
         lines.append(f"embeddings: {summary.meta.tokens} x {summary.meta.dim} {summary.meta.dtype}")
     reasons = Counter(reason for _, reason in found.bad).most_common()
-    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "none"
-    lines.append(f"bad samples: {told}")
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "none"
+    lines.append(f"bad samples: {counts}")
     return lines + [line for line in (summary.sidecar_fault,) if line]
 
 
+def main(argv: list[str] | None = None) -> None:
+    command(inspect, Inspect, argv)
+
+
 if __name__ == "__main__":
-    try:
-        command(inspect, Inspect)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped: no report was written") from None
+    main()

@@ -1,6 +1,6 @@
-"""Can this machine install and run the smoke? Each obstacle is one line with its remedy, before anything is installed.
+"""Check that this machine can install the project, before anything is installed; each fault is a line with its remedy.
 
-Run by the Makefile with the Python that shall make .venv; it needs nothing but that Python (3.6 can read it).
+The Makefile runs it with the Python that will make .venv. It needs nothing else, and Python 3.6 can read it.
 """
 
 import glob
@@ -8,14 +8,14 @@ import os
 import shutil
 import sys
 
-# Measured: .venv takes 1.8 GB with torch's CPU build. A CUDA build, the default on Linux, brings some 5 GB more,
-# and pip needs room to unpack what it downloads.
+# Measured: .venv takes 1.8 GB with torch's CPU build. A CUDA build, the default on Linux, takes some 5 GB more, and pip
+# needs space to unpack what it downloads.
 NEEDED_GB = 12
 NEEDED_AGAIN_GB = 1
 
 
 def python_fault(version=sys.version_info[:2]):
-    """Why this Python is too old, too new, or cannot make an environment; None if all is well."""
+    """Why this Python cannot be used: too old, too new, or unable to make an environment; None if it can."""
     if not (3, 10) <= version <= (3, 11):
         return (
             f"Python 3.10 or 3.11 is needed (pillow 9.2.0 has no build for others), and {sys.executable} is "
@@ -33,15 +33,15 @@ def python_fault(version=sys.version_info[:2]):
 
 
 def disk_fault(folder="."):
-    """How much room is missing for .venv; None if there is enough. NEEDED_GB in the environment overrides the need."""
+    """The space that .venv lacks in a folder, None if it has enough; the variable NEEDED_GB says how much is enough."""
     installed = glob.glob(os.path.join(folder, ".venv", "lib", "*", "site-packages", "torch"))
     needed = float(os.environ.get("NEEDED_GB", NEEDED_AGAIN_GB if installed else NEEDED_GB))
     free = shutil.disk_usage(folder).free / 1e9
     if free >= needed:
         return None
     return (
-        f"{free:.1f} GB free in {os.path.abspath(folder)}, and the install may need {needed:g} GB: make room, or if "
-        "torch's CPU build will be installed (.venv then takes 1.8 GB), say so, make NEEDED_GB=4"
+        f"{free:.1f} GB free in {os.path.abspath(folder)}, and the install may need {needed:g} GB: free some, or if "
+        "torch's CPU build is to be installed (.venv then takes 1.8 GB), say so with make NEEDED_GB=4"
     )
 
 

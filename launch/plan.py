@@ -1,22 +1,28 @@
-"""The bill before a GPU-hour is spent: memory, time, bytes, of the real net on tensors without contents.
+"""The cost of a run before it starts, its memory, time and bytes: `python -m launch.plan +experiment=if_i_xl nodes=64`.
 
-    python -m launch.plan +experiment=if_i_xl gpu=a100-80g nodes=64
-
-Takes the overrides of train/main.py beside its own arguments, see Options.
+Other arguments than its own are those of train/main.py.
 """
 
-from launch.compose import own_and_config
-from launch.cost.estimate import Options, make_plan
+from data.cli import run_command
+from launch.cost.options import PlanOptions
+from train.compose import help_with_training, parse_with_config
+
+
+def plan(argv: list[str]) -> None:
+    """Print the plan.
+
+    Raises: ValueError for arguments that cannot be, or a micro batch that does not divide the batch.
+    """
+    options, config = parse_with_config(PlanOptions, argv)
+    # Imported here, since torch takes seconds.
+    from launch.cost.estimate import make_plan
+    from launch.cost.page import render
+
+    print(render(make_plan(options, config)))
 
 
 def main(argv: list[str] | None = None) -> None:
-    from launch.cost.page import render
-
-    options, config = own_and_config(Options, argv)
-    try:
-        print(render(make_plan(options, config)))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(plan, lambda: help_with_training(PlanOptions, "python -m launch.plan"), argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Looks at every node before the first step: python -m launch.preflight OVERRIDES, by the launcher of the training.
+"""Checks every node before a training: `deepspeed --module launch.preflight OVERRIDES`, by the training's launcher.
 
-Takes the overrides of train/main.py; launch/slurm/batch.py runs it on all nodes before a first start. Exit status 2 and
-a line for each fault, which names the node and the remedy.
+Takes the arguments of train/main.py beside its own. launch/slurm/batch.py runs it on all nodes before a first start.
+Exit status 2 and a line for each fault, which names the node and the remedy.
 """
 
 import os
@@ -11,26 +11,22 @@ from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
 
-import torch.distributed as dist
-
-from launch.compose import own_and_config
-from launch.cost.estimate import Options as PlanOptions
-from launch.cost.estimate import of_data
-from launch.nodes.checks import code_hash, devices, read_rate, room_for_checkpoints, seen_in_run_dir, versions
-from launch.nodes.network import all_reduce_rate, clock_offsets, pair_rates
+from data.cli import MISTAKE, run_command
+from launch.cost.options import PlanOptions
+from train.compose import help_with_training, parse_with_config
 from train.config import Config, accumulation
 
-# A healthy pair may be this many times slower than the median before its nodes are named.
+# A healthy pair of nodes may be this many times slower than the median before it is named.
 SLOW_PAIR = 3.0
-MISTAKE = 2
 
 
 @dataclass(slots=True)
 class Options:
-    """Every node looked at before the first step; other arguments are those of train/main.py.
+    """Checks every node before a training: code, packages, GPUs, clocks, disk space, storage and network.
 
-    step_seconds: what the plan says a step takes; data must come fast enough for it.  max_skew: seconds between clocks.
-    test_mb: the size of the messages that measure the network.
+    step_seconds: seconds that the plan says a step takes; data must be read fast enough for it.
+    max_skew: largest difference between clocks, in seconds.
+    test_mb: MB of the messages that measure the network.
     """
 
     step_seconds: float = 0.5
@@ -40,7 +36,7 @@ class Options:
 
 @dataclass(slots=True)
 class Report:
-    """What one rank found.  faults: what is wrong there whatever the others say."""
+    """What one rank found.  faults: what is wrong there, whatever the other ranks find."""
 
     node: str
     local_rank: int
@@ -52,21 +48,24 @@ class Report:
 
 
 def look(options: Options, config: Config, ranks: int, nodes: int) -> Report:
-    """Everything that a rank can tell by itself; what belongs to the node is looked at by its first rank."""
+    """What a rank can find by itself; the checks of the node are done by its first rank."""
+    from launch.cost.estimate import estimate_reading
+    from launch.nodes.checks import code_hash, devices, disk_faults, read_rate, versions
+
     local_rank = int(os.environ["LOCAL_RANK"])
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     seen, faults = devices(local_rank)
     report = Report(node, local_rank, code_hash(), versions(), seen, faults=faults)
     if local_rank == 0:
-        reading, _, _ = of_data(PlanOptions(), config)
+        reading = estimate_reading(PlanOptions(), config)
         needed = reading.sample * config.global_batch / options.step_seconds / nodes
         report.read_rate, faults = read_rate(config, needed)
-        report.faults += faults + room_for_checkpoints(config, ranks)
+        report.faults += faults + disk_faults(config, ranks)
     return report
 
 
 def compare(reports: list[Report]) -> list[str]:
-    """The faults of all ranks, and where one differs from the most."""
+    """The faults of all ranks, and those whose code, packages or devices differ from most others'."""
     faults = [f"{r.node}, rank {i}: {fault}" for i, r in enumerate(reports) for fault in r.faults]
     usual_code = Counter(r.code for r in reports).most_common(1)[0][0]
     other = {r.node: r.code for r in reports if r.code != usual_code}
@@ -92,7 +91,7 @@ def compare(reports: list[Report]) -> list[str]:
 
 
 def slow_pairs(rates: dict[tuple[str, str], float]) -> list[str]:
-    """The pairs of nodes that are far below the median."""
+    """A line for each pair of nodes whose rate is far below the median."""
     if not rates:
         return []
     usual = median(rates.values())
@@ -104,24 +103,25 @@ def slow_pairs(rates: dict[tuple[str, str], float]) -> list[str]:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 2 if there is any fault."""
-    argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
-    options, config = own_and_config(Options, argv)
+def preflight(argv: list[str]) -> None:
+    """Exits: 2 if there is any fault.  Raises: ValueError for arguments that cannot be."""
+    options, config = parse_with_config(Options, argv)
+    # Imported here, since torch takes seconds.
+    import torch.distributed as dist
+
+    from launch.nodes.checks import shared_run_dir_faults
+    from launch.nodes.network import all_reduce_rate, clock_offsets, pair_rates
     from train.engine import init_distributed
+    from train.inputs import resolve_text_shape
 
     rank, ranks, device = init_distributed()
-    try:
-        accumulation(config, ranks)
-    except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+    accumulation(config, ranks)
+    resolve_text_shape(config)
     names: list = [None] * ranks
     dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     reports: list = [None] * ranks
     dist.all_gather_object(reports, look(options, config, ranks, len(set(names))))
-    shared = seen_in_run_dir(config, names)
+    shared = shared_run_dir_faults(config, names)
     offsets = clock_offsets()
     whole = all_reduce_rate(device, options.test_mb)
     rates = pair_rates(device, options.test_mb, names)
@@ -135,15 +135,16 @@ def main(argv: list[str] | None = None) -> int:
             if abs(offset - middle) > options.max_skew
         ]
         summary(reports, whole, rates, faults)
-    told = [faults]
-    dist.broadcast_object_list(told, src=0)
+    to_all = [faults]
+    dist.broadcast_object_list(to_all, src=0)
     dist.barrier()
     dist.destroy_process_group()
-    return MISTAKE if told[0] else 0
+    if to_all[0]:
+        sys.exit(MISTAKE)
 
 
 def summary(reports: list[Report], whole: float, rates: dict[tuple[str, str], float], faults: list[str]) -> None:
-    """What was measured, and the faults on stderr."""
+    """Print what was measured, and the faults on stderr."""
     nodes = list(dict.fromkeys(r.node for r in reports))
     print(f"{len(reports)} ranks on {len(nodes)} nodes; {reports[0].devices}; {reports[0].versions}")
     print(f"all-reduce among all: {whole / 1e9:.2f} GB/s of bus bandwidth")
@@ -158,5 +159,9 @@ def summary(reports: list[Report], whole: float, rates: dict[tuple[str, str], fl
     print("every node is ready" if not faults else f"{len(faults)} faults, see above")
 
 
+def main(argv: list[str] | None = None) -> None:
+    run_command(preflight, lambda: help_with_training(Options, "deepspeed --module launch.preflight"), argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

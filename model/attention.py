@@ -1,11 +1,11 @@
-"""Attention of the pixels over the caption and themselves."""
+"""Attention of the pixels over the caption and over themselves."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks import group_norm, zero_init
-from model.recompute import call, recompute
+from model.recompute import call, recomputed
 
 
 class Projection(nn.Conv1d):
@@ -19,15 +19,15 @@ class Projection(nn.Conv1d):
 
 
 class AttentionBlock(nn.Module):
-    """Adds to every pixel what it draws, in one attention, from the caption's tokens and from all pixels.
+    """Adds to every pixel what it attends to, in one attention over the caption's tokens and all pixels.
 
     x: [N, channels, H, W]; text: [N, encoder_channels, L].
     Source: guided-diffusion's AttentionBlock, with the text keys as in DeepFloyd IF.
     """
 
-    def __init__(self, channels: int, num_head_channels: int, encoder_channels: int, memory: str = "keep") -> None:
+    def __init__(self, channels: int, num_head_channels: int, encoder_channels: int, recompute: str = "none") -> None:
         super().__init__()
-        self.run = recompute if memory == "recompute_cheap" else call
+        self.run = recomputed if recompute == "cheap" else call
         self.num_heads = channels // num_head_channels
         self.norm = group_norm(channels)
         self.qkv = Projection(channels, channels * 3)
@@ -40,7 +40,7 @@ class AttentionBlock(nn.Module):
         q, k, v = self._heads(self.run(self._project, x, self.norm, self.qkv), 3)
         text_k, text_v = self._heads(self.run(self._project, text, self.norm_encoder, self.encoder_kv), 2)
         k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
-        # A copy of q, for a view would keep the k and v of the projection for backward too.
+        # q is copied, because a view would keep the projection's k and v for backward too.
         q, k, v = (part.transpose(1, 2) for part in (q.contiguous(), k, v))
         h = F.scaled_dot_product_attention(q, k, v)
         h = self.proj_out(h.transpose(1, 2).flatten(2))

@@ -1,4 +1,4 @@
-"""The residual block, and the initialisations that the whole net shares."""
+"""The residual block, and the norm and initialisation that the whole net shares."""
 
 from typing import TypeVar
 
@@ -7,30 +7,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.activations import make_activation
-from model.recompute import call, recompute
+from model.config import NORM_GROUPS
+from model.recompute import call, recomputed
 
-NORM_GROUPS = 32
 M = TypeVar("M", bound=nn.Module)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """The net's normalisation: 32 groups, eps 1e-5; its statistics are fp32 for bf16 inputs too."""
+    """The net's normalisation: 32 groups, eps 1e-5; its statistics are fp32, also for bf16 inputs."""
     return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-5)
 
 
 def zero_init(module: M) -> M:
-    """The module with every parameter at zero, so that a residual branch starts as nothing."""
+    """The module with every parameter set to zero, so that a residual branch adds nothing at first."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def scale_shift_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift, in one pass over x: each sample's scale and shift join the norm's own.
+    """norm(x) * (1 + scale) + shift, in one pass over x: each sample's scale and shift are folded into the norm's own.
 
     x: [N, channels, H, W], in two passes if it is channels_last; scale, shift: [N, channels].
     """
-    if not x.is_contiguous():  # samples cannot become groups without a copy
+    if not x.is_contiguous():  # without a copy, samples cannot become groups
         return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
     weight = norm.weight * (1 + scale)
     bias = torch.addcmul(shift, norm.bias, 1 + scale)
@@ -54,22 +54,22 @@ class ResBlock(nn.Module):
         emb_channels: int,
         activation: str,
         resample: str = "none",
-        memory: str = "keep",
+        recompute: str = "none",
     ) -> None:
         super().__init__()
-        self.run = recompute if memory == "recompute_cheap" else call
+        self.run = recomputed if recompute == "cheap" else call
         self.resample = resample
         self.in_layers = nn.Sequential(
             group_norm(in_channels),
-            make_activation(activation, memory),
+            make_activation(activation, recompute),
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
-        # The activation of the embedding is the same for all blocks, so the UNet applies it once; the place stays
-        # for the released weights' names.
+        # The activation of the embedding is the same for all blocks, so the UNet applies it once; the Identity keeps
+        # the released weights' names.
         self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(emb_channels, 2 * out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels),
-            make_activation(activation, memory),
+            make_activation(activation, recompute),
             nn.Identity(),  # where the released net has its dropout of 0
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )

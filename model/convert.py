@@ -1,11 +1,11 @@
-"""The names of the weights: original IF (the names of model.unet) <-> diffusers' UNet2DConditionModel."""
+"""The names of the weights: those of original IF, which model.unet uses, <-> diffusers' UNet2DConditionModel."""
 
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from model.unet import UNetConfig
+from model.config import UNetConfig
 
 RES_BLOCK = {
     "in_layers.0": "norm1",
@@ -40,12 +40,12 @@ POSITION = ("encoder_pooling.1.positional_embedding", "add_embedding.pool.positi
 
 
 def diffusers_config(config: UNetConfig) -> dict[str, object]:
-    """Arguments with which diffusers.UNet2DConditionModel is the net of the config.
+    """The arguments that make diffusers.UNet2DConditionModel the net of the config.
 
     Raises: ValueError for a first channel_mult other than 1, which diffusers cannot express.
     """
     if config.channel_mult[0] != 1:
-        raise ValueError(f"channel_mult={list(config.channel_mult)}: diffusers' UNet has it start with 1")
+        raise ValueError(f"channel_mult={list(config.channel_mult)}: diffusers' UNet must begin with 1")
     levels = config.attention_levels
     down = ["SimpleCrossAttnDownBlock2D" if attends else "ResnetDownsampleBlock2D" for attends in levels]
     up = ["SimpleCrossAttnUpBlock2D" if attends else "ResnetUpsampleBlock2D" for attends in reversed(levels)]
@@ -83,8 +83,9 @@ def to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[s
 def each_to_diffusers(
     state_dict: Mapping[str, Tensor], config: UNetConfig
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:  # fmt: skip
-    """The same one by one: our name, and what diffusers has in its place. Those that were told may be taken away.
+    """As to_diffusers, parameter by parameter: our name, and the weights under diffusers' names that replace it.
 
+    The caller may delete a parameter once it was yielded.
     Raises: ValueError, as to_diffusers.
     """
     pairs = list(_pairs(config))
@@ -97,7 +98,7 @@ def each_to_diffusers(
 
 
 def from_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """The weights under the names of model.unet; undoes to_diffusers.
+    """The weights under the names of model.unet, from those under diffusers'; the inverse of to_diffusers.
 
     Raises: ValueError that names the first weights that are missing or too many.
     """
@@ -115,7 +116,7 @@ def from_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict
 def lora_to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """The LoRA matrices of fused projections (NAME.lora_A.weight, NAME.lora_B.weight) under diffusers' names.
 
-    q, k and v share their A; B, whose rows are those of the projection, is cut as that is.
+    q, k and v share their A; the rows of B are the projection's, so B is split as the projection is.
     Raises: ValueError that names the first matrices that are missing or too many.
     """
     pairs = [pair for pair in _modules(config) if _is_projection(f"{pair[0]}.weight")]
@@ -124,7 +125,7 @@ def lora_to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> d
     for ours, theirs in pairs:
         parts = _split_heads(state_dict[f"{ours}.lora_B.weight"], len(theirs), config.num_head_channels)
         for name, b in zip(theirs, parts, strict=True):
-            # A copy for each, since files of tensors refuse such as share their memory.
+            # Each is a copy, because safetensors refuses tensors that share memory.
             result[f"{name}.lora_A.weight"] = state_dict[f"{ours}.lora_A.weight"].clone()
             result[f"{name}.lora_B.weight"] = b.clone()
     return result
@@ -133,9 +134,9 @@ def lora_to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> d
 def merge_lora(
     state_dict: Mapping[str, Tensor], lora: Mapping[str, Tensor], scale: float, config: UNetConfig
 ) -> dict[str, Tensor]:
-    """The weights with scale x B A added to each matrix that a LoRA in diffusers' names is of.
+    """The weights with scale x B A added to each matrix that a LoRA, under diffusers' names, changes.
 
-    Raises: ValueError if it is of another net.
+    Raises: ValueError if the LoRA is of another net.
     """
     weights = to_diffusers(state_dict, config)
     for name in sorted({key.rsplit(".lora_", 1)[0] for key in lora}):
@@ -190,8 +191,8 @@ def _modules(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
             if config.attention_levels[level]:
                 yield from _attention(f"{name}.1", f"{theirs}.attentions.{i}")
             if level and i == layers:
-                place = 2 if config.attention_levels[level] else 1
-                yield from _res_block(f"{name}.{place}", f"{theirs}.upsamplers.0", shortcut=False)
+                index = 2 if config.attention_levels[level] else 1
+                yield from _res_block(f"{name}.{index}", f"{theirs}.upsamplers.0", shortcut=False)
             block += 1
 
 
@@ -207,7 +208,7 @@ def _attention(ours: str, theirs: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _is_projection(name: str) -> bool:
-    """Whether a weight is one of the attention's 1x1 convolutions, which are matrices in diffusers."""
+    """Whether a weight is of one of the attention's 1x1 convolutions, which are matrices in diffusers."""
     return name.split(".")[-2] in ("qkv", "encoder_kv", "proj_out")
 
 

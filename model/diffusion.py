@@ -1,4 +1,4 @@
-"""The forward process with cosine betas, its posterior, and what a model's output says about it."""
+"""The forward process with cosine betas, its posterior, and the model's estimate of that posterior."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class Gaussian(NamedTuple):
 
 
 def cosine_betas(timesteps: int, max_beta: float = 0.999) -> Tensor:
-    """float64 betas [timesteps] under which the signal's share falls as a squared cosine.
+    """float64 betas [timesteps] that make the signal's share alpha_bar fall as a squared cosine.
 
     Source: Nichol & Dhariwal 2021, equation 17, with s = 0.008.
     """
@@ -25,7 +25,7 @@ def cosine_betas(timesteps: int, max_beta: float = 0.999) -> Tensor:
 
 
 class Diffusion:
-    """The process of `timesteps` steps; t counts from 0 to timesteps - 1.
+    """The diffusion process of `timesteps` steps; t runs from 0 to timesteps - 1.
 
     The coefficients are computed in float64 and kept as float32 tensors [timesteps]; everything here is float32.
     x_start, x_t, noise: [N, C, H, W]; t: integers [N].
@@ -50,7 +50,7 @@ class Diffusion:
         self.sqrt_recip_alphas_cumprod = alphas_cumprod.rsqrt().float()
         self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt().float()
         self.posterior_variance = posterior_variance.float()
-        # The posterior at t = 0 is a point; its logarithm is taken from t = 1 instead.
+        # The posterior at t = 0 is a point, with a variance of 0; its logarithm is replaced by that of t = 1.
         clipped = torch.cat([posterior_variance[1:2], posterior_variance[1:]])
         self.posterior_log_variance_clipped = clipped.log().float()
         self.posterior_mean_coef1 = (betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)).float()
@@ -79,9 +79,9 @@ class Diffusion:
         return _at(self.sqrt_recip_alphas_cumprod, t) * x_t - _at(self.sqrt_recipm1_alphas_cumprod, t) * eps
 
     def p_mean_variance(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Gaussian:
-        """p(x_{t-1} | x_t) by the model's output.
+        """p(x_{t-1} | x_t) according to the model's output.
 
-        model_output: [N, C, H, W], eps alone, the variance being the posterior's; or [N, 2C, H, W], eps and
+        model_output: [N, C, H, W], eps alone, and the variance is the posterior's; or [N, 2C, H, W], eps and
         model_var_values, where -1 means the posterior's log variance and 1 that of beta.
         Raises: ValueError for another number of channels.
         """

@@ -1,4 +1,4 @@
-"""What conditions every block: the timestep as sines and cosines, the caption as one pooled vector."""
+"""The conditions of every block: the timestep as sines and cosines, the caption as one pooled vector."""
 
 import math
 
@@ -20,7 +20,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 class AttentionPooling(nn.Module):
-    """Pools tokens into one vector: the attention of their mean, a learned offset added, over itself and all of them.
+    """Pools tokens into one vector: their mean, plus a learned offset, attends to itself and to all of them.
 
     [N, L, dim] -> [N, dim]. Source: the encoder pooling of DeepFloyd IF.
     """

@@ -1,7 +1,7 @@
-"""GELU whose backward keeps 1 to 4 bits of each element instead of the input.
+"""GELU that keeps 1 to 4 bits of each element for backward, instead of the input.
 
-The forward is exact. The derivative is replaced by the best piecewise constant one; what is kept of an element is the
-number of its piece. Source: Novikov et al. 2022, "Few-bit Backward", arXiv 2202.00441.
+The forward is exact. The derivative is replaced by the best piecewise constant one, and the number of an element's
+piece is all that is kept of it. Source: Novikov et al. 2022, "Few-bit Backward", arXiv 2202.00441.
 """
 
 import functools
@@ -21,11 +21,11 @@ MAX_BITS = 4
 def best_steps(bits: int) -> tuple[list[float], list[float]]:
     """borders (2^bits - 1) and levels (2^bits), ascending in x, of the best piecewise constant derivative.
 
-    They minimise the integral over [-10, 10] of the squared difference to GELU's derivative: dynamic programming on
-    a grid finds the right minimum, then borders and levels are improved in turn to the last digit.
+    They minimise the integral over [-10, 10] of the squared difference to GELU's derivative: dynamic programming on a
+    grid finds the neighbourhood of the minimum, then borders and levels are improved in turn to the last digit.
     Source: arXiv 2202.00441, sections 3 and 4.
     """
-    # The derivative less 1/2 is odd, so the steps mirror each other and only those above 0 are sought.
+    # The derivative minus 1/2 is odd, so the steps mirror each other and only those above 0 are searched.
     pieces = 2 ** (bits - 1)
     grid = np.linspace(0, REACH, 501)
     middle = (grid[1:] + grid[:-1]) / 2
@@ -41,15 +41,15 @@ def best_steps(bits: int) -> tuple[list[float], list[float]]:
         candidates = best[:, None] + error
         starts.append(candidates.argmin(0))
         best = candidates.min(0)
-    index, places = len(grid) - 1, []
+    index, inner_edges = len(grid) - 1, []
     for start in reversed(starts):
         index = int(start[index])
-        places.append(index)
-    edges = np.concatenate([[0.0], grid[places[::-1]], [REACH]])
+        inner_edges.append(index)
+    edges = np.concatenate([[0.0], grid[inner_edges[::-1]], [REACH]])
 
     for _ in range(500):
         levels = np.diff(_gelu(edges)) / np.diff(edges)
-        inner = edges[1:-1]  # a view: each border moves to where the slope is half way between its two levels
+        inner = edges[1:-1]  # a view; each border moves to where the slope is half way between its two levels
         inner -= (_slope(inner) - (levels[1:] + levels[:-1]) / 2) / _slope_change(inner)
     borders = [*-edges[-2:0:-1], 0.0, *edges[1:-1]]
     return [float(b) for b in borders], [float(y) for y in [*(1 - levels[::-1]), *levels]]
@@ -72,30 +72,30 @@ def _slope_change(x: np.ndarray) -> np.ndarray:
 
 
 def pack(codes: Tensor, bits: int) -> list[Tensor]:
-    """uint8 codes [n] below 2^bits, `bits` bits each: one uint8 tensor, or for 3 bits one of 2 and one of 1."""
+    """uint8 codes [n] below 2^bits, packed into `bits` bits each: one uint8 tensor; for 3 bits two, of 2 and 1 bits."""
     if bits == 3:
         return [*pack(codes & 3, 2), *pack(codes >> 2, 1)]
-    # Element i goes into byte i mod m, so that the codes are read and written in long runs.
+    # Element i goes into byte i mod the number of bytes, so that codes are read and written in long runs.
     per_byte = 8 // bits
     rows = F.pad(codes, (0, -codes.numel() % per_byte)).view(per_byte, -1)
     packed = rows[0]
-    for place in range(1, per_byte):
-        packed = packed | (rows[place] << (place * bits))
+    for row in range(1, per_byte):
+        packed = packed | (rows[row] << (row * bits))
     return [packed]
 
 
 def unpack(packed: list[Tensor], bits: int, n: int) -> Tensor:
-    """The uint8 codes [n] that were packed."""
+    """The uint8 codes [n] that pack() was given."""
     if bits == 3:
         return unpack(packed[:1], 2, n) | (unpack(packed[1:], 1, n) << 2)
-    rows = [(packed[0] >> place) & (2**bits - 1) for place in range(0, 8, bits)]
+    rows = [(packed[0] >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.cat(rows)[:n]
 
 
 def encode(x: Tensor, borders: list[float]) -> Tensor:
-    """The uint8 codes [n] of x's pieces: how many borders |x| is beyond, and above 0 half the number of pieces more.
+    """The uint8 codes [n] of x's pieces: how many borders |x| is beyond, plus half the number of pieces where x > 0.
 
-    borders: as best_steps has them, mirrored around 0.
+    borders: as best_steps returns them, mirrored around 0.
     """
     x = x.reshape(-1)
     half = len(borders) // 2
@@ -108,7 +108,7 @@ def encode(x: Tensor, borders: list[float]) -> Tensor:
 
 
 def decode(codes: Tensor, levels: Tensor) -> Tensor:
-    """The derivative's level for each code. levels: as best_steps has them."""
+    """The derivative's level for each code. levels: as best_steps returns them."""
     negative, positive = levels.chunk(2)
     return torch.cat([negative.flip(0), positive]).index_select(0, codes.int())
 
@@ -135,9 +135,9 @@ class _FewBitGELU(torch.autograd.Function):
 class FewBitGELU(nn.Module):
     """Exact GELU forward, its derivative rounded to one of 2^bits levels; floats of any dtype and shape.
 
-    bits: 1 to 4.  packed: keep the bits; without, the input is kept and rounded in backward, the same but for the time:
-    where the input is computed again anyway, nothing is gained by packing.
-    Refuses double backward with a RuntimeError.
+    bits: 1 to 4.  packed: keep the bits; otherwise the input is kept and rounded in backward, with the same result:
+    where the input is computed again anyway, packing saves nothing and takes time.
+    Raises: RuntimeError in a double backward.
     """
 
     levels: Tensor
@@ -145,7 +145,7 @@ class FewBitGELU(nn.Module):
     def __init__(self, bits: int, packed: bool = True) -> None:
         super().__init__()
         if not 1 <= bits <= MAX_BITS:
-            raise ValueError(f"bits={bits}: must be from 1 to {MAX_BITS}")
+            raise ValueError(f"bits={bits} must lie between 1 and {MAX_BITS}")
         self.bits, self.packed = bits, packed
         self.borders = best_steps(bits)[0]
         self.register_buffer("levels", torch.empty(0), persistent=False)
@@ -160,11 +160,11 @@ class FewBitGELU(nn.Module):
         self.levels = torch.tensor(best_steps(self.bits)[1], dtype=torch.float32, device=self.levels.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FewBitGELU":
-        # No state dict brings this table, and it must stay fp32: after .to(), .bfloat16() or .to_empty() it is written
-        # anew, wherever it now is.
+        # This table is in no state dict and must stay fp32: after .to(), .bfloat16() or .to_empty() it is computed
+        # again on whatever device it now is.
         try:
             super()._apply(fn, recurse)
-        except NotImplementedError:  # .to() finds nothing to take from meta, where a net stands until its weights come
+        except NotImplementedError:  # .to() cannot copy from meta, where a net is built before its weights are loaded
             self.levels = fn(torch.empty(0))
         self._fill()
         return self

@@ -13,8 +13,8 @@ def training_losses(
 ) -> dict[str, Tensor]:
     """Per-sample losses, fp32 [N] whatever the inputs' dtype: 'loss', 'mse' and, for 2C output channels, 'vb'.
 
-    mse: mean square of the error in the noise. vb: bits per dimension x timesteps / 1000; it trains the variance
-    alone, since the mean is detached in it. loss: their sum.
+    mse: mean square of the error in the noise. vb: bits per dimension x timesteps / 1000; it trains only the variance,
+    because the mean is detached in it. loss: their sum.
     Raises: ValueError for model outputs of neither C nor 2C channels.
     Source: Nichol & Dhariwal 2021, section 3.1; improved-diffusion's RESCALED_MSE.
     """

@@ -1,4 +1,4 @@
-"""What autograd keeps between forward and backward, and what is computed again instead."""
+"""What autograd keeps between forward and backward, and what backward computes again; the choices: model.config."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,23 +7,19 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# keep: all that autograd asks for.  recompute_cheap: what convolutions and projections give, and attention's q, k, v;
-# norms, activations and copies are done again.  recompute_blocks: the inputs of the blocks alone.
-MEMORY = ("keep", "recompute_cheap", "recompute_blocks")
-
 
 def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), autograd keeping what it wants."""
+    """function(*args); autograd keeps all that it asks for."""
     return function(*args)
 
 
-def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), of which only args are kept.
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), of which only args are kept for backward.
 
-    Backward runs the function again, but only until it has the last thing that it needs: a convolution or projection at
-    the end is not repeated, for what backward wants of it is its input.  function: without random draws.
+    Backward runs the function again, but only until it has the last tensor that it needs: a convolution or projection
+    at the end is not repeated, because backward needs its input alone.  function: makes no random draws.
     """
     if not torch.is_grad_enabled():
         return function(*args)
-    # Without the check that the second run gave the same shapes: it can't differ, and the check takes 2 % of a step.
+    # The check that the second run gives the same shapes is off: they cannot differ, and it takes 2 % of a step.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")

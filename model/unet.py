@@ -1,63 +1,20 @@
 """The IF stage I UNet: predicts the noise in small images, and its variance, from a timestep and T5 states."""
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from model.activations import ACTIVATIONS, make_activation
+from model.activations import make_activation
 from model.attention import AttentionBlock
-from model.blocks import NORM_GROUPS, ResBlock, group_norm, zero_init
+from model.blocks import ResBlock, group_norm, zero_init
+from model.config import RECOMPUTE, UNetConfig
 from model.embeddings import AttentionPooling, timestep_embedding
-from model.recompute import MEMORY, call, recompute
-
-
-@dataclass(slots=True)
-class UNetConfig:
-    """The shape of the net; the defaults are IF-I-XL with the exact GELU.
-
-    image_size: pixels, only to tell which levels the attention_resolutions (pixels too) mean.
-    out_channels: in_channels for the noise alone, twice that with the learned variance.
-    encoder_dim: width of the text states; encoder_channels: their width inside, 4 x model_channels as released.
-    memory: what is kept for backward, see model.recompute; the same gradients with each.
-    """
-
-    image_size: int = 64
-    in_channels: int = 3
-    out_channels: int = 6
-    model_channels: int = 704
-    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
-    num_res_blocks: int = 3
-    attention_resolutions: list[int] = field(default_factory=lambda: [32, 16, 8])
-    num_head_channels: int = 64
-    encoder_dim: int = 4096
-    encoder_channels: int = 2816
-    att_pool_heads: int = 64
-    activation: str = "gelu"
-    memory: str = "keep"
-
-    @property
-    def learn_sigma(self) -> bool:
-        return self.out_channels == 2 * self.in_channels
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of each level, the finest first."""
-        return [self.model_channels * mult for mult in self.channel_mult]
-
-    @property
-    def attention_levels(self) -> list[bool]:
-        """Whether each level, the finest first, has attention."""
-        return [self.image_size // 2**level in self.attention_resolutions for level in range(len(self.channel_mult))]
-
-    @property
-    def time_embed_dim(self) -> int:
-        return self.model_channels * max(self.channel_mult)
+from model.recompute import call, recomputed
 
 
 class TextState(NamedTuple):
-    """What the net makes of a caption, whatever the timestep.
+    """What the net makes of a caption, the same for every timestep.
 
     states: [N, encoder_channels, L]; pooled: [N, time_embed_dim].
     """
@@ -69,9 +26,9 @@ class TextState(NamedTuple):
 class Stage(nn.ModuleList):
     """Layers that run one after another, each given what its kind needs; the first also takes the skip, if any."""
 
-    def __init__(self, layers: list[nn.Module], memory: str) -> None:
+    def __init__(self, layers: list[nn.Module], recompute: str) -> None:
         super().__init__(layers)
-        self.run = recompute if memory == "recompute_blocks" else call
+        self.run = recomputed if recompute == "blocks" else call
 
     def forward(self, h: Tensor, emb: Tensor, states: Tensor, *skip: Tensor) -> Tensor:
         for layer in self:
@@ -89,16 +46,20 @@ class UNet(nn.Module):
     """The net of the config, its parameters named as in the released weights.
 
     x: [N, in_channels, H, W] in [-1, 1]; timesteps: [N]; text_emb: [N, L, encoder_dim], or what encode_text made of it.
-    Returns [N, out_channels, H, W] in the parameters' dtype: the noise, then the variance's place between its bounds.
-    Raises: ValueError for a config or an input whose numbers don't fit together.
+    recompute: one of model.config.RECOMPUTE, what backward computes again to save memory; no gradient depends on it.
+    Returns [N, out_channels, H, W] in the parameters' dtype: noise, then where the variance lies between its bounds.
+    Raises: ValueError for an input whose numbers don't fit the config, or a config whose encoder_dim is not known.
     Source: DeepFloyd IF's UNetModel, from guided-diffusion.
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, recompute: str = "none") -> None:
         super().__init__()
-        check(config)
+        if not config.encoder_dim:
+            raise ValueError("model.encoder_dim=0: give the width of the text states, 4096 for T5-XXL")
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute={recompute} must be one of {', '.join(RECOMPUTE)}")
         self.config = config
-        emb, act, memory, widths = config.time_embed_dim, config.activation, config.memory, config.widths
+        emb, act, widths = config.time_embed_dim, config.activation, config.widths
         last = len(widths) - 1
 
         self.time_embed = nn.Sequential(
@@ -115,13 +76,13 @@ class UNet(nn.Module):
         )
 
         def attention(channels: int) -> AttentionBlock:
-            return AttentionBlock(channels, config.num_head_channels, config.encoder_channels, memory)
+            return AttentionBlock(channels, config.num_head_channels, config.encoder_channels, recompute)
 
         def res(in_channels: int, out_channels: int, resample: str = "none") -> ResBlock:
-            return ResBlock(in_channels, out_channels, emb, act, resample, memory)
+            return ResBlock(in_channels, out_channels, emb, act, resample, recompute)
 
         def stage(*layers: nn.Module) -> Stage:
-            return Stage(list(layers), memory)
+            return Stage(list(layers), recompute)
 
         ch = widths[0]
         self.input_blocks = nn.ModuleList([stage(nn.Conv2d(config.in_channels, ch, 3, padding=1))])
@@ -150,9 +111,9 @@ class UNet(nn.Module):
                     block.append(res(ch, ch, "up"))
                 self.output_blocks.append(block)
 
-        self.run = call if memory == "keep" else recompute
+        self.run = call if recompute == "none" else recomputed
         self.out = nn.Sequential(
-            group_norm(ch), make_activation(act, memory), zero_init(nn.Conv2d(ch, config.out_channels, 3, padding=1))
+            group_norm(ch), make_activation(act, recompute), zero_init(nn.Conv2d(ch, config.out_channels, 3, padding=1))
         )
 
     @property
@@ -160,14 +121,15 @@ class UNet(nn.Module):
         return next(self.parameters()).dtype
 
     def encode_text(self, text_emb: Tensor) -> TextState:
-        """What every step of a sampler needs of a caption, so that it can be computed once.
+        """The part of the forward that only the caption decides: a sampler computes it once for all its steps.
 
         text_emb: [N, L, encoder_dim].
+        Raises: ValueError for another shape.
         """
         if text_emb.ndim != 3 or text_emb.shape[2] != self.config.encoder_dim:
             raise ValueError(
                 f"text_emb is {list(text_emb.shape)}, the net takes [N, L, {self.config.encoder_dim}]: "
-                "embed the captions with the encoder of the config, or set encoder_dim"
+                "embed the captions with the net's encoder, or set model.encoder_dim"
             )
         text_emb = text_emb.to(self.dtype)
         states = self.encoder_proj(text_emb).transpose(1, 2).contiguous()
@@ -204,50 +166,4 @@ class UNet(nn.Module):
                 f"{text.states.shape[0]} captions: give one timestep and one caption for each image"
             )
         if timesteps.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(f"timesteps are {timesteps.dtype}, which cannot tell all of 1000 apart: give integers")
-
-
-def check(config: UNetConfig) -> None:
-    """Refuse a config whose numbers don't fit together.
-
-    Raises: ValueError that names them.
-    """
-    for name in ("image_size", "in_channels", "model_channels", "num_res_blocks", "num_head_channels", "encoder_dim",
-                 "encoder_channels", "att_pool_heads"):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}: must be at least 1")
-    if not config.channel_mult or min(config.channel_mult) < 1:
-        raise ValueError(f"channel_mult={list(config.channel_mult)}: must be one or more whole numbers from 1 on")
-    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise ValueError(
-            f"out_channels={config.out_channels} with in_channels={config.in_channels}: must be "
-            f"{config.in_channels} for the noise alone or {2 * config.in_channels} with the learned variance"
-        )
-    levels = len(config.channel_mult)
-    if config.image_size % 2 ** (levels - 1):
-        raise ValueError(
-            f"image_size={config.image_size} cannot be halved {levels - 1} times for the {levels} levels of "
-            f"channel_mult: must be a multiple of {2 ** (levels - 1)}"
-        )
-    sizes = [config.image_size // 2**level for level in range(levels)]
-    for size in config.attention_resolutions:
-        if size not in sizes:
-            raise ValueError(f"attention_resolutions has {size}, but the levels are {sizes} pixels wide")
-    if config.model_channels % 2:
-        raise ValueError(f"model_channels={config.model_channels}: must be even, half cosines and half sines")
-    for level, (width, mult) in enumerate(zip(config.widths, config.channel_mult, strict=True)):
-        what = f"model_channels={config.model_channels} x channel_mult {mult} = {width} channels"
-        if width % NORM_GROUPS:
-            raise ValueError(f"{what}, not divisible by the {NORM_GROUPS} groups of the norms")
-        if (config.attention_levels[level] or level == levels - 1) and width % config.num_head_channels:
-            raise ValueError(f"{what}, not divisible into heads of num_head_channels={config.num_head_channels}")
-    if config.encoder_channels % NORM_GROUPS:
-        raise ValueError(
-            f"encoder_channels={config.encoder_channels}, not divisible by the {NORM_GROUPS} groups of the norms"
-        )
-    if config.encoder_dim % config.att_pool_heads:
-        raise ValueError(f"encoder_dim={config.encoder_dim}, not divisible by att_pool_heads={config.att_pool_heads}")
-    if config.activation not in ACTIVATIONS:
-        raise ValueError(f"activation='{config.activation}': known are {', '.join(ACTIVATIONS)}")
-    if config.memory not in MEMORY:
-        raise ValueError(f"memory='{config.memory}': known are {', '.join(MEMORY)}")
+            raise ValueError(f"timesteps are {timesteps.dtype}, too coarse to tell 1000 steps apart: give integers")

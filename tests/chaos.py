@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
-from data.cli import parse
-from tests.trainings import launch, make_data, metrics, start
-from train.checkpoint.format import complete_checkpoints, find_fault
-from train.faults.preempt import REQUEUE
+from data.cli import REQUEUE, command, location
+from tests.support.trainings import launch, make_data, metrics, start
+from train.checkpoint.checkpoint import Checkpoint
+from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = (
@@ -31,13 +31,16 @@ SAME = ("step", "loss", "mse", "vb", "lr", "grad_norm", "samples", "bad_samples"
 
 @dataclass
 class Chaos:
-    """Kills a training again and again.
+    """Kills a training again and again, and compares it with one that nothing happened to.
 
-    out: a folder for the data and the two runs. kills: with SIGKILL. others: times each of the other faults happens.
-    steps: of the training. seed: of the moments and the victims.
+    out: a folder for the data and the two runs; it is deleted first.
+    kills: how often processes are killed.
+    others: how often each of the other faults happens.
+    steps: of the training.
+    seed: of the moments and the victims.
     """
 
-    out: str = "runs/chaos"
+    out: str = location("runs/chaos")
     kills: int = 50
     others: int = 2
     steps: int = 900
@@ -148,6 +151,14 @@ def kill_a_worker(run: Run, draw: random.Random) -> str:
     return "loader worker killed"
 
 
+def fault_of(folder: Path) -> str:
+    """What is wrong with a checkpoint, '' for nothing."""
+    try:
+        return Checkpoint.read(folder).verify()
+    except ValueError as error:
+        return str(error)
+
+
 def damage(folder: Path, name: str, draw: random.Random) -> None:
     """Flip one bit of a file of a checkpoint."""
     data = bytearray((folder / name).read_bytes())
@@ -158,7 +169,7 @@ def damage(folder: Path, name: str, draw: random.Random) -> None:
 def differences(run_dir: Path, undisturbed: Path) -> list[str]:
     """In the last checkpoints, bit for bit, and in the curves."""
     found = []
-    ours, theirs = complete_checkpoints(run_dir)[-1], complete_checkpoints(undisturbed)[-1]
+    ours, theirs = latest_checkpoint(run_dir), latest_checkpoint(undisturbed)
     for file in sorted(theirs.glob("*.safetensors")):
         a, b = load_file(ours / file.name), load_file(file)
         found += [f"{file.name} {name}" for name in b if name not in a or not a[name].equal(b[name])]
@@ -193,14 +204,13 @@ def chaos(args: Chaos) -> dict:
         slowest = max(slowest, time.monotonic() - began)
         happened[name] += 1
         assert fault is not ask_a_rank or status == REQUEUE, (status, run.said()[-3000:])
-        if number % 10 == 9 and complete_checkpoints(run_dir):
-            latest = complete_checkpoints(run_dir)[-1]
+        if number % 10 == 9 and (latest := latest_checkpoint(run_dir)):
             damage(latest, draw.choice(sorted(f.name for f in latest.iterdir())), draw)
             happened["checkpoint damaged"] += 1
         print(f"{number + 1}/{len(plan)} {name}: exit {status}, step {last_step(run_dir)}", flush=True)
     done = launch(REPO, data, run_dir, *TINY, steps, ranks=2)
     assert done.returncode == 0 and (run_dir / "done").exists(), done.stderr[-3000:]
-    faults = [fault for folder in complete_checkpoints(run_dir) if (fault := find_fault(folder))]
+    faults = [fault for folder in complete_checkpoints(run_dir) if (fault := fault_of(folder))]
     return {
         "happened": dict(happened),
         "slowest end after a fault, s": round(slowest, 1),
@@ -208,12 +218,17 @@ def chaos(args: Chaos) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def report(args: Chaos) -> None:
+    """Print what happened. Exits: 1 if anything differs."""
     began = time.monotonic()
-    result = chaos(parse(Chaos, argv))
+    result = chaos(args)
     result["minutes"] = round((time.monotonic() - began) / 60, 1)
     print(json.dumps(result, indent=1))
     sys.exit(bool(result["differences"]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(report, Chaos, argv)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
-"""What the batch script decides by itself; on a real Slurm it is tests/test_slurm.py that runs it."""
+"""The decisions of the batch script, without Slurm; tests/test_slurm.py runs it on a real one."""
 
 import socket
 
 import pytest
 
+from data.cli import REQUEUE
 from launch.slurm.allocation import Allocation, check_hostfile, find_allocation, free_port, ranks_per_node
 from launch.slurm.batch import MISTAKE, main, verdict
-from train.faults.preempt import REQUEUE
 
 JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[1-2]"}
 TWO = Allocation("123", ["node1", "node2"], 8, "node1", 15123, 0)
 
 
-def test_no_slurm_and_an_array_are_told():
+def test_no_slurm_and_an_array_are_refused():
     with pytest.raises(ValueError, match=r"this is no Slurm job .*`sbatch launch/slurm/train"):
         find_allocation({})
     with pytest.raises(ValueError, match="is task 4 of an array"):
         find_allocation(JOB | {"SLURM_ARRAY_TASK_ID": "4"})
 
 
-def test_no_slurm_is_a_line_and_no_trace(monkeypatch, capsys):
+def test_no_slurm_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert main(["+experiment=if_i_xl"]) == MISTAKE
+    with pytest.raises(SystemExit) as caught:
+        main(["+experiment=if_i_xl"])
+    assert caught.value.code == MISTAKE
     assert capsys.readouterr().err.startswith("error: this is no Slurm job")
 
 
@@ -38,18 +40,18 @@ def test_ranks_of_a_node(environment, ranks):
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"), [({}, "has no GPUs"), ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE=all")]
+    ("environment", "message"), [({}, "has no GPUs"), ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE=all")]
 )
-def test_no_ranks_on_a_node(environment, told):
-    with pytest.raises(ValueError, match=told):
+def test_no_ranks_on_a_node(environment, message):
+    with pytest.raises(ValueError, match=message):
         ranks_per_node(JOB | environment)
 
 
 def test_ports():
-    with socket.socket() as stale:
-        stale.bind(("", 0))
-        stale.listen()
-        port = stale.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with pytest.raises(ValueError, match=f"MASTER_PORT={port} is taken on {socket.gethostname()}"):
             free_port(1, str(port))
     assert free_port(1, str(port)) == port
@@ -59,7 +61,7 @@ def test_ports():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("node1 slots=8\n", "lacks node2"),
         ("node1 slots=8\nnode2 slots=8\nnode3 slots=8\n", "names node3"),
@@ -67,9 +69,9 @@ def test_ports():
         ("node1 slots=8\nnode2 slots=4\n", "gives node2 slots=4, Slurm 8"),
     ],
 )
-def test_a_hostfile_that_disagrees(tmp_path, text, told):
+def test_a_hostfile_that_disagrees(tmp_path, text, message):
     (tmp_path / "hosts").write_text(text)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         check_hostfile(tmp_path / "hosts", TWO)
 
 
@@ -84,13 +86,13 @@ def test_its_own_hostfile_agrees(tmp_path):
     ("status", "done", "warned", "restarts", "reached", "again"),
     [
         (0, True, False, 0, 100, False),
-        (1, True, True, 0, 100, False),  # all steps are made, whatever launchers say
+        (1, True, True, 0, 100, False),  # all steps are made, whatever the launcher's status
         (REQUEUE, False, True, 0, 100, True),
-        (REQUEUE, False, False, 0, 50, True),  # the ranks were asked by someone else
+        (REQUEUE, False, False, 0, 50, True),  # someone else signalled the ranks
         (143, False, True, 0, 100, True),
         (0, False, False, 0, 100, True),  # a killed launcher can leave 0 behind
         (1, False, False, 0, 100, True),
-        (1, False, False, 0, 50, False),  # nothing was saved since this start: it would spin
+        (1, False, False, 0, 50, False),  # nothing was saved since this start, so it would repeat for ever
         (MISTAKE, False, False, 0, 100, False),
         (REQUEUE, False, True, 100, 100, False),
     ],

@@ -4,17 +4,21 @@ import json
 import random
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import bitsandbytes
 import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.chaos import damage
-from train.checkpoint.format import MANIFEST, complete_checkpoints, file_sha256, find_fault, sealed
-from train.checkpoint.reader import CheckpointReader, load_weights, part_file
+from data.text.meta import TextMeta
+from tests.chaos import damage, fault_of
+from tests.checkpoints import write_checkpoint, write_manifest
+from train.checkpoint.checkpoint import Checkpoint
+from train.checkpoint.format import MANIFEST, complete_checkpoints
+from train.checkpoint.reader import CheckpointReader
+from train.config import Config
 from train.engine import Engine
 
 PARAMETERS = {"a.weight": [100, 70], "a.bias": [9001], "b": [40_000]}
@@ -40,15 +44,10 @@ def adamw(name: str, parts: list[torch.Tensor]) -> list[dict]:
 
 
 def write(folder: Path, ranks: int, flat: torch.Tensor, states: list[dict]) -> Path:
-    """A checkpoint as the trainer lays it out."""
-    folder.mkdir(parents=True)
-    for rank, part in enumerate(cut(flat, ranks)):
-        save_file({"master": part, "ema": part + 1, **states[rank]}, folder / part_file(rank))
-    files = {file.name: file.stat().st_size for file in folder.iterdir()}
-    hashes = {name: file_sha256(folder / name) for name in files}
-    manifest = {"step": 3, "ranks": ranks, "parameters": PARAMETERS, "files": files, "sha256": hashes}
-    (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
-    return folder
+    """A checkpoint as the trainer leaves it."""
+    parts = [{"master": part, "ema": part + 1, **state} for part, state in zip(cut(flat, ranks), states, strict=True)]
+    text = TextMeta("t5", "", "", 16, 64, "float16", "float32", "if-1")
+    return write_checkpoint(folder, parts, PARAMETERS, step=3, config=asdict(Config()), text=asdict(text))
 
 
 def cut(flat: torch.Tensor, ranks: int) -> list[torch.Tensor]:
@@ -114,21 +113,21 @@ def test_moments_go_from_8_to_32_bits_and_back(tmp_path, flat):
 def test_every_flipped_bit_cut_and_missing_file_is_found(tmp_path, flat):
     draw = random.Random(0)
     write(tmp_path / "good", 2, flat, adamw("adamw8bit", cut(flat, 2)))
-    assert not find_fault(tmp_path / "good")
+    assert not fault_of(tmp_path / "good")
     for name in sorted(file.name for file in (tmp_path / "good").iterdir()):
         kept = (tmp_path / "good" / name).read_bytes()
         for _ in range(20):
             damage(tmp_path / "good", name, draw)
-            assert find_fault(tmp_path / "good"), name
-            with pytest.raises(ValueError, match="not a whole checkpoint"):
-                load_weights(tmp_path / "good")
+            assert fault_of(tmp_path / "good"), name
+            with pytest.raises(ValueError, match=r"not a whole checkpoint|manifest\.json' is missing or damaged"):
+                Checkpoint.open(tmp_path / "good").weights("ema")
             (tmp_path / "good" / name).write_bytes(kept)
         (tmp_path / "good" / name).write_bytes(kept[:-1])
-        assert find_fault(tmp_path / "good") and not complete_checkpoints(tmp_path)
+        assert fault_of(tmp_path / "good") and not complete_checkpoints(tmp_path)
         (tmp_path / "good" / name).unlink()
-        assert find_fault(tmp_path / "good")
+        assert fault_of(tmp_path / "good")
         (tmp_path / "good" / name).write_bytes(kept)
-    assert not find_fault(tmp_path / "good")
+    assert not fault_of(tmp_path / "good")
 
 
 def test_weights_are_read_in_the_memory_of_one_copy(tmp_path):
@@ -136,7 +135,7 @@ def test_weights_are_read_in_the_memory_of_one_copy(tmp_path):
     flat = torch.zeros(size)
     folder = write(tmp_path / "c", 4, flat, [{}] * 4)
     manifest = json.loads((folder / MANIFEST).read_text()) | {"parameters": {f"w{i}": [size // 16] for i in range(16)}}
-    (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    write_manifest(folder, manifest)
     del flat
     # Anonymous memory: what is mapped from files is given back when others need it.
     before, peak, done = own_memory(), [0], threading.Event()
@@ -148,7 +147,7 @@ def test_weights_are_read_in_the_memory_of_one_copy(tmp_path):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    weights = load_weights(folder, "master")
+    weights = Checkpoint.open(folder).weights("master")
     done.set()
     watcher.join()
     assert sum(w.nbytes for w in weights.values()) == size * 4

@@ -1,25 +1,32 @@
-"""The configurations: what the card says stands in if_i_xl, and mistakes are told in words."""
+"""The configurations: the released experiments are as the card says, and mistakes are named."""
 
+import json
 import math
+import subprocess
+import sys
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
-from train.config import Config, accumulation, check, check_nodes
+from data.cli import describe, keys
+from data.text.meta import TextMeta
+from model.config import ACTIVATIONS
+from model.unet import UNet
+from train.checkpoint.format import sealed
+from train.checkpoint.resume import check_resumable
+from train.compose import compose_config
+from train.config import Config, accumulation
+from train.inputs import resolve_text_shape
+from train.main import check_nodes
+from train.summary import describe as describe_run
 from train.summary import parameters
 
 
 def load(repo: Path, *overrides: str) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", list(overrides)))
-    assert isinstance(config, Config)
-    check(config)
-    return config
+    return compose_config(list(overrides))
 
 
 @pytest.mark.parametrize(
@@ -83,11 +90,35 @@ def test_the_schedule_is_the_cards(repo):
         ("seed=-1", "seed=-1 must be at least 0"),
         ("sample.prompts=0", "sample.prompts=0 must be at least 1"),
         ("sample.steps=2000", "sample.steps=2000 must be at most diffusion_steps=1000"),
+        ("sample.guidance_scales=[-1]", r"sample.guidance_scales=\[-1.0\] must be one or more numbers from 0 on"),
+        ("recompute=all", "recompute=all must be one of none, cheap, blocks"),
+        ("ema_decay=1.1", "ema_decay=1.1 must lie between 0 and 1"),
+        ("wandb.mode=ofline", r"wandb.mode=ofline must be one of .*did you mean 'offline'"),
+        ("text.mode=on", "text.mode=on must be one of stored, online"),
+        ("lora.rank=-1", "lora.rank=-1 must be at least 0"),
+        ("lora.rank=4", "lora.rank=4 adds to a trained net: name its weights in init_from"),
+        ("optim.warmup_steps=1", "optim.warmup_steps=1 must be at least 2"),
+        ("optim.grad_clip=-1", "optim.grad_clip=-1.0 must be at least 0"),
+        ("data.workers=-1", "data.workers=-1 must be at least 0"),
+        ("data.tokens=-1", "data.tokens=-1 must be at least 0"),
+        ("data.phases=0", "data.phases=0 must be at least 1"),
+        ("data.shuffle_block=0", "data.shuffle_block=0 must be at least 1"),
+        ("data.streams=0", "data.streams=0 must be at least 1"),
+        ("data.crop_shift=nan", "data.crop_shift=nan must be at least 0"),
+        ("data.unreadable_shard=pass", "data.unreadable_shard=pass must be one of skip, fail"),
+        ("data.images.background=256", "data.images.background=256 must be a grey level from 0 to 255"),
+        (
+            "data.mixture.a.shards=a data.mixture.a.text=b data.mixture.a.weight=0",
+            r"data.mixture: the weights \[0.0\] must all be above 0",
+        ),
+        ("model.num_head_channels=33", "model.num_head_channels=33"),
+        ("model.activation=relu", "model.activation=relu must be one of gelu, gelu_1bit"),
+        ("model.encoder_dim=100", "model.encoder_dim=100, .* is not divisible by model.att_pool_heads=64"),
     ],
 )
 def test_values_that_clash_are_named(repo, override, message):
     with pytest.raises(ValueError, match=message):
-        load(repo, "+experiment=if_i_xl", override)
+        load(repo, "+experiment=if_i_xl", *override.split())
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_one_that_fits(repo):
@@ -108,3 +139,134 @@ def test_a_launcher_that_takes_one_of_several_nodes_is_told():
     check_nodes({**job, "SLURM_STEP_NUM_NODES": "1"}, 8)
     check_nodes({"SLURM_JOB_NUM_NODES": "2"}, 8)  # a task a rank
     check_nodes({"LOCAL_SIZE": "8"}, 8)
+
+
+def dataclasses_of(schema: type) -> list[type]:
+    """A dataclass and those that its fields hold, also as the values of a dict."""
+    held = [kind for hint in get_type_hints(schema).values() for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
+    return [schema, *(inner for kind in held for inner in dataclasses_of(kind))]
+
+
+def test_every_key_has_a_meaning():
+    schemas = dataclasses_of(Config)
+    assert len(schemas) == 10
+    for schema in schemas:
+        intro, meanings = describe(schema)
+        assert intro and set(meanings) == {f.name for f in fields(schema)}, schema
+        assert all(len(meaning) > 8 for meaning in meanings.values()), schema
+    kinds = {name: kind for name, kind, _, _ in keys(Config)}
+    paths = {"run_dir", "init_from", "data.shards", "data.text", "text.encoder"}
+    paths |= {"data.mixture.NAME.shards", "data.mixture.NAME.text"}
+    assert {name for name, kind in kinds.items() if kind == "a path"} == paths
+
+
+def test_the_configuration_is_read_without_torch():
+    names = ("torch", "PIL", "transformers", "hydra")
+    code = f"import sys, train.config, model; print([name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_model_is_a_library():
+    code = """
+import torch
+from model import Diffusion, UNet, UNetConfig, training_losses
+net = UNet(UNetConfig(image_size=8, model_channels=32, channel_mult=[1], num_res_blocks=1, attention_resolutions=[],
+                      num_head_channels=32, encoder_dim=16, encoder_channels=32, att_pool_heads=2))
+x, t, noise, diffusion = torch.zeros(2, 3, 8, 8), torch.tensor([3, 9]), torch.ones(2, 3, 8, 8), Diffusion(10)
+x_t = diffusion.q_sample(x, t, noise)
+print(sorted(training_losses(diffusion, net(x_t, t, torch.ones(2, 5, 16)), x, x_t, t, noise)))
+from model import Unet
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "['loss', 'mse', 'vb']"
+    assert done.stderr.splitlines()[-1].startswith("ImportError: cannot import name 'Unet'")
+
+
+def test_every_activation_of_the_configuration_is_there():
+    from model.activations import FEW_BIT
+
+    assert ("gelu", *FEW_BIT) == ACTIVATIONS
+
+
+def write_meta(folder: Path, tokens: int, dim: int) -> str:
+    folder.mkdir()
+    TextMeta("encoder", "0", "0", tokens, dim, "float16", "float32", "none").write(folder)
+    return str(folder)
+
+
+def test_the_shape_of_the_text_is_that_of_the_embeddings(repo, tmp_path):
+    text = write_meta(tmp_path / "text", 16, 64)
+    config = load(repo, "+experiment=smoke", f"data.text={text}")
+    assert (config.data.tokens, config.model.encoder_dim) == (0, 0)
+    with pytest.raises(ValueError, match=r"model.encoder_dim=0: give the width"):
+        UNet(config.model)
+    assert not resolve_text_shape(config)
+    assert (config.data.tokens, config.model.encoder_dim) == (16, 64)
+    # What is given stays, and what the net cannot take is refused.
+    config = load(repo, "+experiment=smoke", f"data.text={text}", "data.tokens=12")
+    resolve_text_shape(config)
+    assert (config.data.tokens, config.model.encoder_dim) == (12, 64)
+    config = load(repo, "+experiment=smoke", f"data.text={text}", "model.att_pool_heads=5")
+    with pytest.raises(ValueError, match=r"model.encoder_dim=64, .* is not divisible by model.att_pool_heads=5"):
+        resolve_text_shape(config)
+
+
+def test_without_embeddings_a_run_is_described_with_those_of_t5_xxl(repo):
+    config = load(repo, "+experiment=smoke", "data.text=nowhere")
+    assert resolve_text_shape(config)
+    assert (config.data.tokens, config.model.encoder_dim) == (77, 4096)
+    text = describe_run(load(repo, "+experiment=smoke", "data.text=nowhere"), ranks=1)
+    assert "none usable yet: " in text and "77 x 4096 assumed, as T5-XXL's" in text
+    with pytest.raises(ValueError, match="no text embeddings in 'nowhere'"):
+        resolve_text_shape(load(repo, "+experiment=scenes", "data.text=nowhere"))
+
+
+def manifest_of(config: Config, run_dir: Path) -> None:
+    """A checkpoint of a run as far as check_resumable reads it."""
+    folder = run_dir / "checkpoints" / "step-00000004"
+    folder.mkdir(parents=True)
+    text = asdict(TextMeta("none", "0", "0", 16, 64, "float32", "float32", "if-1"))
+    manifest = {"step": 4, "ranks": 1, "samples": [10], "files": {}, "sha256": {}, "text": text}
+    manifest = sealed(manifest | {"config": asdict(config)})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=1", "seed=0, now it is 1"),
+        ("global_batch=32", "global_batch=16, now it is 32"),
+        ("diffusion_steps=500", "diffusion_steps=1000, now it is 500"),
+        ("model.activation=gelu_3bit", "model.activation=gelu, now it is gelu_3bit"),
+        ("data.streams=2", "data.streams=4, now it is 2"),
+        ("data.phases=2", "data.phases=1, now it is 2"),
+        ("data.shuffle_block=64", "data.shuffle_block=128, now it is 64"),
+        ("data.mixture.a.weight=2", "data.mixture={'a': 1.0}, now it is {'a': 2.0}"),
+        ("lora.rank=4", "lora=None, now it is {'rank': 4"),
+    ],
+)
+def test_what_may_not_change_on_the_way_is_named(repo, tmp_path, override, key):
+    usual = ("+experiment=smoke", f"run_dir={tmp_path / 'run'}", "data.mixture.a.shards=a", "data.mixture.a.text=b")
+    manifest_of(load(repo, *usual), tmp_path / "run")
+    with pytest.raises(ValueError) as error:
+        check_resumable(load(repo, *usual, "init_from=weights", override), [10])
+    assert f"was trained with {key}" in str(error.value) and "or choose another run_dir" in str(error.value)
+
+
+def test_all_else_may_change_on_the_way(repo, tmp_path):
+    usual = ("+experiment=smoke", f"run_dir={tmp_path / 'run'}", "data.mixture.a.shards=a", "data.mixture.a.text=b")
+    manifest_of(load(repo, *usual), tmp_path / "run")
+    other = (
+        "data.mixture.a.shards=c",
+        "recompute=blocks",
+        "optim.name=adamw",
+        "micro_batch=4",
+        "lora.alpha=3",
+    )
+    check_resumable(load(repo, *usual, *other), [10])
+    with pytest.raises(ValueError, match=r"was trained on \[10\] samples"):
+        check_resumable(load(repo, *usual), [11])
+    check_resumable(load(repo, *usual, "steps=4", "optim.warmup_steps=2"), [10])
+    with pytest.raises(ValueError, match="is beyond steps=3"):
+        check_resumable(load(repo, *usual, "steps=3", "optim.warmup_steps=2"), [10])

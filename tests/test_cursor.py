@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from data.loader.cursor import RawSample, ShardCursor, ShardUnreadable
 from data.storage import clients, locations
 from data.storage.shards import Shard
-from data.storage.tars import Span, count_samples, stats_path, write_shard
+from data.storage.tars import Span, scan_shard, stats_path, write_shard
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_sidecars
 
-pytest_plugins = ["faulty_server"]
+pytest_plugins = ["tests.support.faulty_server"]
 
 ROWS = 30
 
@@ -100,7 +100,7 @@ def test_a_shard_that_ends_early_gives_what_it_has(tmp_path, caplog):
     for unreadable in ("skip", "fail"):
         found = read_all(shard, tmp_path / "text", unreadable)
         readable = problems(found).count("")
-        assert readable == count_samples(shard.location)[0] == 3
+        assert readable == scan_shard(shard.location).samples == 3
         assert found[:readable] == [expected(n) for n in range(readable)]
         assert set(problems(found)[readable:]) == {"shard ended early"}
     assert caplog.text.count("0.tar cannot be read any further: it ends without an end mark") == 2

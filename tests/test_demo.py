@@ -11,7 +11,7 @@ from data.images import preprocess
 from data.prepare.scenes import COLOURS, RELATIONS, SHAPES, SIZES, TONES, describe, draw
 from data.storage.shards import find_shards
 from data.storage.tars import read_shard, stats_path
-from train.evaluation.scene_alignment import Alignment, alignment, find, matches
+from train.evaluation.scene_alignment import Alignment, alignment, detect, matches
 
 MEMBERS = {"jpg", "txt", "json"}
 
@@ -25,7 +25,7 @@ def samples(folder: Path) -> list[dict[str, bytes]]:
 
 
 def write(folder: Path, **arguments: int) -> Path:
-    demo.main([f"out={folder}", *(f"{key}={value}" for key, value in arguments.items())])
+    demo.write_demo(demo.Demo(str(folder), **arguments))
     return folder
 
 
@@ -95,16 +95,16 @@ def test_a_rerun_writes_what_is_missing_and_nothing_else(tmp_path: Path) -> None
 
 def test_a_folder_holds_one_dataset(tmp_path: Path) -> None:
     folder = write(tmp_path / "d", samples=4, shard_size=4)
-    with pytest.raises(SystemExit, match=r"seed=0 \(now 1\)"):
+    with pytest.raises(ValueError, match=r"seed=0 \(now 1\)"):
         write(folder, samples=4, shard_size=4, seed=1)
     (folder / "demo.json").unlink()
-    with pytest.raises(SystemExit, match=r"shards but no demo\.json"):
+    with pytest.raises(ValueError, match=r"shards of another command \(no demo\.json\)"):
         write(folder, samples=4, shard_size=4)
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"shard_size": 0}, {"shard_size": 10_001}, {"seed": -1}])
 def test_impossible_arguments_are_named(tmp_path: Path, wrong: dict[str, int]) -> None:
-    with pytest.raises(SystemExit, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         write(tmp_path / "d", **wrong)
     assert not (tmp_path / "d").exists()
 
@@ -166,7 +166,7 @@ def test_an_extra_thing_is_counted() -> None:
 
 def test_places_and_widths_are_measured_to_half_a_pixel() -> None:
     scene = next(s for s in (describe(7, index) for index in range(50)) if s.width == s.height and s.relation)
-    found = {thing.colour: thing for thing in find(np.asarray(draw(scene).resize((64, 64))))}
+    found = {thing.colour: thing for thing in detect(np.asarray(draw(scene).resize((64, 64))))}
     for thing in scene.things:
         measured = found[thing.colour]
         assert (measured.x, measured.y, measured.width) == pytest.approx((thing.x, thing.y, thing.width), abs=0.5 / 64)

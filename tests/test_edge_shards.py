@@ -59,7 +59,10 @@ def sequence(config: DataConfig, samples: int, ranks: int, workers: int) -> list
     steps, each = -(-2 * samples // GLOBAL_BATCH), GLOBAL_BATCH // ranks
     found = np.full((steps, ranks, each), -1)
     for rank in range(ranks):
-        stream = MicroBatches(config, datasets, meta, 8, 0, GLOBAL_BATCH, each // 2, rank, ranks, 0)
+        stream = MicroBatches(
+            config, datasets, meta, image_size=8, seed=0, global_batch=GLOBAL_BATCH, micro_batch=each // 2, rank=rank,
+            ranks=ranks,
+        )  # fmt: skip
         batches = micro_batches(stream, workers, pin_memory=False)
         made = [next(batches) for _ in range(steps * 2)]
         visit = torch.cat([batch.visit for batch in made])
@@ -103,11 +106,14 @@ def test_a_dataset_of_empty_shards_is_refused(tmp_path):
 
 
 def test_more_samples_counted_than_there_are_end_as_bad_samples(tmp_path):
-    """A stats file that says too much: the places stay, nothing waits for samples that never come."""
+    """A stats file that counts too many samples: the rest are bad samples, and nothing waits for them."""
     config = write_dataset(tmp_path, [5, 6])
     stats_path(tmp_path / "00001.tar").write_text('{"successes": 9}')
-    stream = MicroBatches(config, find_datasets(config), TextMeta.read(config.text), 8, 0, GLOBAL_BATCH, 8, 0, 1, 0)
+    stream = MicroBatches(
+        config, find_datasets(config), TextMeta.read(config.text), image_size=8, seed=0, global_batch=GLOBAL_BATCH,
+        micro_batch=8,
+    )  # fmt: skip
     batches = micro_batches(stream, 3, pin_memory=False)
-    # 7 steps are four epochs of 14 places, of which 3 have no sample.
+    # 7 steps are four epochs of 14 positions, of which 3 have no sample.
     made = [next(batches) for _ in range(7)]
     assert [reason for batch in made for _, reason in batch.bad] == ["shard ended early"] * 12

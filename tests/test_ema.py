@@ -1,15 +1,16 @@
-"""The moving average against its definition."""
+"""The EMA of the weights against its definition."""
 
 from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
 
-from train.checkpoint.reader import CheckpointReader, part_file
+from train.checkpoint.format import part_file
+from train.checkpoint.reader import CheckpointReader
 from train.ema import EMA
 
 
-def test_it_is_the_plain_average_with_a_smaller_decay_at_first():
+def test_it_is_the_exponential_average_with_a_smaller_decay_at_first():
     generator = torch.Generator().manual_seed(0)
     engine = SimpleNamespace(master=torch.nn.Parameter(torch.randn(50, generator=generator)))
     ema = EMA(engine, 0.9)
@@ -23,7 +24,7 @@ def test_it_is_the_plain_average_with_a_smaller_decay_at_first():
     assert ema.average.dtype == torch.float32 and (ema.average - engine.master).abs().max() > 0.5
 
 
-def test_it_goes_on_as_the_plain_average_through_saves_and_other_ranks(tmp_path):
+def test_it_stays_the_same_average_over_checkpoints_and_other_numbers_of_ranks(tmp_path):
     total, generator = 101, torch.Generator().manual_seed(0)
     flat = torch.randn(total, generator=generator)
     expected = flat.double()

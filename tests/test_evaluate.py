@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +22,8 @@ from data.embed import Embed, embed
 from data.storage.shards import find_shards
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
-from model.unet import UNetConfig
-from tests.test_export import random_net
+from model.config import UNetConfig
+from tests.checkpoints import random_net, write_run
 from train.evaluate import Evaluate, check, main
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.eval_set import EvalSet, Pictures
@@ -47,22 +46,6 @@ ARGUMENTS = f"""
 """.split()
 
 
-def write_run(run_dir: Path, text: Path, step: int = 7) -> None:
-    """A run with one checkpoint of one rank, every weight of it random."""
-    unet = random_net(NET, 1)
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    flat = torch.cat([p.detach().flatten() for p in unet.parameters()])
-    save_file({"master": flat, "ema": flat * 0.9}, folder / "rank-00000.safetensors")
-    manifest = {
-        "step": step, "ranks": 1, "text": asdict(TextMeta.read(text)),
-        "parameters": {name: list(p.shape) for name, p in unet.named_parameters()},
-        "files": {path.name: path.stat().st_size for path in folder.glob("*.safetensors")},
-        "config": {"run_dir": str(run_dir), "model": asdict(NET), "diffusion_steps": 1000, "precision": "fp32"},
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("evaluate")
@@ -70,7 +53,7 @@ def base(tmp_path_factory) -> Path:
     for name, seed in (("text", 0), ("other-text", 1)):
         write_tiny_t5(TinyT5(out=str(base / f"t5-{seed}"), seed=seed))
         embed(Embed(str(base / "shards"), str(base / name), str(base / f"t5-{seed}"), 16, "float32", "float32"))
-    write_run(base / "run", base / "text")
+    write_run(base / "run", NET, base / "text")
     return base
 
 
@@ -197,33 +180,39 @@ def test_pieces_of_any_size_make_one_array(tmp_path):
         ("samples=2048 scores=[fid]", "samples=2048 are too few for fid: the covariance of 2048 features needs "
          "samples=2049 or more"),
         ("samples=1280 scores=[fd_lite0]", "too few for fd_lite0"),
-        ("scores=[lite_fid]", "must be some of fid, fd_lite0, kid_lite0, alignment"),
+        ("scores=[lite_fid]", "scores=lite_fid must be one of fid, fd_lite0, kid_lite0, alignment"),
         ("samples=41", "samples=41: the shards hold 40 captioned pictures"),
-        ("guidance_scales=[1,1]", "must be different numbers"),
-        ("checkpoint=nowhere", "'nowhere' has no whole checkpoint"),
+        ("guidance_scales=[1,1]", "must be one or more different numbers"),
+        ("checkpoint=nowhere", "/nowhere' has no whole checkpoint"),
         ("text=other-text", "which is not the encoder that the net was trained with"),
         ("text=nowhere", "no text embeddings in 'nowhere'"),
         ("steps=0", "steps=0 must lie between"),
-        ("model=if_i_m checkpoint=nowhere", "embeddings in 'text' are 64 wide"),
+        ("model=if_i_m checkpoint=nowhere", "no weights at 'nowhere'"),
         ("model=if_i_q", "model=if_i_q must be one of if_i_l, if_i_m, if_i_xl, scenes, small"),
     ],
 )  # fmt: skip
-def test_mistakes_end_in_one_line_and_leave_nothing(base, monkeypatch, arguments, message):
+def test_mistakes_end_in_one_line_and_leave_nothing(base, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(base)
     before = set(base.iterdir())
     given = {a.split("=")[0] for a in arguments.split()}
     rest = ["checkpoint=run", "shards=shards", "text=text", "out=new", *ARGUMENTS]
     with pytest.raises(SystemExit) as caught:
         main([*(a for a in rest if a.split("=")[0] not in given), *arguments.split(), "--local_rank=0"])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert_one_line(caught, capsys, message)
     assert set(base.iterdir()) == before
 
 
-def test_another_evaluation_in_the_folder_is_refused(base, one, monkeypatch):
+def assert_one_line(caught, capsys, message: str) -> None:
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and error.startswith("error: ") and message in error
+
+
+def test_another_evaluation_in_the_folder_is_refused(base, one, monkeypatch, capsys):
     monkeypatch.chdir(base)
     given = [a for a in ARGUMENTS if not a.startswith(("seed=", "steps="))] + ["seed=3", "steps=4"]
-    with pytest.raises(SystemExit, match=r"'one' holds another evaluation, of seed=2 \(now 3\), steps=3 \(now 4\)"):
+    with pytest.raises(SystemExit) as caught:
         main(["checkpoint=run", "shards=shards", "text=text", "out=one", *given])
+    assert_one_line(caught, capsys, "'one' holds another evaluation, of seed=2 (now 3), steps=3 (now 4)")
 
 
 def test_references_of_another_kind_are_refused(base, tmp_path):
@@ -282,21 +271,23 @@ def test_the_nearest_training_pictures_are_found(base, one, tmp_path, capsys):
     [
         ("images=shards", "holds 0 pictures of 0 sizes: give a folder that train.evaluate"),
         ("shards=nowhere", "nowhere"),
-        ("nearest=40", "nearest=40 must lie between 1 and 40 - 1 training pictures"),
+        ("nearest=40", "nearest=40 must be less than the 40 training pictures"),
+        ("nearest=0", "nearest=0 must be at least 1"),
         ("of=41", "samples=41: the shards hold 40 captioned pictures"),
     ],
 )
-def test_mistaken_neighbours_end_in_one_line(base, one, monkeypatch, argument, message):
+def test_mistaken_neighbours_end_in_one_line(base, one, monkeypatch, capsys, argument, message):
     monkeypatch.chdir(base)
     given = ["images=one/guidance-1", "shards=shards", "out=new.png"]
     with pytest.raises(SystemExit) as caught:
         find_neighbours([a for a in given if a.split("=")[0] != argument.split("=")[0]] + [argument])
-    assert message in str(caught.value) and "\n" not in str(caught.value) and not Path("new.png").exists()
+    assert_one_line(caught, capsys, message)
+    assert not Path("new.png").exists()
 
 
 def test_released_weights_are_judged_by_the_name_of_their_net(repo, base, tmp_path):
     """model= and a file stand in for a run: the pictures are those of the net itself."""
-    net = UNetConfig(**OmegaConf.load(repo / "conf" / "model" / "scenes.yaml"))
+    net = UNetConfig(**OmegaConf.load(repo / "conf" / "model" / "scenes.yaml"), encoder_dim=48)
     unet = random_net(net, 3)
     save_file(unet.state_dict(), tmp_path / "net.safetensors")
     write_tiny_t5(TinyT5(out=str(tmp_path / "t5"), dim=net.encoder_dim))

@@ -3,25 +3,27 @@
 import json
 import pickle
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, IFPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5EncoderModel
 
 from data.text.encoder import TextEncoder
-from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
+from model.config import UNetConfig
 from model.convert import diffusers_config
-from model.unet import UNet, UNetConfig
-from train.checkpoint.reader import load_weights
+from model.unet import UNet
+from tests.checkpoints import changed_run, write_manifest, write_run
+from train.checkpoint.checkpoint import Checkpoint
+from train.checkpoint.format import latest_checkpoint
 from train.export import Export, export, main
 from train.sampling.sampler import make_scheduler, sample
-from train.weights.pretrained import find_checkpoint, load_pretrained
+from train.weights.pretrained import load_pretrained
 
 NET = UNetConfig(
     image_size=16, model_channels=64, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[8],
@@ -30,45 +32,6 @@ NET = UNetConfig(
 )  # fmt: skip
 EPS_ALONE = replace(NET, out_channels=3)
 TIMESTEPS = 250
-
-
-def random_net(config: UNetConfig, seed: int) -> UNet:
-    """Every parameter random: fresh, the last layers are zero, and two nets would agree on nothing but that."""
-    torch.manual_seed(seed)
-    unet = UNet(config)
-    for parameter in unet.parameters():
-        if parameter.ndim == 1:
-            nn.init.normal_(parameter, mean=1.0, std=0.5)
-        else:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return unet.requires_grad_(False)
-
-
-def write_run(run_dir: Path, config: UNetConfig, text: Path, tokens: int = 77) -> Path:
-    """A run with one checkpoint of two ranks, laid out as train.checkpoint.format does."""
-    folder = run_dir / "checkpoints" / "step-00000007"
-    folder.mkdir(parents=True)
-    nets = {"master": random_net(config, 1), "ema": random_net(config, 2)}
-    parts = {}
-    for name, net in nets.items():
-        flat = torch.cat([p.flatten() for p in net.parameters()])
-        padding = len(flat) % 2 + 2
-        parts[name] = torch.cat([flat, torch.full((padding,), 1e9)])[: (len(flat) + padding) // 2 * 2].chunk(2)
-    for rank in range(2):
-        save_file({name: part[rank].clone() for name, part in parts.items()}, folder / f"rank-{rank:05d}.safetensors")
-    manifest = {
-        "step": 7,
-        "ranks": 2,
-        "parameters": {name: list(p.shape) for name, p in nets["ema"].named_parameters()},
-        "files": {path.name: path.stat().st_size for path in folder.glob("*.safetensors")},
-        "config": {
-            "model": asdict(config), "diffusion_steps": TIMESTEPS, "data": {"tokens": tokens, "text": str(text)},
-        },
-    }  # fmt: skip
-    if (text / "meta.json").exists():
-        manifest["text"] = asdict(TextMeta.read(text))
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return run_dir
 
 
 def write_meta(encoder: Path, text: Path, compute: str = "bfloat16", tokens: int = 77) -> Path:
@@ -84,7 +47,7 @@ def base(tmp_path_factory) -> Path:
     write_tiny_t5(TinyT5(out=str(base / "t5"), dim=NET.encoder_dim))
     write_meta(base / "t5", base / "text")
     for name, config in (("run", NET), ("eps", EPS_ALONE)):
-        write_run(base / name, config, base / "text")
+        write_run(base / name, config, base / "text", diffusion_steps=TIMESTEPS)
         export(Export(str(base / name), str(base / f"{name}-if"), encoder=str(base / "t5")))
     export(Export(str(base / "run"), str(base / "no-text-if"), weights="master", dtype="bfloat16"))
     return base
@@ -92,7 +55,7 @@ def base(tmp_path_factory) -> Path:
 
 def trained(base: Path, name: str, weights: str = "ema") -> UNet:
     unet = UNet(EPS_ALONE if name == "eps" else NET).requires_grad_(False)
-    unet.load_state_dict(load_weights(base / name / "checkpoints" / "step-00000007", weights), strict=True)
+    unet.load_state_dict(Checkpoint.open(base / name).weights(weights), strict=True)
     return unet
 
 
@@ -185,19 +148,6 @@ def test_the_real_tokenizer_comes_along(base, shared, tmp_path):
     assert torch.allclose(torch.cat([states, negative]), torch.from_numpy(expected), atol=1e-6)
 
 
-def test_a_checkpoint_without_a_word_of_its_encoder_asks_the_embeddings(base, tmp_path):
-    run = write_run(tmp_path / "run", NET, base / "text")
-    manifest = run / "checkpoints" / "step-00000007" / "manifest.json"
-    told = json.loads(manifest.read_text())
-    del told["text"]
-    manifest.write_text(json.dumps(told))
-    export(Export(str(run), str(tmp_path / "if"), encoder="auto"))
-    told["config"]["data"]["text"] = str(tmp_path / "gone")
-    manifest.write_text(json.dumps(told))
-    with pytest.raises(ValueError, match="no text embeddings in"):
-        export(Export(str(run), str(tmp_path / "if2"), encoder="auto"))
-
-
 def test_the_folder_is_whole_readable_and_tells_no_paths(base):
     folder = base / "run-if"
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -259,8 +209,8 @@ def test_of_a_run_the_latest_whole_checkpoint_is_meant(base, tmp_path):
     for step in (3, 7, 12):
         shutil.copytree(base / "run" / "checkpoints" / "step-00000007", tmp_path / "checkpoints" / f"step-{step:08d}")
     (tmp_path / "checkpoints" / "step-00000012" / "rank-00001.safetensors").write_bytes(b"half")
-    assert find_checkpoint(tmp_path).name == "step-00000007"
-    assert find_checkpoint(tmp_path / "checkpoints" / "step-00000003").name == "step-00000003"
+    assert Checkpoint.open(tmp_path).folder.name == latest_checkpoint(tmp_path).name == "step-00000007"
+    assert Checkpoint.open(tmp_path / "checkpoints" / "step-00000003").folder.name == "step-00000003"
 
 
 def refused(message: str, path: Path, config: UNetConfig = NET) -> None:
@@ -307,7 +257,7 @@ def test_what_is_no_weights_is_refused(base, tmp_path, monkeypatch):
         refused("cannot be read as weights", tmp_path / name)
     assert not (tmp_path / "done_by_a_pickle").exists()
     torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "nested.pt")
-    refused("first that is none: 'epoch'", tmp_path / "nested.pt")
+    refused("first entry that is no tensor: 'epoch'", tmp_path / "nested.pt")
     refused("no weights at", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refused("no unet/ with one, and no checkpoint", tmp_path / "empty")
@@ -323,30 +273,35 @@ def test_what_is_no_weights_is_refused(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("checkpoint=nowhere", "'nowhere' has no whole checkpoint: name the folder of a run"),
-        ("checkpoint=run out=run-if", "'run-if' is there already: choose another out="),
-        ("checkpoint=run out=t5/config.json/if", "could not be written ([Errno 20] Not a directory"),
+        ("checkpoint=nowhere", "/nowhere' has no whole checkpoint: name the folder of a run"),
+        ("checkpoint=run out=run-if", "/run-if exists already: choose another out="),
+        ("checkpoint=run out=t5/config.json/if", "could not be written (Not a directory)"),
         ("checkpoint=run weights=best", "weights=best must be one of ema, master"),
+        ("checkpoint=run weights=mater", "(did you mean 'master'?)"),
         ("checkpoint=run dtype=fp16", "dtype=fp16 must be one of float32, float16, bfloat16"),
         ("checkpoint=damaged/checkpoints/step-00000007", "is not a whole checkpoint"),
-        ("checkpoint=damaged", "'damaged' has no whole checkpoint"),
+        ("checkpoint=damaged", "/damaged' has no whole checkpoint"),
         ("checkpoint=foreign/checkpoints/step-00000007", "is not one of this version"),
+        (
+            "checkpoint=torn/checkpoints/step-00000007",
+            "manifest.json' is missing or damaged (its checksum does not fit)",
+        ),
         ("checkpoint=wide", "channel_mult=[2, 4]: diffusers' UNet has it start with 1"),
         ("checkpoint=run encoder=text", "the encoder 'text' cannot be loaded"),
         ("checkpoint=of-bert encoder=auto", "is a BertModel, IFPipeline takes a T5 alone"),
-        ("checkpoint=untold encoder=t5", "no text embeddings in 'gone'"),
         ("checkpoint=run encoder=narrow", "'narrow' is 32 wide, the embeddings of"),
         ("checkpoint=run encoder=other", "'other' is another encoder than the one that"),
         ("checkpoint=short encoder=t5", "pads prompts to 77 tokens, this net was trained with 32"),
         ("checkpoint=huge dtype=float16", "is not finite in torch.float16: choose another dtype"),
     ],
 )
-def test_mistakes_end_in_one_line_and_leave_nothing(base, foreign, monkeypatch, arguments, message):
+def test_mistakes_end_in_one_line_and_leave_nothing(base, foreign, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(base)
     before = set(base.iterdir())
     with pytest.raises(SystemExit) as caught:
         main([*([] if "out=" in arguments else ["out=new-if"]), *arguments.split()])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and error.startswith("error: ") and message in error
     assert set(base.iterdir()) == before
 
 
@@ -359,25 +314,23 @@ def foreign(base) -> None:
     AutoTokenizer.from_pretrained(base / "t5").save_pretrained(base / "bert")
     write_tiny_t5(TinyT5(out=str(base / "narrow"), dim=32))
     write_tiny_t5(TinyT5(out=str(base / "other"), dim=48, seed=1))
-    write_run(base / "short", NET, write_meta(base / "t5", base / "text-32", tokens=32), tokens=32)
+    write_run(base / "short", NET, write_meta(base / "t5", base / "text-32", tokens=32))
     write_run(base / "of-bert", NET, write_meta(base / "bert", base / "text-bert"))
-    write_run(base / "untold", NET, Path("gone"))
     write_run(base / "wide", replace(NET, channel_mult=[2, 4]), base / "text")
-    for name in ("damaged", "foreign", "huge"):
-        shutil.copytree(base / "run", base / name)
-    step = "checkpoints/step-00000007"
-    (base / "damaged" / step / "rank-00001.safetensors").write_bytes(b"half")
-    manifest = json.loads((base / "run" / step / "manifest.json").read_text())
-    manifest["config"]["model"]["depth"] = 3
-    (base / "foreign" / step / "manifest.json").write_text(json.dumps(manifest))
-    weights = load_file(base / "run" / step / "rank-00000.safetensors")
+    (changed_run(base / "run", base / "damaged") / "rank-00001.safetensors").write_bytes(b"half")
+    changed_run(base / "run", base / "foreign", lambda manifest: manifest["config"]["model"].update(depth=3))
+    path = changed_run(base / "run", base / "torn") / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 7', '"step": 8'))
+    folder = changed_run(base / "run", base / "huge")
+    weights = load_file(folder / "rank-00000.safetensors")
     weights["ema"][0] = 1e6
-    save_file(weights, base / "huge" / step / "rank-00000.safetensors")
+    save_file(weights, folder / "rank-00000.safetensors")
+    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
 
 
 def test_the_released_sizes_can_be_expressed():
     for channels in (192, 320, 704):
         with torch.device("meta"):
-            config = UNetConfig(model_channels=channels, encoder_channels=4 * channels)
+            config = UNetConfig(model_channels=channels, encoder_dim=4096, encoder_channels=4 * channels)
             theirs, ours = UNet2DConditionModel(**diffusers_config(config)), UNet(config)
         assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())

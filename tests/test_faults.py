@@ -1,4 +1,4 @@
-"""Faults in real trainings, the short form of tests.chaos: in the end nothing is lost, and everything is told."""
+"""Faults in real trainings, the short form of tests.chaos: nothing is lost, and each fault is reported."""
 
 import io
 import random
@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.cli import REQUEUE
 from data.storage.tars import read_shard, write_shard
 from tests.chaos import TINY, Run, ask_a_rank, damage, differences, kill_a_rank_that_saves, kill_a_worker
-from tests.trainings import launch, make_data, metrics, start
-from train.checkpoint.format import complete_checkpoints
-from train.faults.preempt import REQUEUE
+from tests.support.trainings import launch, make_data, metrics, start
+from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def test_kills_signals_and_damage_leave_the_run_that_nothing_happened_to(repo, data, tmp_path):
+def test_a_run_with_kills_signals_and_damage_equals_an_undisturbed_one(repo, data, tmp_path):
     draw, steps, run_dir = random.Random(0), "steps=40", tmp_path / "disturbed"
     done = launch(repo, data, tmp_path / "undisturbed", *TINY, steps, ranks=2)
     assert done.returncode == 0 and (tmp_path / "undisturbed/done").exists(), done.stderr[-3000:]
@@ -35,7 +35,7 @@ def test_kills_signals_and_damage_leave_the_run_that_nothing_happened_to(repo, d
         status = run.end(tree)
         assert status == (REQUEUE if fault is not kill_a_rank_that_saves else status) != 0, run.said()[-3000:]
         assert not (run_dir / "done").exists()
-    newest = complete_checkpoints(run_dir)[-1]
+    newest = latest_checkpoint(run_dir)
     damage(newest, "rank-00001.safetensors", draw)
     done = launch(repo, data, run_dir, *TINY, steps, ranks=2)
     assert done.returncode == 0 and (run_dir / "done").exists(), done.stderr[-3000:]
@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_finite_is_skipped_by_all_ranks_or_ends_the_run(repo,
     lines = metrics(tmp_path / "run")
     (skipped,) = [line["step"] for line in lines if line["skipped_steps"]]
     assert [line["step"] for line in lines] == list(range(1, 13))
-    # The schedule waits too, so the rate of the step after is that of the one skipped.
+    # The schedule skips the step too: the next step has the same learning rate.
     assert lines[skipped]["lr"] == lines[skipped - 1]["lr"]
     assert np.isfinite(lines[-1]["loss"])
     assert any(key in file.read_text() for file in (tmp_path / "run/quarantine").iterdir())
@@ -96,9 +96,9 @@ def test_a_run_goes_on_with_other_ranks_and_another_optimizer(repo, data, tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     run_dir = tmp_path / "changing"
     shutil.copytree(tmp_path / "two", run_dir)
-    for kept, ranks, name in ((6, 1, "adamw8bit"), (12, 3, "adamw"), (18, 2, "adamw8bit")):
+    for last_step, ranks, name in ((6, 1, "adamw8bit"), (12, 3, "adamw"), (18, 2, "adamw8bit")):
         for folder in complete_checkpoints(run_dir):
-            if int(folder.name[5:]) > kept:
+            if int(folder.name[5:]) > last_step:
                 shutil.rmtree(folder)
         done = launch(repo, data, run_dir, *quiet, f"optim.name={name}", ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_optimizer(repo, data, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_full_or_vanished_disk_is_told_and_what_was_saved_stays(repo, data, tmp_path):
+def test_a_full_or_vanished_disk_is_reported_and_saved_checkpoints_stay(repo, data, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True).returncode:
@@ -124,7 +124,7 @@ def test_a_full_or_vanished_disk_is_told_and_what_was_saved_stays(repo, data, tm
         subprocess.run(["mount", "-o", "remount,rw,size=64m", disk], check=True)
         assert complete_checkpoints(disk / "run") == saved
         run = start(repo, data, disk / "run", *TINY, "steps=400", ranks=2)
-        while complete_checkpoints(disk / "run")[-1:] == saved[-1:] and run.poll() is None:
+        while latest_checkpoint(disk / "run") == saved[-1] and run.poll() is None:
             time.sleep(0.1)
         subprocess.run(["umount", "-l", disk], check=True)
         out, _ = run.communicate(timeout=200)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from model.activations import make_activation
+from model.config import UNetConfig
 from model.fewbit import FewBitGELU, best_steps, decode, encode, pack, unpack
-from model.unet import UNet, UNetConfig
+from model.unet import UNet
 
 ALL_BITS = pytest.mark.parametrize("bits", [1, 2, 3, 4])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -20,21 +21,23 @@ from data.storage.shards import find_shards
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from launch.cost.step_cost import inputs, step_bytes, walk_bytes
+from model.config import UNetConfig
 from model.convert import lora_to_diffusers, merge_lora
-from model.unet import UNet, UNetConfig
-from tests.test_evaluate import NET, write_run
-from tests.test_export import random_net
+from model.unet import UNet
+from tests.checkpoints import random_net, write_run
+from tests.test_evaluate import NET, assert_one_line
 from train import dreambooth, export_lora
-from train.checkpoint.format import complete_checkpoints
-from train.checkpoint.reader import load_weights
-from train.config import Config, LoRAConfig, check
+from train.checkpoint.checkpoint import Checkpoint
+from train.checkpoint.format import latest_checkpoint
+from train.config import Config, LoRAConfig
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.eval_set import EvalSet
-from train.export import Export, build_unet, export
+from train.export import Export, export
 from train.sampling.sampler import make_scheduler, sample
 from train.summary import parameters
+from train.weights.diffusers_folder import build_unet
 from train.weights.lora import FILE, add_lora, merge_adapter, read_adapter
-from train.weights.pretrained import read_trained
+from train.weights.trained_net import load_net
 
 LORA = LoRAConfig(rank=4, alpha=6.0)
 
@@ -116,14 +119,14 @@ def test_the_plan_counts_the_bytes_of_a_step_with_lora():
     planned = step_bytes(NET, 2, "fp32", accumulated=False, tokens=16, lora=LORA)
     assert planned == real
     assert planned.kept < 0.9 * step_bytes(NET, 2, "fp32", accumulated=False, tokens=16).kept
-    config = Config(model=NET, lora=LORA)
+    config = Config(model=NET, lora=LORA, init_from="weights")
     added = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     assert parameters(config) == (added, sum(p.numel() for p in UNet(NET).parameters()))
 
 
 def test_lora_needs_a_net_to_begin_from():
     with pytest.raises(ValueError, match=r"lora\.rank=4 adds to a trained net: name its weights in init_from"):
-        check(Config(lora=LORA))
+        Config(lora=LORA)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def base(tmp_path_factory) -> Path:
     demo.main([f"out={base / 'shards'}", "samples=8", "shard_size=8"])
     write_tiny_t5(TinyT5(out=str(base / "t5")))
     embed(Embed(str(base / "shards"), str(base / "text"), str(base / "t5"), 16, "float32", "float32"))
-    write_run(base / "run", base / "text")
+    write_run(base / "run", NET, base / "text")
     (base / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for i in range(5):
@@ -151,7 +154,7 @@ def train(repo: Path, base: Path, *overrides: str) -> subprocess.CompletedProces
         sys.executable, str(repo / "train" / "main.py"), "+experiment=finetune_dreambooth", "model=small",
         *model, *data,
         f"init_from={base / 'run'}", f"run_dir={base / 'tuned'}", "steps=6", "save_every=3", "log_every=1",
-        "precision=fp32", "optim.warmup_steps=2", "optim.lr_peak=1e-2", "data.tokens=16", "sample.steps=2",
+        "precision=fp32", "optim.warmup_steps=2", "optim.lr_peak=1e-2", "sample.steps=2",
         "wandb.mode=disabled", *overrides,
     ]  # fmt: skip
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -173,13 +176,12 @@ def test_dreambooth_has_a_few_pictures_and_the_nets_own(base):
 
 
 @torch.no_grad()
-def test_a_tuned_checkpoint_serves_here_and_in_diffusers(base, tuned, tmp_path):
-    last = complete_checkpoints(tuned)[-1]
-    weights = load_weights(last, "master")
+def test_a_tuned_checkpoint_serves_here_and_in_diffusers(base, tuned, tmp_path, capsys):
+    weights = Checkpoint.open(tuned).weights("master")
     assert all(".lora_" in name for name in weights) and len(weights) == 24, "the frozen net is not saved again"
     assert min(v.abs().max() for n, v in weights.items() if ".lora_B." in n) > 1e-4, "every matrix has been trained"
-    ours = read_trained(tuned).load("master", torch.device("cpu"))
-    before = read_trained(base / "run").load("ema", torch.device("cpu"))
+    ours = load_net(Checkpoint.open(tuned), "master", torch.device("cpu"))
+    before = load_net(Checkpoint.open(base / "run"), "ema", torch.device("cpu"))
     expected = ours(*batch())
     assert (expected - before(*batch())).abs().max() > 1e-3
 
@@ -191,10 +193,23 @@ def test_a_tuned_checkpoint_serves_here_and_in_diffusers(base, tuned, tmp_path):
     torch.testing.assert_close(before(*batch()), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="the adapter is of another net"):
         merge_adapter(random_net(replace(NET, model_channels=64), 1), tmp_path / "lora")
-    with pytest.raises(SystemExit, match="is of a whole net, not of a LoRA"):
-        export_lora.main([f"checkpoint={base / 'run'}", f"out={tmp_path / 'none'}"])
-    with pytest.raises(SystemExit, match="is there already"):
-        export_lora.main([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}"])
+    for arguments, message in (
+        ([f"checkpoint={base / 'run'}", f"out={tmp_path / 'none'}"], "is of a whole net, not of a LoRA"),
+        ([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}"], "exists already: choose another out="),
+        ([f"checkpoint={tuned}", f"out={tmp_path / 'none'}", "weights=foo"], "weights=foo must be one of ema, master"),
+        ([f"checkpoint={tuned}", f"out={tmp_path / 'none'}", "weights=masters"], "(did you mean 'master'?)"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            export_lora.main(arguments)
+        assert_one_line(caught, capsys, message)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # fails as a full disk does, while it writes
+    try:
+        with pytest.raises(OSError, match=r"none' could not be written .*: make space there, or choose another place"):
+            export_lora.export_lora(export_lora.ExportLora(str(tuned), str(tmp_path / "none")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name for path in tmp_path.iterdir()} == {"lora"}
 
     export(Export(str(tuned), str(tmp_path / "if"), weights="master"))
     whole = UNet2DConditionModel.from_pretrained(tmp_path / "if" / "unet")
@@ -222,7 +237,7 @@ def test_scores_are_of_the_tuned_net(repo, base, tuned, tmp_path):
         ChunkedArray(base / name / "guidance-2", "images", 4).read() for name in ("of-run", "of-adapter")
     )
     assert np.abs(of_run.astype(int) - of_adapter).max() <= 1
-    unet = read_trained(base / "run").load("ema", torch.device("cpu"))
+    unet = load_net(Checkpoint.open(base / "run"), "ema", torch.device("cpu"))
     chosen = EvalSet(find_shards(base / "shards"), 4, 0, str(base / "text"), TextMeta.read(base / "text"))
     text_emb, empty = torch.from_numpy(chosen.embeddings(0, 4)), torch.from_numpy(chosen.empty.copy())
     before = sample(unet, make_scheduler(1000, True), text_emb, empty, 2, 3, range(4))
@@ -231,15 +246,15 @@ def test_scores_are_of_the_tuned_net(repo, base, tuned, tmp_path):
 
 def test_tuning_goes_on_where_it_was(repo, base, tuned):
     told = (tuned / "metrics.jsonl").read_text()
-    whole = load_file(complete_checkpoints(tuned)[-1] / "rank-00000.safetensors")
-    for path in (complete_checkpoints(tuned)[-1], tuned / "done"):
+    whole = load_file(latest_checkpoint(tuned) / "rank-00000.safetensors")
+    for path in (latest_checkpoint(tuned), tuned / "done"):
         if path.is_dir():
             path.rename(path.with_name("aside"))
         else:
             path.unlink(missing_ok=True)
     done = train(repo, base)
     assert done.returncode == 0, done.stderr[-3000:]
-    again = load_file(complete_checkpoints(tuned)[-1] / "rank-00000.safetensors")
+    again = load_file(latest_checkpoint(tuned) / "rank-00000.safetensors")
     assert torch.equal(again["master"], whole["master"]) and torch.equal(again["ema"], whole["ema"])
     lines = [[json.loads(line)["loss"] for line in text.splitlines()]
              for text in (told, (tuned / "metrics.jsonl").read_text())]  # fmt: skip
@@ -257,17 +272,20 @@ def test_another_rank_or_net_is_refused(repo, base, tuned):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("checkpoint=nowhere", "'nowhere' has no whole checkpoint"),
-        ("pictures=nowhere", "no folder 'nowhere': put the pictures of the concept there"),
+        ("checkpoint=nowhere", "/nowhere' has no whole checkpoint"),
+        ("pictures=nowhere", "/nowhere': put the pictures of the concept there"),
         ("pictures=shards", "it holds shards already"),
-        ("class_prompt=", "must say something"),
-        ("prior=0", "prior=0, micro_batch=16 must be at least 1"),
+        ("class_prompt=", "class_prompt= is empty"),
+        ("class_prompt=none.txt", "class_prompt=none.txt holds no prompt: write one on each line"),
+        ("prior=0", "prior=0 must be at least 1"),
+        ("seed=-1", "seed=-1 must be at least 0"),
         ("steps=1001", "steps=1001 must lie between"),
     ],
 )
-def test_mistakes_end_in_one_line(base, monkeypatch, argument, message):
+def test_mistakes_end_in_one_line(base, monkeypatch, capsys, argument, message):
     monkeypatch.chdir(base)
+    Path("none.txt").write_text(" \n")
     given = ["checkpoint=run", "pictures=pictures", "prompt=a zwx", "class_prompt=a toy", "out=new", "steps=2"]
     with pytest.raises(SystemExit) as caught:
         dreambooth.main([a for a in given if a.split("=")[0] != argument.split("=")[0]] + [argument])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert_one_line(caught, capsys, message)

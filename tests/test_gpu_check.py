@@ -155,19 +155,17 @@ def test_every_part_can_be_run():
 def test_fewbit_and_recompute():
     rows = rows_of("fewbit_recompute")
     assert {row.result for row in rows.values()} == {HOLDS} and len(rows) == 6, rows
-    assert rows["compiled gelu_3bit, recompute_cheap"].figures["gradients_bfloat16_eager"] > 1e-4
+    assert rows["compiled gelu_3bit, cheap"].figures["gradients_bfloat16_eager"] > 1e-4
 
 
 def test_a_recomputation_that_changes_something_is_found(monkeypatch):
     from model import blocks
 
-    monkeypatch.setattr(blocks, "recompute", lambda function, *args: function(*args) * (1 + 1e-6))
+    monkeypatch.setattr(blocks, "recomputed", lambda function, *args: function(*args) * (1 + 1e-6))
     from tests.gpu_check import fewbit_recompute
 
     net = nets.build(nets.TINY, "cpu", activation=nets.FEW_BIT)
-    row = fewbit_recompute.as_kept(
-        Check(), "recompute_cheap, float32", nets.RECOMPUTE[1], net, nets.images(nets.TINY, 2, "cpu")
-    )
+    row = fewbit_recompute.as_kept(Check(), "cheap, float32", nets.RECOMPUTE[1], net, nets.images(nets.TINY, 2, "cpu"))
     assert row.result == FAILED and "tensors differ" in row.text
 
 

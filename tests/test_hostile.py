@@ -1,4 +1,4 @@
-"""Odd and hostile images: each has the outcome that docs/hostile_input.md names, and no bytes do anything else."""
+"""Odd and hostile images: each has the outcome in docs/reference/hostile_input.md, and no bytes do anything else."""
 
 import io
 import pickle
@@ -243,7 +243,7 @@ def test_transparency_shows_the_background_and_not_what_it_hid(mode, background)
     assert np.abs(pixels(encoded(image), ImageRules(background=background)) - expected).max() <= 1
     hidden = np.array(image)
     hidden[..., -1] = 0
-    assert (pixels(encoded(Image.fromarray(hidden, mode))) == 255).all(), "white unless told otherwise"
+    assert (pixels(encoded(Image.fromarray(hidden, mode))) == 255).all(), "white by default"
 
 
 @pytest.mark.parametrize(("kind", "bits", "key"), [(0, 8, (7,)), (0, 16, (300,)), (2, 8, (7, 8, 9))])
@@ -313,7 +313,7 @@ def test_an_animation_takes_no_memory_before_its_size_is_judged(repo):
 IN_TWO_GB = """
 import io, resource, sys
 from PIL.PngImagePlugin import PngImageFile
-from data.transforms import BadImage, decode
+from data.images import BadImage, decode
 resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
 data = sys.stdin.buffer.read()
 for read in (lambda: PngImageFile(io.BytesIO(data)), lambda: decode(data)):
@@ -366,6 +366,6 @@ def test_no_warning_reaches_the_terminal(recwarn):
 
 
 def test_every_reason_is_in_the_table(repo: Path):
-    told = (repo / "docs" / "hostile_input.md").read_text(encoding="utf-8")
+    page = (repo / "docs/reference/hostile_input.md").read_text(encoding="utf-8")
     assert {reason for _, reason in REFUSED.values()} == REASONS
-    assert not [reason for reason in REASONS if f"`{reason}`" not in told]
+    assert not [reason for reason in REASONS if f"`{reason}`" not in page]

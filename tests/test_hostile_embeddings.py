@@ -142,5 +142,5 @@ def test_any_bytes_are_an_embedding_or_bad_for_a_known_reason(start, what, then)
 
 
 def test_every_reason_is_in_the_table(repo):
-    told = (repo / "docs" / "hostile_input.md").read_text(encoding="utf-8")
-    assert not [reason for reason in REASONS if f"`{reason}`" not in told]
+    page = (repo / "docs/reference/hostile_input.md").read_text(encoding="utf-8")
+    assert not [reason for reason in REASONS if f"`{reason}`" not in page]

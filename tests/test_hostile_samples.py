@@ -25,11 +25,11 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def read(folder: Path, encoder: Path, names: list[str]) -> tuple[list[RawSample], TextMeta]:
-    """The samples of a shard with these members, a caption or picture's content being its place, after data.embed."""
+    """The samples of a shard with these members, each content being the member's number, after data.embed."""
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as tar:
-        for place, name in enumerate(names):
-            content = JPEG + str(place).encode() if name.endswith("jpg") else f"{place} says the caption".encode()
+        for number, name in enumerate(names):
+            content = JPEG + str(number).encode() if name.endswith("jpg") else f"{number} says the caption".encode()
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -56,7 +56,7 @@ def test_a_file_that_comes_twice_in_a_sample_leaves_it_out(tmp_path, encoder):
 def test_a_key_that_comes_again_is_another_sample_with_its_own_caption(tmp_path, encoder):
     samples, meta = read(tmp_path / "d", encoder, ["a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.txt"])
     assert [(s.image, s.caption, s.problem) for s in samples] == [
-        (JPEG + str(place).encode(), f"{place + 1} says the caption".encode(), "") for place in (0, 2, 4)
+        (JPEG + str(number).encode(), f"{number + 1} says the caption".encode(), "") for number in (0, 2, 4)
     ]
     first, _, again = (from_bytes(s.embedding.read(), meta) for s in samples)
     assert not np.array_equal(first, again)

@@ -1,7 +1,9 @@
 """Which shards a dataset has: folders, braces, lists, URLs; the index of their counts, and when it is too old."""
 
+import hashlib
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import pytest
 
 from data.index import Index, index
 from data.storage import clients, locations
+from data.storage.digests import caption_digest
 from data.storage.shards import Shard, find_shards
-from data.storage.tars import stats_path, write_shard
+from data.storage.tars import read_shard, shard_digest, stats_path, write_shard
 
-pytest_plugins = ["faulty_server"]
+pytest_plugins = ["tests.support.faulty_server"]
 
 
 def write(folder: Path, counts: dict[str, int], stats: bool = True) -> None:
@@ -48,8 +51,47 @@ def test_an_index_is_made_from_stats_or_headers_and_read_instead_of_them(tmp_pat
         path.write_text("not read any more")
     found = find_shards(tmp_path)
     assert [(shard.name, shard.count) for shard in found] == list(COUNTS.items())
-    assert found[0] == Shard(str(tmp_path / "00000.tar"), 5, (tmp_path / "00000.tar").stat().st_size)
+    first = tmp_path / "00000.tar"
+    assert found[0] == Shard(str(first), 5, first.stat().st_size, shard_digest(first))
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_digest_changes_with_keys_captions_and_their_order_and_with_nothing_else(tmp_path):
+    """It is the same from the stats file, the index and the tar itself, whatever the pictures are."""
+    rows = [("a", {"jpg": b"1", "txt": b"one"}), ("caf\udce9", {"txt": "zwei ü".encode()}), ("c", {"jpg": b"3"})]
+    joined = b"".join(bytes.fromhex(caption_digest(key, members.get("txt", b""))) for key, members in rows)
+    expected = hashlib.blake2b(joined, digest_size=16).hexdigest()
+    assert caption_digest("caf\udce9", b"x") == hashlib.blake2b(b"caf\xe9\0x", digest_size=8).hexdigest()
+    write_shard(tmp_path / "0.tar", rows)
+    assert read_shard_keys(tmp_path / "0.tar") == ["a", "caf\udce9", "c"]
+    assert find_shards(tmp_path)[0].digest == shard_digest(tmp_path / "0.tar") == expected
+    stats_path(tmp_path / "0.tar").unlink()
+    assert find_shards(tmp_path)[0].digest == expected
+    index(Index(str(tmp_path), workers=1))
+    assert find_shards(tmp_path)[0].digest == expected
+    changed = [rows[::-1], rows[:2], [("b", rows[0][1]), *rows[1:]], [("a", {"txt": b"One"}), *rows[1:]]]
+    for number, other in enumerate([[("a", {"txt": b"one"}), *rows[1:]], *changed]):
+        write_shard(tmp_path / "other.tar", other)
+        assert (shard_digest(tmp_path / "other.tar") == expected) == (number == 0)
+
+
+def read_shard_keys(path: Path) -> list[str]:
+    return [key for key, _ in read_shard(path, set())]
+
+
+def test_the_digest_in_a_stats_file_that_is_older_than_its_tar_is_not_believed(folder):
+    """As when another program wrote the tar anew."""
+    shard = folder / "00001.tar"
+    before = find_shards(folder)[1]
+    with tarfile.open(shard, "w") as tar:
+        for n in range(7):
+            info = tarfile.TarInfo(f"{n:05d}.txt")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"z"))
+    os.utime(stats_path(shard), ns=(shard.stat().st_mtime_ns - 1,) * 2)
+    assert find_shards(folder)[1].digest is None
+    index(Index(str(folder)))
+    assert find_shards(folder)[1].digest == shard_digest(shard) != before.digest
 
 
 def test_only_headers_are_read(tmp_path):
@@ -84,7 +126,7 @@ def test_an_index_that_does_not_fit_the_folder_is_refused(folder):
 
 def test_stats_that_lie_are_found_out_by_a_check(folder, capfd):
     stats = stats_path(folder / "00001.tar")
-    stats.write_text(json.dumps({"successes": 9}))
+    stats.write_text(json.dumps({"successes": 9, "digest": "0" * 32}))
     index(Index(str(folder)))
     assert seen(folder)[1] == ("00001.tar", 9)
     capfd.readouterr()
@@ -120,13 +162,15 @@ def test_braces_and_lists_name_the_shards_in_their_order(folder, tmp_path):
     (tmp_path / "some.txt").write_text(f"# ours\nmore/9.tar\n\n{folder}/00002.tar\n")
     assert seen(tmp_path / "some.txt") == [("9.tar", 3), ("00002.tar", 1)]
     index(Index(str(tmp_path / "some.txt"), out=str(tmp_path / "some.json")))
-    assert find_shards(tmp_path / "some.json")[0] == Shard(str(tmp_path / "more" / "9.tar"), 3, 10240)
+    assert find_shards(tmp_path / "some.json")[0] == Shard(
+        str(tmp_path / "more" / "9.tar"), 3, 10240, shard_digest(tmp_path / "more" / "9.tar")
+    )
     index(Index(str(folder)))
     stats_path(folder / "00002.tar").write_text("the index is read")
     assert seen(f"{folder}/{{00002,00000}}.tar") == [("00002.tar", 1), ("00000.tar", 5)]
 
 
-def test_wrong_datasets_are_told_in_words(folder, tmp_path):
+def test_wrong_datasets_are_refused_with_a_remedy(folder, tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read.*nowhere"):
         find_shards(tmp_path / "nowhere.txt")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -166,7 +210,9 @@ def test_shards_behind_a_server_need_an_index_which_the_command_makes(
     server.faults = ["500", "cut", "refuse"]
     index(Index(braces, out=str(out), workers=2))
     assert seen(out) == list(COUNTS.items())
-    assert find_shards(out)[1] == Shard(f"{server.url}/00001.tar", 7, len(files["00001.tar"]))
+    assert find_shards(out)[1] == Shard(
+        f"{server.url}/00001.tar", 7, len(files["00001.tar"]), shard_digest(folder / "00001.tar")
+    )
     # Laid beside the shards, it serves for the folder and for braces.
     server.files["index.json"] = out.read_bytes()
     assert seen(server.url + "/") == seen(braces) == list(COUNTS.items())

@@ -1,4 +1,4 @@
-"""data.inspect: real shards, good and hostile, told as they are and shown as the training sees them."""
+"""data.inspect: real shards, good and hostile, reported as they are and shown as the training sees them."""
 
 import base64
 import io
@@ -18,8 +18,8 @@ from PIL import Image
 
 from data.config import DataConfig
 from data.inspect import Inspect, inspect
-from data.inspection.contact_sheet import contact_sheet, shown
-from data.inspection.findings import Eye, Tile, choose, look
+from data.inspection.contact_sheet import contact_sheet, printable
+from data.inspection.findings import Tile, TrainingView, choose_rows, inspect_samples
 from data.loader.dataset import find_datasets
 from data.loader.stream import MicroBatches, micro_batches
 from data.storage.shards import find_shards
@@ -97,7 +97,9 @@ def first_epoch(config: DataConfig, seed: int, image_size: int):
     """Pixels by visit, and the bad samples, as the training gets them."""
     datasets = find_datasets(config)
     n = datasets[0].samples
-    stream = MicroBatches(config, datasets, TextMeta.read(config.text), image_size, seed, n, n, 0, 1, 0)
+    stream = MicroBatches(
+        config, datasets, TextMeta.read(config.text), image_size=image_size, seed=seed, global_batch=n, micro_batch=n
+    )  # fmt: skip
     batch = next(micro_batches(stream, 0, pin_memory=False))
     return dict(zip(batch.visit.tolist(), batch.pixels, strict=True)), batch.bad
 
@@ -120,19 +122,19 @@ class Page(HTMLParser):
 
 def test_bad_samples_are_those_of_the_training(config):
     shards = find_shards(config.shards)
-    found = look(shards, 0, Eye(16, 0.1, 3), config.text, TextMeta.read(config.text))
+    found = inspect_samples(shards, 0, TrainingView(16, 0.1, 3), config.text, TextMeta.read(config.text))
     assert sorted(found.bad) == sorted(first_epoch(config, 3, 16)[1])
     assert {name.split(":")[-1] for name, _ in found.bad} >= {
         "no_image", "no_caption", "not_an_image", "cut", "no_embedding", "nan", "shape", "00002.tar[5]"
     }  # fmt: skip
-    assert found.looked == 25 and found.without_caption == 4
+    assert found.inspected == 25 and found.without_caption == 4
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_tiles_are_what_the_training_sees(config, seed):
     shards = find_shards(config.shards)
     seen, _ = first_epoch(config, seed, 16)
-    tiles = look(shards, 0, Eye(16, config.crop_shift, seed), "", None).tiles
+    tiles = inspect_samples(shards, 0, TrainingView(16, config.crop_shift, seed), "", None).tiles
     by_name = {tile.name: torch.from_numpy(tile.pixels) for tile in tiles}
     assert len(by_name) >= 15
     for visit, name in [(0, "00000.tar:0000"), (7, "00000.tar:0007"), (8, "00001.tar:good"), (21, "00002.tar:0002")]:
@@ -171,7 +173,7 @@ def test_captions_cannot_get_out_of_their_place(config, tmp_path):
             for name, value in attributes.items()
             if name in ("src", "href")
         )
-    assert "<script>alert(1)</script>" in page.words  # told, as text
+    assert "<script>alert(1)</script>" in page.words  # as text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\u2028]", html)
     assert "[U+202E]gnp.exe[U+2066]" in page.words and "שלום עולם" in page.words and "👨\u200d👩\u200d👧" in page.words
     assert "long " * 45 not in html
@@ -213,7 +215,7 @@ def test_sheet_alone(config, tmp_path):
     ],
 )
 def test_samples_are_taken_evenly(counts, samples):
-    rows = choose(counts, samples)
+    rows = choose_rows(counts, samples)
     total = sum(len(r) for r in rows.values())
     assert all(r == sorted(set(r)) and r[0] >= 0 and r[-1] < counts[shard] for shard, r in rows.items())
     reach = sum(counts[shard] for shard in rows)
@@ -223,9 +225,9 @@ def test_samples_are_taken_evenly(counts, samples):
 
 
 def test_shown_cuts_and_keeps():
-    assert shown("a  b\tc\nd", 20) == "a b c d"
-    assert shown("x" * 50, 10) == "x" * 9 + "…" and len(shown("y" * 10_000, 200)) == 200
-    assert shown("\u202e\x00é\u0301", 40) == "[U+202E][U+0000]é\u0301"
+    assert printable("a  b\tc\nd", 20) == "a b c d"
+    assert printable("x" * 50, 10) == "x" * 9 + "…" and len(printable("y" * 10_000, 200)) == 200
+    assert printable("\u202e\x00é\u0301", 40) == "[U+202E][U+0000]é\u0301"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_what_cannot_be_is_refused(config, tmp_path, wrong, said):
 def test_command_and_ctrl_c(config, tmp_path, repo):
     command = [sys.executable, "-m", "data.inspect", f"out={tmp_path / 'r.html'}"]
     gone = subprocess.run([*command, "shards=nowhere"], cwd=repo, capture_output=True, text=True)
-    assert gone.returncode == 1 and gone.stderr.startswith("error: no folder") and gone.stderr.count("\n") == 1
+    assert gone.returncode == 2 and gone.stderr.startswith("error: no folder") and gone.stderr.count("\n") == 1
     many, large = tmp_path / "many", jpeg(0, (1500, 1500))
     for number in range(20):
         write_shard(many / f"{number:05d}.tar", [(f"{n:04d}", {"jpg": large}) for n in range(20)])
@@ -263,11 +265,11 @@ def test_command_and_ctrl_c(config, tmp_path, repo):
         said += running.stderr.read(20)
     running.send_signal(signal.SIGINT)
     said += running.stderr.read()
-    assert running.wait(20) == 1 and "stopped: no report was written" in said and "Traceback" not in said
+    assert running.wait(20) == 130 and "stopped by Ctrl-C" in said and "Traceback" not in said
     assert os.listdir(tmp_path) == ["many"]
 
 
 def test_real_pictures(shared, tmp_path, capsys):
     found = inspect(Inspect(str(shared / "data" / "fluent"), str(tmp_path / "r.html"), samples=200))
     assert "1,563 samples in 16 shards" in capsys.readouterr().out
-    assert found.looked == 200 and len(found.tiles) == 96 and not found.bad and found.kinds == {"JPEG RGB": 200}
+    assert found.inspected == 200 and len(found.tiles) == 96 and not found.bad and found.kinds == {"JPEG RGB": 200}

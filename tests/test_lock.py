@@ -1,4 +1,4 @@
-"""Two trainings in one run_dir: the second waits, then ends in one line; a killed one leaves nothing behind."""
+"""The lock of a run_dir: a second training waits, then ends in one line; a killed one releases the lock."""
 
 import fcntl
 import os
@@ -9,49 +9,49 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainings import make_data, start
+from tests.support.trainings import make_data, start
 from train.faults.run_lock import InUse, lock_run_dir
 
-HOLDER = """
+OWNER = """
 import os, sys, time
 from pathlib import Path
-from train.lock import lock_run_dir
+from train.faults.run_lock import lock_run_dir
 lock_run_dir(Path(sys.argv[1]))
 if os.fork():
-    print("held", flush=True)
+    print("locked", flush=True)
 time.sleep(60)
 """
 
 
 @pytest.fixture
-def holder(repo, tmp_path):
-    """A process that holds the run_dir's lock, and a child of it that outlives it, as loader workers may."""
-    program = [sys.executable, "-c", HOLDER, str(tmp_path)]
+def owner(repo, tmp_path):
+    """A process that has locked the run_dir, with a child that outlives it, as loader workers may."""
+    program = [sys.executable, "-c", OWNER, str(tmp_path)]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(repo)},
                           start_new_session=True) as process:  # fmt: skip
         try:
-            assert process.stdout and process.stdout.readline() == "held\n"
+            assert process.stdout and process.stdout.readline() == "locked\n"
             yield process
         finally:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_one_at_a_time_and_free_when_killed(holder, tmp_path, capsys):
-    with pytest.raises(InUse, match=rf"another training is at run_dir=.*\(process {holder.pid} on .*\): wait for"):
+def test_a_second_training_is_refused_until_the_first_is_killed(owner, tmp_path, capsys):
+    with pytest.raises(InUse, match=rf"another training uses run_dir=.*\(process {owner.pid} on .*\): wait for"):
         lock_run_dir(tmp_path, wait=0.3)
     assert capsys.readouterr().err.count("waiting up to") == 1
-    holder.kill()
+    owner.kill()
     lock_run_dir(tmp_path, wait=5)
     assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
 
 
-def test_without_locks_it_goes_on(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch):
     def no_locks(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     lock_run_dir(tmp_path, wait=0)
-    assert (tmp_path / "lock").read_text() == "", "it does not say that it holds what it cannot hold"
+    assert (tmp_path / "lock").read_text() == "", "the file must not name an owner"
 
 
 def test_a_training_waits_for_the_one_before_it(repo, tmp_path):
@@ -62,7 +62,7 @@ def test_a_training_waits_for_the_one_before_it(repo, tmp_path):
         process = start(repo, make_data(tmp_path / "data"), run_dir, "steps=3")
         assert process.stderr
         for line in process.stderr:
-            if "waiting up to 120 s for unknown to leave run_dir=" in line:
+            if "waiting up to 120 s for unknown process to release run_dir=" in line:
                 break
         else:
             pytest.fail("it did not wait")

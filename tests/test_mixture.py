@@ -27,7 +27,7 @@ def sequence(mixture: Mixture, steps: int, global_batch: int) -> list[list[tuple
 @settings(max_examples=40, deadline=None)
 @given(
     counts=st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(any), min_size=1, max_size=3),
-    weights=st.lists(st.floats(0.2, 5), min_size=3, max_size=3),
+    weights=st.lists(st.floats(0.4, 5), min_size=3, max_size=3),
     global_batch=st.integers(30, 40),
     streams=st.integers(1, 20),
     phases=st.integers(1, 3),

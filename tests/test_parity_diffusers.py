@@ -5,8 +5,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from model.config import UNetConfig
 from model.convert import diffusers_config, from_diffusers, to_diffusers
-from model.unet import UNet, UNetConfig
+from model.unet import UNet
 
 # 64 channels at least: with one channel a group, a norm would wipe out the biases before it and their gradients.
 SHAPES = {
@@ -87,7 +88,7 @@ def test_same_outputs_and_gradients(pair):
 
 @pytest.mark.slow
 def test_same_outputs_and_gradients_at_the_medium_size():
-    config = UNetConfig(model_channels=192, encoder_channels=768)
+    config = UNetConfig(model_channels=192, encoder_dim=4096, encoder_channels=768)
     compare(*same_weights(config), inputs(config, n=1))
 
 
@@ -129,7 +130,7 @@ def test_names_go_to_diffusers_and_back(pair):
 
 
 def test_parameter_count_at_the_medium_size():
-    config = UNetConfig(model_channels=192, encoder_channels=768)
+    config = UNetConfig(model_channels=192, encoder_dim=4096, encoder_channels=768)
     with torch.device("meta"):
         ours, theirs = UNet(config), UNet2DConditionModel(**diffusers_config(config))
     shapes = {name: value.shape for name, value in to_diffusers(ours.state_dict(), config).items()}

@@ -11,7 +11,7 @@ import pytest
 
 from launch.nodes.network import tournament
 from launch.preflight import slow_pairs
-from tests.trainings import SMALL, free_port, make_data
+from tests.support.trainings import SMALL, free_port, make_data
 
 FAST = ["test_mb=1", "step_seconds=60"]
 

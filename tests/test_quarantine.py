@@ -1,4 +1,4 @@
-"""The list of bad samples: short, whole lines, over restarts, and never a reason to stop."""
+"""The list of bad samples: it is bounded, has whole lines over restarts, and never stops a run."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def test_each_bad_sample_is_a_line_at_once(tmp_path):
     assert listed(tmp_path, 3)[-1]["step"] == 8
 
 
-def test_a_good_run_touches_no_disk(tmp_path):
+def test_a_run_without_bad_samples_writes_no_file(tmp_path):
     quarantine = Quarantine(tmp_path / "run", 0)
     for step in range(100):
         quarantine.add(step, [])
@@ -52,25 +52,25 @@ def test_the_list_is_bounded_over_restarts(tmp_path, caplog):
     assert (tmp_path / "quarantine" / "rank_00002.jsonl").stat().st_size < 400_000
 
 
-def test_a_list_above_the_limit_is_left_as_it_is(tmp_path):
+def test_a_list_above_the_limit_is_not_extended(tmp_path):
     Quarantine(tmp_path, 0, limit=10).add(0, bad(*range(10)))
     Quarantine(tmp_path, 0, limit=5).add(1, bad(*range(10)))
     assert len(listed(tmp_path)) == 10
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 4, "sam', b"\xff\xfe", b"{"])
-def test_a_torn_last_line_is_taken_away(tmp_path, torn):
+@pytest.mark.parametrize("incomplete", [b'{"step": 4, "sam', b"\xff\xfe", b"{"])
+def test_an_incomplete_last_line_is_cut_off(tmp_path, incomplete):
     Quarantine(tmp_path, 0).add(1, bad(1, 2))
     path = tmp_path / "quarantine" / "rank_00000.jsonl"
-    path.write_bytes(path.read_bytes() + torn)
+    path.write_bytes(path.read_bytes() + incomplete)
     Quarantine(tmp_path, 0).add(5, bad(3))
     assert [line["step"] for line in listed(tmp_path)] == [1, 1, 5]
-    path.write_bytes(torn)
+    path.write_bytes(incomplete)
     Quarantine(tmp_path, 0).add(6, bad(4))
     assert [line["step"] for line in listed(tmp_path)] == [6]
 
 
-def test_a_folder_that_cannot_be_written_is_told_once(tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_gives_one_warning(tmp_path, caplog):
     (tmp_path / "quarantine").write_text("a file where the folder should be")
     quarantine = Quarantine(tmp_path, 0)
     for step in range(5):
@@ -82,14 +82,14 @@ def test_a_folder_that_cannot_be_written_is_told_once(tmp_path, caplog):
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from data.quarantine import Quarantine
+from train.faults.quarantine import Quarantine
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 quarantine = Quarantine(Path(sys.argv[1]), 0)
 quarantine.add(0, [("first", "no image")])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 for step in range(1, 6):
     quarantine.add(step, [(f"sample {step}", "no image")])
-print("went on")
+print("continued")
 """
 
 
@@ -97,8 +97,8 @@ def test_a_disk_that_fills_up_does_not_end_the_run(tmp_path, repo):
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=repo, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout == "went on\n", done.stderr
+    assert done.stdout == "continued\n", done.stderr
     assert done.stderr.count("cannot be written") == 1
-    # What the full disk tore off is mended by the next start.
+    # The next start cuts off the line that the full disk left incomplete.
     Quarantine(tmp_path, 0).add(9, bad(9))
     assert [line["step"] for line in listed(tmp_path)][-1] == 9 and listed(tmp_path)[0]["sample"] == "first"

@@ -6,15 +6,15 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from launch.cost.step_cost import kept_bytes
-from model.recompute import MEMORY
-from model.unet import UNet, UNetConfig
+from model.config import RECOMPUTE, UNetConfig
+from model.unet import UNet
 from tests.benchmarks.nets import DIFFUSERS, OURS
 from tests.benchmarks.unet_memory import per_image
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 
 
-def net(**changes: object) -> UNet:
+def net(activation: str = "gelu", recompute: str = "none") -> UNet:
     torch.manual_seed(0)
     shape = {
         "image_size": 16,
@@ -27,7 +27,7 @@ def net(**changes: object) -> UNet:
         "encoder_channels": 64,
         "att_pool_heads": 4,
     }
-    unet = UNet(UNetConfig(**{**shape, **changes}))
+    unet = UNet(UNetConfig(**shape, activation=activation), recompute)
     for parameter in unet.parameters():
         nn.init.normal_(parameter, std=0.1)
     return unet
@@ -49,10 +49,10 @@ def gradients(unet: UNet, args: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("memory", MEMORY[1:])
-def test_the_same_gradients_to_the_bit(memory, activation, dtype):
+@pytest.mark.parametrize("recompute", RECOMPUTE[1:])
+def test_the_same_gradients_to_the_bit(recompute, activation, dtype):
     expected = gradients(net(activation=activation).to(dtype), inputs(dtype))
-    found = gradients(net(activation=activation, memory=memory).to(dtype), inputs(dtype))
+    found = gradients(net(activation=activation, recompute=recompute).to(dtype), inputs(dtype))
     assert min(value.abs().max() for value in expected.values()) > 0
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
 
@@ -62,21 +62,21 @@ def test_rounding_the_slope_makes_a_difference_that_the_test_above_would_see():
     assert not torch.equal(exact, rounded)
 
 
-def kept(activation: str, memory: str, fake: bool = False) -> int:
+def kept(activation: str, recompute: str, fake: bool = False) -> int:
     if fake:
         with FakeTensorMode():
-            return kept(activation, memory)
-    unet, args = net(activation=activation, memory=memory), inputs()
+            return kept(activation, recompute)
+    unet, args = net(activation=activation, recompute=recompute), inputs()
     return kept_bytes(lambda: unet(*args))
 
 
 def test_each_choice_keeps_less():
     exact, few_bit, cheap, blocks = (
-        kept("gelu", "keep"), kept("gelu_3bit", "keep"), *(kept("gelu_3bit", m) for m in MEMORY[1:])
+        kept("gelu", "none"), kept("gelu_3bit", "none"), *(kept("gelu_3bit", m) for m in RECOMPUTE[1:])
     )  # fmt: skip
     assert few_bit < 0.8 * exact and cheap < 0.6 * few_bit and blocks < 0.5 * cheap
     # An activation that is done again leaves nothing behind; that of the time embedding isn't.
-    assert kept("gelu", "recompute_cheap") == pytest.approx(cheap, rel=1e-3)
+    assert kept("gelu", "cheap") == pytest.approx(cheap, rel=1e-3)
 
 
 def test_bytes_of_the_m_size_against_diffusers():
@@ -86,9 +86,9 @@ def test_bytes_of_the_m_size_against_diffusers():
     assert exact < 0.85 * peer and few_bit <= 0.7 * peer and cheap <= 0.35 * peer
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-def test_fake_tensors_tell_the_bytes_of_real_ones(memory):
-    assert kept("gelu_3bit", memory, fake=True) == kept("gelu_3bit", memory)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_fake_tensors_tell_the_bytes_of_real_ones(recompute):
+    assert kept("gelu_3bit", recompute, fake=True) == kept("gelu_3bit", recompute)
 
 
 def test_bytes_of_a_known_graph():
@@ -99,9 +99,9 @@ def test_bytes_of_a_known_graph():
         assert kept_bytes(lambda: torch.tanh(weight(x)).sum()) == 0
 
 
-@pytest.mark.parametrize("memory", MEMORY[1:])
-def test_compiles_whole_without_recompiling(memory):
-    unet = net(memory=memory)
+@pytest.mark.parametrize("recompute", RECOMPUTE[1:])
+def test_compiles_whole_without_recompiling(recompute):
+    unet = net(recompute=recompute)
     compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
     args = inputs()
     torch.testing.assert_close(compiled(*args), unet(*args), rtol=1e-4, atol=1e-5)
@@ -111,5 +111,5 @@ def test_compiles_whole_without_recompiling(memory):
 
 
 def test_an_unknown_choice_is_refused():
-    with pytest.raises(ValueError, match="memory='blocks': known are keep, recompute_cheap, recompute_blocks"):
-        net(memory="blocks")
+    with pytest.raises(ValueError, match="recompute=all must be one of none, cheap, blocks"):
+        net(recompute="all")

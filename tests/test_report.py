@@ -14,7 +14,7 @@ from PIL import Image
 
 from train.monitor.report_page import CURVES, POINTS
 from train.monitor.run_log import read_run
-from train.report import main, report
+from train.report import Report, main, write_report
 
 HOSTILE = '</script><img src=x onerror=alert(1)>"&'
 FLAGS = [
@@ -44,6 +44,10 @@ def write_run(folder: Path, lines: int = 60, lr: float = 1e-3) -> Path:
 def figures(page: str) -> list[dict]:
     text = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL).group(1)
     return json.loads(text)
+
+
+def report(folders: list[Path], out: Path) -> None:
+    write_report(Report([str(folder) for folder in folders], str(out)))
 
 
 def test_one_page_holds_curves_grids_recipe_and_starts(tmp_path):
@@ -116,13 +120,16 @@ def test_a_long_run_is_thinned(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "python -m train.report RUN_DIR"),
-        (["absent"], "'absent' is not the folder of a run (no metrics.jsonl)"),
-        (["empty"], "has no line that can be read"),
-        (["run", "out=absent/x.html"], "could not be written"),
+        ([], "missing runs=..."),
+        (["run"], "'run' is not of the form key=value"),
+        (["runs=absent"], "is not the folder of a run (no metrics.jsonl)"),
+        (["runs=run,absent"], "is not the folder of a run (no metrics.jsonl)"),
+        (["runs=empty"], "has no line that can be read"),
+        (["runs=run", "out=run/metrics.jsonl/x.html"], "could not be written"),
+        (["runs=run", "out="], "out= is empty"),
     ],
 )
-def test_mistakes_end_in_words_and_leave_nothing(tmp_path, monkeypatch, arguments, message):
+def test_mistakes_end_in_words_and_leave_nothing(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run", lines=2)
     (tmp_path / "empty").mkdir()
@@ -130,7 +137,9 @@ def test_mistakes_end_in_words_and_leave_nothing(tmp_path, monkeypatch, argument
     before = set(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert message in str(caught.value) and set(tmp_path.rglob("*")) == before
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and message in said and said.count("\n") == 1
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_full_disk_leaves_the_page_before(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,15 @@ from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.diffusion import Diffusion
 from model.unet import TextState, UNet
-from tests.test_export import NET, TIMESTEPS, random_net, write_run
+from tests.checkpoints import changed_run, opened_manifests, random_net, write_run
+from tests.test_export import NET, TIMESTEPS
+from train.checkpoint.checkpoint import Checkpoint
+from train.config import SampleConfig
+from train.evaluation.evaluated_net import find_net
+from train.export import Export, export
 from train.sample import Sample, main, run
 from train.sampling.sampler import PRESETS, SCHEDULERS, make_scheduler, sample, set_steps
-from train.weights.pretrained import read_trained
+from train.weights.trained_net import load_net
 
 QUICK = ["n=3", "steps=5", "guidance_scale=3"]
 
@@ -36,15 +40,10 @@ def base(tmp_path_factory) -> Path:
     demo.main([f"out={base / 'shards'}", "samples=24", "shard_size=12"])
     write_tiny_t5(TinyT5(out=str(base / "t5"), dim=NET.encoder_dim))
     embed(Embed(str(base / "shards"), str(base / "text"), str(base / "t5"), 77, "float32", "float32"))
-    write_run(base / "run", NET, base / "text")
-    path = base / "run" / "checkpoints" / "step-00000007" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["text"] = asdict(TextMeta.read(base / "text"))
-    manifest["config"] |= {
-        "data": asdict(DataConfig(str(base / "shards"), str(base / "text"))), "sample": {"prompts": 2},
-        "precision": "fp32", "run_dir": "runs/small",
-    }  # fmt: skip
-    path.write_text(json.dumps(manifest))
+    write_run(
+        base / "run", NET, base / "text", diffusion_steps=TIMESTEPS, sample=SampleConfig(prompts=2),
+        data=DataConfig(str(base / "shards"), str(base / "text")),
+    )  # fmt: skip
     return base
 
 
@@ -132,7 +131,7 @@ def test_what_is_beyond_the_tokens_is_named(base, capsys):
 
 
 def trained_net(base: Path) -> UNet:
-    return read_trained(base / "run").load("ema", torch.device("cpu"))
+    return load_net(Checkpoint.open(base / "run"), "ema", torch.device("cpu"))
 
 
 def test_one_forward_a_step_and_one_projection_a_prompt(base, monkeypatch):
@@ -254,14 +253,14 @@ def test_the_learned_variance_makes_few_steps_keep_the_spread_of_the_data(steps)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("checkpoint=absent", "'absent' has no whole checkpoint"),
-        ("checkpoint=damaged", "'damaged' has no whole checkpoint"),
+        ("checkpoint=absent", "/absent' has no whole checkpoint"),
+        ("checkpoint=damaged", "/damaged' has no whole checkpoint"),
         ("checkpoint=foreign", "is not one of this version"),
         ("checkpoint=other_net", "don't fit the net"),
         ("checkpoint=no_encoder prompt=cat", "the encoder './gone/t5' cannot be loaded"),
         ("checkpoint=no_data", "the data of the training, with its captions, is not here"),
         ("checkpoint=no_data prompt=", "no embedding of the empty caption"),
-        ("checkpoint=re_embedded", "are others than those of the training"),
+        ("checkpoint=re_embedded", "are not those of the training, but made by"),
         ("prompt=cat encoder=other_t5", "is another encoder than the one that"),
         ("prompt=cat embeddings=x.npy", "choose one"),
         ("embeddings=x.npy", "cannot be read as .npy"),
@@ -276,22 +275,24 @@ def test_the_learned_variance_makes_few_steps_keep_the_spread_of_the_data(steps)
         ("steps=fast27", "made for ddpm and 1000 diffusion steps, this is DDPMScheduler with 250"),
         ("steps=60 scheduler=ddim", "steps=50 is the nearest"),
         ("steps=250 scheduler=dpm++", "take fewer"),
-        ("guidance_scale=nan", "guidance_scale=nan must be"),
-        ("guidance_scale=-1", "guidance_scale=-1.0 must be"),
+        ("guidance_scale=nan", "guidance_scale=nan must be at least 0"),
+        ("guidance_scale=-1", "guidance_scale=-1.0 must be at least 0"),
         ("n=0", "n=0 must be at least 1"),
         ("seed=-1", "seed=-1 must be at least 0"),
         ("weights=raw", "weights=raw must be one of ema, master"),
-        ("out=taken", "'taken' is there already"),
+        ("weights=masters", "(did you mean 'master'?)"),
+        ("out=taken", "/taken exists already: choose another out="),
         ("out=taken/file/x", "could not be written"),
     ],
 )
-def test_mistakes_end_in_one_line_and_leave_nothing(base, mistaken, tmp_path, monkeypatch, arguments, message):
+def test_mistakes_end_in_one_line_and_leave_nothing(base, mistaken, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(mistaken)
     before = set(mistaken.rglob("*"))
     given = [] if "checkpoint=" in arguments else [f"checkpoint={base / 'run'}"]
     with pytest.raises(SystemExit) as caught:
         main([*given, *([] if "steps=" in arguments else ["steps=2"]), *arguments.split()])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and error.startswith("error: ") and message in error
     assert set(mistaken.rglob("*")) == before
 
 
@@ -301,12 +302,7 @@ def mistaken(base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mistaken")
 
     def changed(name: str, change) -> Path:
-        shutil.copytree(base / "run", folder / name)
-        path = folder / name / "checkpoints" / "step-00000007" / "manifest.json"
-        manifest = json.loads(path.read_text())
-        change(manifest)
-        path.write_text(json.dumps(manifest))
-        return path.parent
+        return changed_run(base / "run", folder / name, change)
 
     (changed("damaged", lambda m: None) / "rank-00001.safetensors").write_bytes(b"half")
     changed("foreign", lambda m: m["config"]["model"].update(depth=3))
@@ -325,11 +321,11 @@ def mistaken(base, tmp_path_factory) -> Path:
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(base, tmp_path):
-    """A limit on the size of files, which fails as a full disk does, in the midst of writing."""
+    """A limit on the size of files fails as a full disk does, while the folder is written."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:
-        with pytest.raises(OSError, match=r"'full' could not be written .*: make space, or choose another out="):
+        with pytest.raises(OSError, match=r"'full' could not be written .*: make space there, or choose another place"):
             run(Sample(str(base / "run"), "a cat", n=2, steps="2", out="full"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -340,3 +336,20 @@ def test_the_masters_are_another_net(base):
     averaged, trained = pixels(draw(base, "prompt=a cat")), pixels(draw(base, "prompt=a cat", "weights=master"))
     assert (averaged - trained).abs().float().mean() > 1
     assert torch.equal(trained_net(base).out[2].bias, random_net(NET, 2).out[2].bias)
+
+
+@pytest.mark.parametrize("path", ["run", "run/checkpoints/step-00000007"])
+def test_a_manifest_is_read_once_when_a_net_is_loaded(base, tmp_path, path):
+    """Of a run with several checkpoints the newest one's, and no other."""
+    changed_run(base / "run", tmp_path / "run")
+    shutil.copytree(tmp_path / "run/checkpoints/step-00000007", tmp_path / "run/checkpoints/step-00000003")
+    newest = str(tmp_path / "run/checkpoints/step-00000007/manifest.json")
+    with opened_manifests() as opened:
+        run(Sample(str(tmp_path / path), "a cat", n=1, steps="2"))
+    assert opened == [newest]
+    with opened_manifests() as opened:
+        export(Export(str(tmp_path / path), str(tmp_path / "if"), encoder="auto"))
+    assert opened == [newest]
+    with opened_manifests() as opened:
+        find_net(str(tmp_path / path), "", "ema").load(torch.device("cpu"))
+    assert opened == [newest]

@@ -1,4 +1,7 @@
-"""512 ranks without 512 GPUs: the real engine with a fake process group, and plans; docs/plan.md says what is left."""
+"""512 ranks without 512 GPUs: the real engine with a fake process group, and plans.
+
+docs/measurements/plan.md says what this leaves open.
+"""
 
 import os
 import subprocess
@@ -10,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.loader.order import Order
-from launch.compose import compose_config
 from launch.cost.memory import partition, states
 from launch.cost.traffic import checkpoint_bytes
-from train.checkpoint.reader import CheckpointReader, part_file
+from train.checkpoint.format import part_file
+from train.checkpoint.reader import CheckpointReader
+from train.compose import compose_config
 from train.config import accumulation
 
 RANKS = 512
@@ -29,7 +33,7 @@ NET = OVERRIDES.split()
 def one_of_many(request, repo, tmp_path_factory) -> tuple[int, dict[str, torch.Tensor]]:
     out = tmp_path_factory.mktemp("rank") / "found.safetensors"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
-    command = [sys.executable, "-m", "tests.rank_of_many", str(request.param), str(RANKS), str(out), *NET]
+    command = [sys.executable, "-m", "tests.support.rank_of_many", str(request.param), str(RANKS), str(out), *NET]
     done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, load_file(out)

@@ -1,4 +1,4 @@
-"""The sbatch on a real Slurm: two nodes on this machine, warned, requeued, resumed, finished."""
+"""The batch script on a real Slurm of two nodes on this machine: warned, requeued, resumed, finished."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_cluster import Cluster, install
-from tests.trainings import SMALL, make_data, metrics
-from train.checkpoint.format import complete_checkpoints, read_manifest
+from tests.support.slurm_cluster import Cluster, install
+from tests.support.trainings import SMALL, make_data, metrics
+from train.checkpoint.format import latest_checkpoint, read_manifest
 
 pytestmark = pytest.mark.slow
 STEPS = 30
@@ -52,8 +52,8 @@ def wait_until(ready, what: str, log: Path, seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > until:
-            told = "\n".join(p.read_text()[-3000:] for p in [log, *log.parent.rglob("train-*.log")] if p.exists())
-            raise AssertionError(f"{what}: not within {seconds:g} s\n{told}")
+            output = "\n".join(p.read_text()[-3000:] for p in [log, *log.parent.rglob("train-*.log")] if p.exists())
+            raise AssertionError(f"{what}: not within {seconds:g} s\n{output}")
         time.sleep(0.3)
 
 
@@ -71,24 +71,24 @@ def test_warned_requeued_resumed_finished(cluster, repo, data, tmp_path):
     # What Slurm itself does at --signal=B:USR1@N: to the batch script alone.
     cluster.command("scancel", "--batch", "--signal=USR1", job)
     wait_until(
-        lambda: complete_checkpoints(run_dir) and cluster.state(job) != "RUNNING", "the end of the first start", log
+        lambda: latest_checkpoint(run_dir) and cluster.state(job) != "RUNNING", "the end of the first start", log
     )
-    stopped_at = read_manifest(complete_checkpoints(run_dir)[-1])["step"]
+    stopped_at = read_manifest(latest_checkpoint(run_dir))["step"]
     assert 3 <= stopped_at < STEPS and not (run_dir / "done").exists()
     wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job", log)
 
-    told = log.read_text()
-    assert cluster.state(job) == "COMPLETED", told[-3000:]
+    output = log.read_text()
+    assert cluster.state(job) == "COMPLETED", output[-3000:]
     assert (run_dir / "done").exists() and steps_made(run_dir) == STEPS
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1)), "each step once, none lost"
-    assert told.count("asked to save and leave") == 1 and f"stopped at step {stopped_at} as asked: requeued" in told
-    assert "finished: RUN_DIR/done is there" in told
-    assert read_manifest(complete_checkpoints(run_dir)[-1])["ranks"] == 2
+    assert output.count("asked to save and leave") == 1 and f"stopped at step {stopped_at} as asked: requeued" in output
+    assert "finished: RUN_DIR/done exists" in output
+    assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2
     assert {p.name for p in (run_dir / "logs").glob("train-*.log")} == {f"train-{job}-node{i}.log" for i in (1, 2)}
-    assert told.count("preflight: 2 nodes") == 1, "before the first start alone"
+    assert output.count("preflight: 2 nodes") == 1, "only before the first start"
 
 
-def test_a_mistake_is_told_and_not_requeued(cluster, repo, data, tmp_path):
+def test_a_mistake_is_reported_and_not_requeued(cluster, repo, data, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "job.log"
     job = submit(cluster, repo, log, *FIRST, f"run_dir={run_dir}", "data.shards=nowhere", PREFLIGHT="0")
     wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job", log)
@@ -98,7 +98,7 @@ def test_a_mistake_is_told_and_not_requeued(cluster, repo, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "environment", "overrides", "told"),
+    ("options", "environment", "overrides", "message"),
     [
         (("--array=0-1",), {}, (), "of an array"),
         ((), {"MASTER_ADDR": "elsewhere"}, (), "unset it, it is of another job"),
@@ -108,7 +108,7 @@ def test_a_mistake_is_told_and_not_requeued(cluster, repo, data, tmp_path):
         ((), {}, ("micro_bath=3",), "micro_bath"),
     ],
 )
-def test_what_cannot_work_is_told_in_a_line(cluster, repo, tmp_path, options, environment, overrides, told):
+def test_what_cannot_work_ends_in_one_line(cluster, repo, tmp_path, options, environment, overrides, message):
     log, hosts = tmp_path / "job.log", tmp_path / "hosts"
     hosts.write_text("node1 slots=1\nnode9 slots=1\n")
     if "HOSTFILE" in environment:
@@ -118,10 +118,10 @@ def test_what_cannot_work_is_told_in_a_line(cluster, repo, tmp_path, options, en
     job = submit(cluster, repo, log, *FIRST, f"run_dir={tmp_path}/run", *overrides, options=options, **environment)
     wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job", log, 60)
     lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert lines and all(told in line for line in lines), log.read_text()
+    assert lines and all(message in line for line in lines), log.read_text()
 
 
-def test_the_cards_own_line_in_an_allocation(cluster, repo, data, tmp_path):
+def test_the_command_of_the_model_card_in_an_allocation(cluster, repo, data, tmp_path):
     run_dir = tmp_path / "run"
     line = ["deepspeed", "train/main.py", *(o for o in FIRST if o != f"steps={STEPS}"), "steps=4", f"run_dir={run_dir}"]
     line += [f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
@@ -132,7 +132,7 @@ def test_the_cards_own_line_in_an_allocation(cluster, repo, data, tmp_path):
         cwd=repo, env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert read_manifest(complete_checkpoints(run_dir)[-1])["ranks"] == 2 and (run_dir / "done").exists()
+    assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2 and (run_dir / "done").exists()
 
 
 def test_a_missing_partition(cluster, repo):

@@ -1,18 +1,23 @@
 """Reading over HTTP and from S3: the right bytes whatever the server does, and no more tries than are agreed."""
 
+import errno
 import io
 import itertools
 import multiprocessing
+import os
 import random
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from data.storage import clients, locations
-from data.storage.clients import Unreadable
+from data.storage.atomic import atomic_file, atomic_folder
+from data.storage.clients import UnreadableError
 from data.storage.locations import join, list_names, open_location, read_bytes, size_of, split, write_whole
 
-pytest_plugins = ["faulty_server"]
+pytest_plugins = ["tests.support.faulty_server"]
 
 DATA = random.Random(0).randbytes(100_000)
 
@@ -35,10 +40,10 @@ def test_reads_and_seeks_are_those_of_a_file_in_memory(server):
     with open_location(join(server.where, "0.tar")) as found:
         for _ in range(300):
             if chance.random() < 0.5:
-                place, whence = chance.choice(
+                offset, whence = chance.choice(
                     [(chance.randrange(110_000), 0), (chance.randrange(9000), 1), (-chance.randrange(9000), 2)]
                 )
-                assert found.seek(place, whence) == expected.seek(place, whence)
+                assert found.seek(offset, whence) == expected.seek(offset, whence)
             n = chance.choice([1, 512, 5000, 40_000])
             assert found.read(n) == expected.read(n)
         assert size_of(found) == len(DATA) and found.read() == DATA
@@ -67,10 +72,10 @@ def test_after_so_many_tries_it_is_over(server, fault):
     server.faults, server.for_good = ["", "", fault], True
     with (
         open_location(join(server.where, "0.tar")) as file,
-        pytest.raises(Unreadable, match=r"some/0\.tar: 8 tries in a row"),
+        pytest.raises(UnreadableError, match=r"some/0\.tar: 8 tries in a row"),
     ):
         file.read()
-    assert len(server.asked) == 2 + locations.TRIES
+    assert len(server.asked) == 2 + locations.MAX_TRIES
 
 
 def test_waits_double_and_end_at_the_longest(server, monkeypatch):
@@ -78,14 +83,14 @@ def test_waits_double_and_end_at_the_longest(server, monkeypatch):
     monkeypatch.setattr(locations.time, "sleep", waits.append)
     monkeypatch.setattr(locations, "LONGEST_WAIT", 0.03)
     server.faults, server.for_good = ["500"], True
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableError):
         open_location(join(server.where, "0.tar"))
     whole = [0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.03]
     assert all(0.5 * w <= wait <= w for wait, w in zip(waits, whole, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("fault", "error"), [("404", FileNotFoundError), ("403", PermissionError), ("400", Unreadable)]
+    ("fault", "error"), [("404", FileNotFoundError), ("403", PermissionError), ("400", UnreadableError)]
 )
 def test_what_will_not_change_is_not_tried_again(server, fault, error):
     server.faults = [fault]
@@ -100,7 +105,7 @@ def test_a_file_that_changes_is_noticed(server):
     with open_location(join(server.where, "0.tar")) as file:
         file.read(100)
         server.put("0.tar", DATA[::-1])
-        with pytest.raises(Unreadable, match="changed while it was read"):
+        with pytest.raises(UnreadableError, match="changed while it was read"):
             file.read()
 
 
@@ -116,8 +121,8 @@ def test_reading_on_takes_few_requests_and_a_jump_takes_little(server):
     server.asked.clear()
     server.sent = 0
     with open_location(where) as file:
-        for place in range(100_000, 900_000, 100_000):
-            file.seek(place)
+        for position in range(100_000, 900_000, 100_000):
+            file.seek(position)
             assert file.read(100) == DATA[:100]
     assert server.sent <= 9 * locations.FIRST_BLOCK
 
@@ -152,18 +157,18 @@ def test_a_server_without_ranges_serves_small_files_and_is_named_for_large_ones(
     server.files.update({"small.tar": DATA[:1000], "large.tar": DATA * 10})
     server.faults, server.for_good = ["whole"], True
     assert read_bytes(f"{server.url}/small.tar") == DATA[:1000]
-    with open_location(f"{server.url}/large.tar") as file, pytest.raises(Unreadable, match="HTTP's Range"):
+    with open_location(f"{server.url}/large.tar") as file, pytest.raises(UnreadableError, match="HTTP's Range"):
         file.read()
 
 
-def test_nobody_there_is_told_in_one_line(monkeypatch):
+def test_a_server_that_is_not_there_is_an_error_in_one_line(monkeypatch):
     monkeypatch.setattr(locations, "FIRST_WAIT", 0.001)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(Unreadable, match="8 tries in a row") as told:
+    with pytest.raises(UnreadableError, match="8 tries in a row") as caught:
         open_location(f"{url}/0.tar")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_folders_are_listed_and_files_written(server):
@@ -191,3 +196,33 @@ def test_locations_are_taken_apart_and_put_together(tmp_path):
             open_location(wrong)
     write_whole(str(tmp_path / "a"), b"b")
     assert read_bytes(str(tmp_path / "a")) == b"b" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_cannot_be_written_names_the_remedy_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for location in (tmp_path / "file" / "a", tmp_path / ("x" * 300)):
+        with pytest.raises(OSError, match=r"'.*' could not be written \(.*\): make space there, or choose another"):
+            write_whole(str(location), b"b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+def test_an_error_about_another_file_passes_as_it_is(tmp_path, write):
+    with pytest.raises(FileNotFoundError, match="nowhere"), write(tmp_path / "a"):
+        (tmp_path / "nowhere").read_bytes()
+    with pytest.raises(UnreadableError, match=r"^8 tries$"), write(tmp_path / "a"):
+        raise UnreadableError("8 tries")
+    with pytest.raises(OSError, match=r"a' could not be written \(No space left on device\)"), write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_finding_reading_and_ordering_samples_needs_no_torch(repo):
+    """So that commands which do no more begin at once."""
+    modules = (
+        "data.images, data.loader.cursor, data.loader.dataset, data.loader.mixture, data.prepare.packing, "
+        "data.prepare.scenes, data.inspection.page, data.text.captions, data.text.sidecar_check, data.embed"
+    )
+    code = f"import sys, {modules}\nprint({{'torch', 'transformers', 'matplotlib'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -73,7 +73,10 @@ def read(
     datasets, meta = find_datasets(config), TextMeta.read(config.text)
     parts, bad = [], []
     for rank in range(ranks):
-        data = MicroBatches(config, datasets, meta, 8, 0, global_batch, micro_batch, rank, ranks, steps.start)
+        data = MicroBatches(
+            config, datasets, meta, image_size=8, seed=0, global_batch=global_batch, micro_batch=micro_batch, rank=rank,
+            ranks=ranks, step=steps.start,
+        )  # fmt: skip
         batches = micro_batches(data, workers, pin_memory=False)
         per_step = global_batch // ranks // micro_batch
         got = [next(batches) for _ in range(len(steps) * per_step)]
@@ -96,7 +99,9 @@ def test_ranks_workers_and_micro_batches_change_nothing(config, ranks, micro_bat
 def test_embeddings_that_vanish_are_bad_samples_or_the_end(config, unreadable):
     # One block over all shards: when the sidecars go, most of them have not been read yet.
     config.streams, config.phases, config.shuffle_block, config.unreadable_shard = 1, 1, 50, unreadable
-    data = MicroBatches(config, find_datasets(config), TextMeta.read(config.text), 8, 0, 10, 1, 0, 1, 0)
+    data = MicroBatches(
+        config, find_datasets(config), TextMeta.read(config.text), image_size=8, seed=0, global_batch=10, micro_batch=1
+    )  # fmt: skip
     batches = micro_batches(data, 0, pin_memory=False)
     assert next(batches).bad == []
     for sidecar in Path(config.text).glob("*.tar"):
@@ -143,7 +148,9 @@ def test_a_resume_with_other_ranks_and_workers_goes_on_with_the_very_next_sample
 
 def test_killed_workers_cost_no_sample_and_bring_none_twice(config, caplog):
     expected = read(config, range(50))[2].flatten().tolist()
-    data = MicroBatches(config, find_datasets(config), TextMeta.read(config.text), 8, 0, 16, 4, rank=0, ranks=1, step=0)
+    data = MicroBatches(
+        config, find_datasets(config), TextMeta.read(config.text), image_size=8, seed=0, global_batch=16, micro_batch=4
+    )  # fmt: skip
     state = torch.get_rng_state()
     others = set(active_children())
     batches, visits = micro_batches(data, 2, pin_memory=False), []
@@ -152,7 +159,7 @@ def test_killed_workers_cost_no_sample_and_bring_none_twice(config, caplog):
             worker = sorted(set(active_children()) - others, key=lambda process: process.pid)[number % 2]
             os.kill(worker.pid, signal.SIGKILL)
         if number == 61:
-            worker.join()  # the trainer is told while it does something else, and goes on
+            worker.join()  # the trainer gets the signal of its death while it does something else, and goes on
         visits += next(batches).visit.tolist()
     assert visits == expected
     assert torch.equal(state, torch.get_rng_state()), "the trainer's own draws stay the same"
@@ -281,7 +288,7 @@ def test_prompts_are_captions_with_their_own_embeddings(config):
     assert [emb[0, 0] for _, emb in prompts] == [0, 10, 20, 30, 40]
 
 
-def test_what_does_not_fit_is_told_before_training(config, tmp_path):
+def test_what_does_not_fit_is_refused_before_training(config, tmp_path):
     shards = find_shards(config.shards)
     with pytest.raises(ValueError, match=r"8 wide .* model.encoder_dim is 4096: set model.encoder_dim=8"):
         check_sidecars(shards, config.text, TOKENS, 4096)

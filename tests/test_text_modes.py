@@ -14,15 +14,15 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 from data.config import DataConfig, TextConfig
 from data.embed import Embed, embed
 from data.loader.batch import Batch
-from data.loader.dataset import find_datasets
 from data.loader.prompts import stored_prompts
 from data.loader.stream import MicroBatches, micro_batches
 from data.storage.tars import write_shard
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
-from model.unet import UNetConfig
-from tests.test_export import NET, write_run
+from model.config import UNetConfig
+from tests.checkpoints import write_run
+from tests.test_export import NET
 from train.config import Config
 from train.export import Export, export
 from train.inputs import Inputs, find_inputs
@@ -48,19 +48,20 @@ def base(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("modes")
     write_tiny_t5(TinyT5(out=str(base / "t5"), dim=48))
     write_shards(base / "shards")
-    told = {"encoder": str(base / "t5"), "tokens": TOKENS, "compute": "float32", "dtype": "float32"}
-    embed(Embed(str(base / "shards"), str(base / "text"), **told))
-    embed(Embed("", str(base / "meta-alone"), **told, mode="meta"))
+    settings = {"encoder": str(base / "t5"), "tokens": TOKENS, "compute": "float32", "dtype": "float32"}
+    embed(Embed(str(base / "shards"), str(base / "text"), **settings))
+    embed(Embed("", str(base / "meta-alone"), **settings, mode="meta"))
     return base
 
 
 def inputs(base: Path, mode: str, drop: float) -> tuple[Config, Inputs]:
     text = base / ("text" if mode == "stored" else "meta-alone")
-    data = DataConfig(
-        shards=str(base / "shards"), text=str(text), tokens=TOKENS, streams=4, shuffle_block=5, cond_drop_prob=drop
-    )
-    config = Config(data=data, text=TextConfig(mode), model=UNetConfig(encoder_dim=48, image_size=8))
-    return config, find_inputs(config, rank=0)
+    data = DataConfig(shards=str(base / "shards"), text=str(text), streams=4, shuffle_block=5, cond_drop_prob=drop)
+    model = UNetConfig(image_size=8, attention_resolutions=[8], att_pool_heads=4)
+    config = Config(data=data, text=TextConfig(mode), model=model)
+    found = find_inputs(config, rank=0)
+    assert (config.data.tokens, config.model.encoder_dim) == (TOKENS, 48), "as the meta file of the embeddings says"
+    return config, found
 
 
 def batches(base: Path, mode: str, drop: float = 0.3, workers: int = 0, ranks: int = 1, n: int = 20) -> list:
@@ -68,7 +69,10 @@ def batches(base: Path, mode: str, drop: float = 0.3, workers: int = 0, ranks: i
     config, found = inputs(base, mode, drop)
     parts, bad = [], set()
     for rank in range(ranks):
-        stream = MicroBatches(config.data, found.datasets, found.meta, 8, 0, 8, 8 // ranks, rank, ranks, 0)
+        stream = MicroBatches(
+            config.data, found.datasets, found.meta, image_size=8, seed=0, global_batch=8, micro_batch=8 // ranks,
+            rank=rank, ranks=ranks,
+        )  # fmt: skip
         source = micro_batches(stream, workers, pin_memory=False)
         got: list[Batch] = [next(source) for _ in range(n)]
         bad |= {tuple(one) for batch in got for one in batch.bad}
@@ -99,7 +103,7 @@ def test_prompts_of_a_run_need_no_stored_embeddings(base):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_what_cannot_be_run_online_is_told_before_anything_starts(base, tmp_path):
+def test_what_cannot_be_run_online_is_refused_before_anything_starts(base, tmp_path):
     config, _ = inputs(base, "online", 0.0)
     write_tiny_t5(TinyT5(out=str(tmp_path / "other"), dim=48, seed=1))
     for encoder, message in (("gone", r"the encoder '.*gone' cannot be loaded"), ("other", "is another encoder than")):
@@ -146,10 +150,12 @@ def test_dropout_is_keyed_by_sample_and_epoch(base, tmp_path):
     found, more = dropped(base, 0.3, 50), dropped(base, 0.6, 50)
     assert all(more[visit] for visit, was in found.items() if was)
     assert sum(more.values()) > sum(found.values()) > 0
-    config, told = inputs(base, "stored", 0.3)
+    config, stored = inputs(base, "stored", 0.3)
     config.data.streams, config.data.shuffle_block = 1, 40
-    other = MicroBatches(config.data, told.datasets, told.meta, 8, 0, 10, 10, 0, 1, 0)
-    empty = torch.from_numpy(read_empty(base / "text", told.meta))
+    other = MicroBatches(
+        config.data, stored.datasets, stored.meta, image_size=8, seed=0, global_batch=10, micro_batch=10
+    )  # fmt: skip
+    empty = torch.from_numpy(read_empty(base / "text", stored.meta))
     for batch, _ in zip(micro_batches(other, 0, pin_memory=False), range(30), strict=False):
         for visit, emb in zip(batch.visit.tolist(), batch.text_emb, strict=True):
             assert visit % SAMPLES in (17, 18) or torch.equal(emb, empty) == found[visit]
@@ -184,8 +190,8 @@ def test_data_embed_online_and_the_exported_pipeline_agree(shared, tmp_path, com
     Image.new("RGB", (16, 16)).save(buffer, "JPEG")
     rows = [(f"{n:03d}", {"jpg": buffer.getvalue(), "txt": text.encode()}) for n, text in enumerate(captions)]
     write_shard(tmp_path / "shards" / "0.tar", rows)
-    told = {"encoder": str(tmp_path / "t5"), "compute": compute, "dtype": "float32", "batch": 4}
-    embed(Embed(str(tmp_path / "shards"), str(tmp_path / "text"), **told))
+    settings = {"encoder": str(tmp_path / "t5"), "compute": compute, "dtype": "float32", "batch": 4}
+    embed(Embed(str(tmp_path / "shards"), str(tmp_path / "text"), **settings))
 
     states = {}
     for mode in ("stored", "online"):
@@ -195,8 +201,9 @@ def test_data_embed_online_and_the_exported_pipeline_agree(shared, tmp_path, com
         )  # fmt: skip
         config = Config(data=data, text=TextConfig(mode), model=replace(NET, image_size=8))
         found = find_inputs(config, 0)
-        stream = MicroBatches(data, find_datasets(data), found.meta, 8, 0, len(rows), len(rows), 0, 1, 0)
-        stream = stream if mode == "stored" else MicroBatches(data, found.datasets, found.meta, 8, 0, 10, 10, 0, 1, 0)
+        stream = MicroBatches(
+            data, found.datasets, found.meta, image_size=8, seed=0, global_batch=len(rows), micro_batch=len(rows)
+        )  # fmt: skip
         batch = next(micro_batches(stream, 0, pin_memory=False))
         assert not batch.bad
         states[mode] = found.text_emb(batch, CPU).float()[batch.visit.argsort()]

@@ -16,11 +16,11 @@ from data.index import Index, index
 from data.loader.dataset import Dataset
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import read_shard, write_shard
-from model.unet import UNet, UNetConfig
-from tests.faulty_server import serving
-from tests.trainings import STEPS, free_port, launch, make_data, metrics
-from train.checkpoint.format import complete_checkpoints
-from train.checkpoint.reader import load_weights
+from model.unet import UNet
+from tests.support.faulty_server import serving
+from tests.support.trainings import STEPS, free_port, launch, make_data, metrics
+from train.checkpoint.checkpoint import Checkpoint
+from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 from train.checkpoint.resume import check_same_everywhere
 from train.config import Config
 
@@ -84,7 +84,7 @@ def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for low, full in list(zip(metrics(tmp_path / "bf16"), metrics(two_ranks), strict=False))[:2]:
         assert low["loss"] == pytest.approx(full["loss"], rel=0.03)
-    state = load_file(complete_checkpoints(tmp_path / "bf16")[-1] / "rank-00000.safetensors")
+    state = load_file(latest_checkpoint(tmp_path / "bf16") / "rank-00000.safetensors")
     assert state["master"].dtype == state["ema"].dtype == torch.float32
     finer = state["master"].bfloat16().float() != state["master"]
     assert finer.float().mean() > 0.5, "the masters are finer than bf16"
@@ -121,7 +121,7 @@ def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
         file.write('{"step": 7, "lo')
     (run_dir / "checkpoints" / "step-00000006.part").mkdir()
     # What is kept for backward may change on the way: it makes no difference to a single bit.
-    done = launch(repo, data, run_dir, "wandb.mode=disabled", "model.memory=recompute_cheap", ranks=2)
+    done = launch(repo, data, run_dir, "wandb.mode=disabled", "recompute=cheap", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     names = ("step", "loss", "mse", "vb", "lr", "grad_norm")
     assert [[line[n] for n in names] for line in metrics(run_dir)] == [
@@ -169,26 +169,25 @@ def test_a_shard_that_stays_unreadable_ends_the_run_or_is_passed_over(repo, data
 
 
 def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
-    unet = UNet(
-        UNetConfig(**json.loads((complete_checkpoints(two_ranks)[-1] / "manifest.json").read_text())["config"]["model"])
-    )
+    checkpoint = Checkpoint.open(two_ranks)
+    unet = UNet(checkpoint.model)
     for name in ("ema", "master"):
-        weights = load_weights(complete_checkpoints(two_ranks)[-1], name)
+        weights = checkpoint.weights(name)
         unet.load_state_dict(weights, strict=True)
         assert weights["out.2.weight"].abs().max() > 0, "the zero-initialised layer has moved"
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
-        load_weights(two_ranks / "checkpoints")
+    with pytest.raises(ValueError, match="has no whole checkpoint"):
+        Checkpoint.open(two_ranks / "checkpoints")
 
 
 def test_a_run_begins_from_the_weights_of_another_in_full_precision(repo, data, two_ranks, tmp_path):
-    weights, run_dir = load_weights(complete_checkpoints(two_ranks)[-1]), tmp_path / "tuned"
+    weights, run_dir = Checkpoint.open(two_ranks).weights("ema"), tmp_path / "tuned"
     # A rate of nearly nothing: what is saved after the first steps is what was begun with.
     still = ("optim.lr_start=1e-12", "optim.lr_peak=1e-12", "optim.lr_end=1e-12", "precision=bf16")
     begin = ("wandb.mode=disabled", "steps=3", f"init_from={two_ranks}", *still)
     done = launch(repo, data, run_dir, *begin, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in ("master", "ema"):
-        for name, value in load_weights(complete_checkpoints(run_dir)[-1], kind).items():
+        for name, value in Checkpoint.open(run_dir).weights(kind).items():
             torch.testing.assert_close(value, weights[name], rtol=1e-6, atol=1e-9)
     assert metrics(run_dir)[0]["mse"] < metrics(two_ranks)[0]["mse"] - 0.02
     # Once there is a checkpoint, the run goes on from that.

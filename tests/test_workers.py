@@ -16,11 +16,11 @@ from data.loader.workers import LoaderDied, Workers
 def toy_workers(act: Callable[[int], None], samples: int = 32) -> Workers:
     """Batches whose visit is their number, by two processes that first call act with it."""
 
-    def fill(first: int, stride: int, places: list[Batch]) -> Iterator[Batch]:
-        for number, place in zip(itertools.count(first, stride), itertools.cycle(places)):
+    def fill(first: int, stride: int, buffers: list[Batch]) -> Iterator[Batch]:
+        for number, buffer in zip(itertools.count(first, stride), itertools.cycle(buffers)):
             act(number)
-            place.visit[:] = number
-            yield place
+            buffer.visit[:] = number
+            yield buffer
 
     return Workers(fill, lambda: Batch.shared(samples, 1, (1, 1), torch.float32), "number {}".format, 0, 2, False)
 
@@ -50,8 +50,8 @@ def test_an_error_in_a_worker_is_the_runs_error():
 
 
 def test_a_worker_that_hangs_ends_the_run_and_a_slow_one_does_not(monkeypatch):
-    monkeypatch.setattr("data.loader.workers.LOOK_EVERY", 0.1)
-    monkeypatch.setattr("data.loader.workers.LONGEST_WAIT", 1.5)
+    monkeypatch.setattr("data.loader.workers.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("data.loader.workers.HANG_SECONDS", 1.5)
     batches = toy_workers(lambda number: time.sleep({2: 0.5, 4: 100}.get(number, 0)))
     assert [int(next(batches).visit[0]) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(LoaderDied, match=r"no loader worker made a batch for [12] s before micro batch 4"):

@@ -1,18 +1,27 @@
-"""The typed configuration of a run, and the checks that go across its fields."""
+"""The typed configuration of a run. Imports no torch, so that it is read and checked at once."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from data.checks import check_at_least, check_choice, check_share
+from data.cli import location
 from data.config import DataConfig, TextConfig
 from data.loader.mixture import share_out
-from model.unet import UNetConfig
+from model.config import RECOMPUTE, UNetConfig
 
 
 @dataclass(slots=True)
 class OptimConfig:
-    """AdamW and the OneCycle cosine schedule; lr per optimizer step.
+    """AdamW with the OneCycle cosine schedule; learning rates are per optimizer step.
 
-    name: 'adamw8bit' (bitsandbytes) or 'adamw' (torch).  grad_clip: largest norm of the whole gradient, 0 for none.
+    name: adamw8bit (bitsandbytes) or adamw (torch).
+    lr_start: learning rate of the first step.
+    lr_peak: learning rate at the end of the warm-up.
+    lr_end: learning rate of the last step.
+    warmup_steps: steps from lr_start to lr_peak.
+    betas: decay of the two moments.
+    eps: added to the square root of the second moment.
+    weight_decay: decoupled, relative to the learning rate.
+    grad_clip: largest norm of the whole gradient; 0 does not clip.
     """
 
     name: str = "adamw8bit"
@@ -25,12 +34,25 @@ class OptimConfig:
     weight_decay: float = 0.01
     grad_clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_choice("optim.name", self.name, ("adamw8bit", "adamw"))
+        check_at_least("optim.warmup_steps", self.warmup_steps, 2)
+        check_at_least("optim.grad_clip", self.grad_clip, 0)
+        if not 0 < self.lr_end <= self.lr_start <= self.lr_peak:
+            raise ValueError(
+                f"optim.lr_end={self.lr_end} <= optim.lr_start={self.lr_start} <= optim.lr_peak={self.lr_peak} "
+                "does not hold: OneCycle rises from the start to the peak and falls to the end"
+            )
+
 
 @dataclass(slots=True)
 class SampleConfig:
-    """The sample grids of a run: prompts are captions of its data.
+    """The sample grids of a run, drawn from captions of its data.
 
-    every: steps between grids, 0 for one at the end alone.  steps: sampler steps.  guidance_scales: a row for each.
+    every: steps between grids; 0 for one at the end alone.
+    prompts: captions of a grid.
+    guidance_scales: classifier-free guidance, a row of the grid for each.
+    steps: steps of the sampler.
     """
 
     every: int = 0
@@ -38,50 +60,89 @@ class SampleConfig:
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 4.0, 7.0])
     steps: int = 50
 
+    def __post_init__(self) -> None:
+        check_at_least("sample.every", self.every, 0)
+        check_at_least("sample.prompts", self.prompts, 1)
+        check_at_least("sample.steps", self.steps, 2)
+        if not self.guidance_scales or min(self.guidance_scales) < 0:
+            raise ValueError(
+                f"sample.guidance_scales={list(self.guidance_scales)} must be one or more numbers from 0 on"
+            )
+
 
 @dataclass(slots=True)
 class WandbConfig:
-    """Weights & Biases; metrics.jsonl is written in any case.  mode: online, offline or disabled."""
+    """Weights & Biases; metrics.jsonl is written in any case.
+
+    mode: online, offline or disabled.
+    project: name of the project there.
+    """
 
     mode: str = "online"
     project: str = "if-stage1"
 
+    def __post_init__(self) -> None:
+        check_choice("wandb.mode", self.mode, ("online", "offline", "disabled"))
+
 
 @dataclass(slots=True)
 class LoRAConfig:
-    """Fine-tuning of low-rank matrices beside the attention's projections, the net itself frozen (Hu et al. 2021).
+    """Fine-tuning of low-rank matrices beside the attention's projections; the net is frozen (Hu et al. 2021).
 
-    rank: 0 trains the whole net.  alpha: what is learned is scaled by alpha / rank.
+    rank: rank of the matrices; 0 trains the whole net instead.
+    alpha: what the matrices add is scaled by alpha / rank.
     """
 
     rank: int = 0
     alpha: float = 8.0
+
+    def __post_init__(self) -> None:
+        check_at_least("lora.rank", self.rank, 0)
 
 
 @dataclass(slots=True)
 class Config:
     """One run.
 
+    run_dir: folder of the run: checkpoints, metrics, samples. A run goes on from the latest checkpoint in it.
+    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; without, random ones. Of no
+        effect once run_dir has a checkpoint.
+    seed: of every random draw.
+    steps: optimizer steps of the whole run.
+    global_batch: samples of an optimizer step, over all ranks.
     micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks.
-    diffusion_steps: T.  precision: 'bf16' or 'fp32'.  *_every: in optimizer steps.
-    keep_checkpoints: the latest so many are kept, and of the older ones each keep_every-th step, 0 for none.
-    init_from: weights to begin with, see train/weights/pretrained.py; none: random. Of no effect where run_dir
-    has a checkpoint to go on from.
-    max_skipped: steps in a row without a finite loss and gradient, each of them skipped, that end the run.
-    hang_seconds: without a micro batch made, until a rank prints its stacks and ends; above the 540 s that the loader
-    waits for storage, below the 600 s of the collectives' own limit, which tells less.
-    compile: torch.compile for the net, which takes minutes at the start; meant for GPUs, where it fuses what lies
-    between convolutions.
+    diffusion_steps: T, the timesteps of the diffusion.
+    precision: bf16 or fp32.
+    recompute: what backward computes again to save memory: none, cheap (norms, activations, copies) or blocks
+        (everything inside the blocks); the gradients are the same. docs/measurements/benchmarks.md.
+    compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs.
+    ema_decay: decay a step of the weights' exponential moving average.
+    log_every: optimizer steps between lines of metrics.
+    save_every: optimizer steps between checkpoints.
+    keep_checkpoints: the latest so many are kept.
+    keep_every: of the older ones, those of every so many steps are kept too; 0 for none.
+    max_skipped: the run ends after so many steps in a row without a finite loss and gradient; each is skipped.
+    hang_seconds: a rank that makes no micro batch for so long prints its stacks and ends. Above the 540 s that the
+        loader waits for storage, and below the 600 s of the collectives' own limit, whose message says less.
+    dry_run: say what would run, and leave.
+    model: the shape of the net.
+    lora: fine-tuning of low-rank matrices.
+    data: where the samples lie and how they are read.
+    text: where text embeddings come from.
+    optim: the optimizer and its schedule.
+    sample: the sample grids.
+    wandb: Weights & Biases.
     """
 
-    run_dir: str = "runs/run"
-    init_from: str = ""
+    run_dir: str = location("runs/run")
+    init_from: str = location("")
     seed: int = 0
     steps: int = 2_420_000
     global_batch: int = 3072
     micro_batch: int = 6
     diffusion_steps: int = 1000
     precision: str = "bf16"
+    recompute: str = "none"
     compile: bool = False
     ema_decay: float = 0.9999
     log_every: int = 50
@@ -98,6 +159,30 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "diffusion_steps", "log_every", "save_every",
+                     "keep_checkpoints", "max_skipped", "hang_seconds"):  # fmt: skip
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("seed", self.seed, 0)
+        check_at_least("keep_every", self.keep_every, 0)
+        check_choice("precision", self.precision, ("bf16", "fp32"))
+        check_choice("recompute", self.recompute, RECOMPUTE)
+        check_share("ema_decay", self.ema_decay)
+        if self.lora.rank and not self.init_from:
+            raise ValueError(f"lora.rank={self.lora.rank} adds to a trained net: name its weights in init_from")
+        if self.sample.steps > self.diffusion_steps:
+            raise ValueError(f"sample.steps={self.sample.steps} must be at most diffusion_steps={self.diffusion_steps}")
+        if self.optim.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} must lie between 2 and steps={self.steps} - 1: "
+                "change one of them"
+            )
+        if self.data.streams > self.global_batch:
+            raise ValueError(
+                f"data.streams={self.data.streams} must lie between 1 and global_batch={self.global_batch}"
+            )
+        share_out(self.global_batch, [dataset.weight for dataset in self.data.datasets()])
 
 
 def accumulation(config: Config, ranks: int) -> int:
@@ -118,91 +203,3 @@ def accumulation(config: Config, ranks: int) -> int:
             f"micro_batch={config.micro_batch}: {remedy}"
         )
     return whole
-
-
-def check_nodes(environment: Mapping[str, str], ranks: int) -> None:
-    """Raises: ValueError if Slurm gave several nodes and the launcher, which does not know Slurm, took one of them."""
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES") or 1)
-    of_this_node = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE")
-    if nodes > 1 and of_this_node and int(of_this_node) == ranks:
-        raise ValueError(
-            f"the job has {nodes} nodes, and all {ranks} ranks were started on this one: put launch/slurm/bin first on "
-            "PATH, or submit launch/slurm/train.sbatch; for this node alone, unset SLURM_JOB_NUM_NODES"
-        )
-
-
-def check(config: Config) -> None:
-    """Look for values that cannot be or that clash.
-
-    Raises: ValueError naming the values and what to change.
-    """
-    positive = (
-        "steps",
-        "global_batch",
-        "micro_batch",
-        "diffusion_steps",
-        "log_every",
-        "save_every",
-        "keep_checkpoints",
-        "max_skipped",
-        "hang_seconds",
-    )
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    for name, value, allowed in (
-        ("precision", config.precision, ("bf16", "fp32")),
-        ("optim.name", config.optim.name, ("adamw8bit", "adamw")),
-        ("text.mode", config.text.mode, ("stored", "online")),
-        ("wandb.mode", config.wandb.mode, ("online", "offline", "disabled")),
-        ("data.unreadable_shard", config.data.unreadable_shard, ("skip", "fail")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value} must be one of {', '.join(allowed)}")
-    for name, share in (
-        ("data.cond_drop_prob", config.data.cond_drop_prob),
-        ("data.max_bad_share", config.data.max_bad_share),
-        ("ema_decay", config.ema_decay),
-    ):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}={share} must lie between 0 and 1")
-    at_least: tuple[tuple[str, float, int], ...] = (
-        ("seed", config.seed, 0),
-        ("data.workers", config.data.workers, 0),
-        ("data.phases", config.data.phases, 1),
-        ("data.shuffle_block", config.data.shuffle_block, 1),
-        ("data.crop_shift", config.data.crop_shift, 0),
-        ("keep_every", config.keep_every, 0),
-        ("sample.every", config.sample.every, 0),
-        ("sample.prompts", config.sample.prompts, 1),
-        ("sample.steps", config.sample.steps, 2),
-        ("optim.grad_clip", config.optim.grad_clip, 0),
-        ("lora.rank", config.lora.rank, 0),
-    )
-    for name, number, least in at_least:
-        if number < least:
-            raise ValueError(f"{name}={number} must be at least {least}")
-    if not config.sample.guidance_scales or min(config.sample.guidance_scales) < 0:
-        raise ValueError(
-            f"sample.guidance_scales={list(config.sample.guidance_scales)} must be one or more numbers from 0 on"
-        )
-    if config.lora.rank and not config.init_from:
-        raise ValueError(f"lora.rank={config.lora.rank} adds to a trained net: name its weights in init_from")
-    if config.sample.steps > config.diffusion_steps:
-        raise ValueError(f"sample.steps={config.sample.steps} must be at most diffusion_steps={config.diffusion_steps}")
-    optim = config.optim
-    if not 0 < optim.lr_end <= optim.lr_start <= optim.lr_peak:
-        raise ValueError(
-            f"optim.lr_end={optim.lr_end} <= optim.lr_start={optim.lr_start} <= optim.lr_peak={optim.lr_peak} "
-            "does not hold: OneCycle rises from the start to the peak and falls to the end"
-        )
-    if not 1 < optim.warmup_steps < config.steps:
-        raise ValueError(
-            f"optim.warmup_steps={optim.warmup_steps} must lie between 2 and steps={config.steps} - 1: "
-            "change one of them"
-        )
-    share_out(config.global_batch, [dataset.weight for dataset in config.data.datasets()])
-    if not 1 <= config.data.streams <= config.global_batch:
-        raise ValueError(
-            f"data.streams={config.data.streams} must lie between 1 and global_batch={config.global_batch}"
-        )

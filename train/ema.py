@@ -1,4 +1,4 @@
-"""The moving average of the weights: fp32, on each rank's own part of the masters."""
+"""The exponential moving average (EMA) of the weights: fp32, each rank keeps its own part of it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,11 @@ from train.engine import Engine
 
 
 class EMA:
-    """average <- d x average + (1 - d) x masters after each step, with d = min(decay, (1 + step) / (10 + step)).
+    """average <- d x average + (1 - d) x weights after each step, with d = min(decay, (1 + step) / (10 + step)).
 
-    The smaller d at first lets a short run forget its random start; at 0.9999 it is over after 90,000 steps.
-    In bf16 a decay of 0.9999 would not move: its steps lie below the format's resolution.
+    The smaller d of the first steps lets a short run forget its random start; at decay 0.9999 it ends after 90,000
+    steps. The average is fp32 and follows the fp32 master weights: in bf16 a decay of 0.9999 changes nothing, since its
+    updates are smaller than the resolution of the format.
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:
@@ -22,17 +23,17 @@ class EMA:
 
     @torch.no_grad()
     def update(self, engine: Engine, step: int) -> None:
-        """Take in the masters of the step just made, the first being step 1."""
+        """Average in the weights that a step has made; the first step is 1."""
         self.average.lerp_(engine.master, 1.0 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextmanager
     def in_place_of_weights(self, engine: Engine) -> Iterator[None]:
-        """Within it the model of every rank has the averaged weights; a collective call."""
-        kept = engine.master.detach().clone()
+        """Inside the block the model of every rank has the averaged weights; a collective call."""
+        weights = engine.master.detach().clone()
         engine.master.data.copy_(self.average)
         engine.push_master()
         try:
             yield
         finally:
-            engine.master.data.copy_(kept)
+            engine.master.data.copy_(weights)
             engine.push_master()

@@ -1,59 +1,48 @@
-"""LoRA beside the attention's projections, and as a file: `python -m train.export_lora checkpoint=RUN_DIR out=DIR`."""
+"""The LoRA of a run for diffusers' IFPipeline: `python -m train.export_lora checkpoint=RUN_DIR out=DIR`."""
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import MISSING
-
-from data.cli import command
-from train.weights.lora import FILE, trained_adapter
+from data.checks import check_absent, check_choice
+from data.cli import command, location
+from data.storage.atomic import atomic_folder
+from train.checkpoint.format import WEIGHTS
 
 
 @dataclass
-class Export:
+class ExportLora:
     """Writes the LoRA that a run trained as a folder for IFPipeline.load_lora_weights.
 
-    checkpoint: a run's folder, for its latest, or a step's folder. weights: ema or master.
+    checkpoint: the folder of a run, whose newest checkpoint is taken, or of one step
+    out: the folder to write
+    weights: ema (their moving average) or master
     """
 
-    checkpoint: str = MISSING
-    out: str = MISSING
+    checkpoint: str = location()
+    out: str = location()
     weights: str = "ema"
 
 
-def export(args: Export) -> None:
-    """Write the folder aside, then rename.
+def export_lora(args: ExportLora) -> None:
+    """Write the folder.
 
     Raises: ValueError for what cannot be exported; OSError if it cannot be written.
     """
-    from diffusers import IFPipeline
+    check_choice("weights", args.weights, WEIGHTS)
+    check_absent("out", args.out)
+    # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
+    from train.checkpoint.checkpoint import Checkpoint
+    from train.weights.lora import FILE, save_adapter
 
-    from train.weights.pretrained import read_trained  # it reads fine-tuned runs, and so imports this
-
-    out = Path(args.out)
-    if out.exists():
-        raise ValueError(f"'{out}' is there already: choose another out=, or delete it")
-    trained = read_trained(args.checkpoint)
-    lora = trained.run.get("lora", {"rank": 0})
-    if not lora["rank"]:
-        raise ValueError(f"'{trained.folder}' is of a whole net, not of a LoRA: `python -m train.export` takes it out")
-    adapter = trained_adapter(trained.folder, args.weights, trained.run, trained.model)
-    modules = sorted({key.rsplit(".lora_", 1)[0] for key in adapter.lora})
-    aside = out.with_name(out.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    IFPipeline.save_lora_weights(
-        aside, adapter.lora,
-        unet_lora_adapter_metadata={"r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": modules},
-    )  # fmt: skip
-    os.replace(aside, out)
-    print(f"{out / FILE}: rank {lora['rank']}, {args.weights} weights of step {trained.step}; "
-          f"IFPipeline.load_lora_weights('{out}') lays it over the net of {trained.run['init_from']}")  # fmt: skip
+    out, checkpoint = Path(args.out), Checkpoint.open(args.checkpoint)
+    with atomic_folder(out) as folder:
+        save_adapter(folder, checkpoint, args.weights)
+    print(f"{out / FILE}: rank {checkpoint.config['lora']['rank']}, {args.weights} weights of step {checkpoint.step}; "
+          f"IFPipeline.load_lora_weights('{out}') adds it to the net of {checkpoint.config['init_from']}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    command(export, Export, argv)
+    command(export_lora, ExportLora, argv)
 
 
 if __name__ == "__main__":

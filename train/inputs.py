@@ -1,7 +1,7 @@
-"""What a run needs from outside, looked for before any training, and the run in words."""
+"""What a run needs from outside, found and checked before any training: data, embeddings, weights to begin from."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +12,22 @@ from data.loader.batch import Batch
 from data.loader.dataset import Dataset, find_datasets
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
-from train.checkpoint.format import complete_checkpoints
+from train.checkpoint.format import latest_checkpoint
 from train.config import Config
 from train.weights.pretrained import load_pretrained
 
-if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online has need of it
+if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online needs it
     from data.text.encoder import TextEncoder
+
+# Tokens and width of the text states of T5-XXL, which the released nets were trained on.
+RELEASED_TEXT = (77, 4096)
 
 
 @dataclass(slots=True)
 class Inputs:
-    """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin with, if any.
+    """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin from, if any.
 
-    encoder: what makes the embeddings, where they are not stored.
+    encoder: makes the embeddings where they are not stored.
     """
 
     datasets: list[Dataset]
@@ -33,12 +36,12 @@ class Inputs:
     encoder: "TextEncoder | None" = None
 
     def to(self, device: torch.device) -> None:
-        """Bring the text encoder to the device, if the run has one."""
+        """Move the text encoder to the device, if the run has one."""
         if self.encoder:
             self.encoder.to(device)
 
     def text_emb(self, batch: Batch, device: torch.device) -> Tensor:
-        """[N, L, D] of a batch on the device: as stored, or made there by the frozen encoder from the tokens."""
+        """[N, L, D] of a batch on the device: as stored, or computed there by the frozen encoder from the tokens."""
         if self.encoder:
             return self.encoder.states(batch.text_emb)
         return batch.text_emb.to(device, non_blocking=True)
@@ -51,11 +54,14 @@ class Inputs:
 
 def begins_from_weights(config: Config) -> bool:
     """Whether all weights that are trained begin from some, there being no checkpoint to go on from."""
-    return bool(config.init_from) and not config.lora.rank and not complete_checkpoints(Path(config.run_dir))
+    return bool(config.init_from) and not config.lora.rank and not latest_checkpoint(Path(config.run_dir))
 
 
 def find_inputs(config: Config, rank: int) -> Inputs:
-    """Raises: ValueError if shards, embeddings or weights are missing or don't fit the model."""
+    """Find and check everything; sets data.tokens and model.encoder_dim to those of the embeddings if not given.
+
+    Raises: ValueError if shards, embeddings or weights are missing or don't fit the model.
+    """
     datasets = find_datasets(config.data)
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
@@ -69,6 +75,7 @@ def find_inputs(config: Config, rank: int) -> Inputs:
                 "embed the captions of both with one encoder and its settings (meta.json)"
             )
         read_empty(dataset.text, meta)
+    _set_text_shape(config, *metas[0].shape)
     encoder = _load_encoder(config, datasets, metas[0]) if online else None
     weights = None
     if rank == 0 and (begins_from_weights(config) or config.lora.rank):
@@ -76,10 +83,35 @@ def find_inputs(config: Config, rank: int) -> Inputs:
     return Inputs(datasets, metas[0], weights, encoder)
 
 
+def resolve_text_shape(config: Config) -> bool:
+    """Set data.tokens and model.encoder_dim if not given, for a run that is described before its data need be there.
+
+    They are those of the embeddings' meta.json; without one they are taken to be T5-XXL's, 77 and 4096.
+    Returns whether they are taken to be T5-XXL's.
+    Raises: ValueError if there is no meta.json and T5-XXL's width does not fit the net.
+    """
+    if config.data.tokens and config.model.encoder_dim:
+        return False
+    try:
+        shape, assumed = TextMeta.read(config.data.datasets()[0].text).shape, False
+    except ValueError:
+        shape, assumed = RELEASED_TEXT, True
+        if shape[1] % config.model.att_pool_heads:
+            raise
+    _set_text_shape(config, *shape)
+    return assumed
+
+
+def _set_text_shape(config: Config, tokens: int, dim: int) -> None:
+    config.data.tokens = config.data.tokens or tokens
+    # Replaced and not set, since that checks whether the net fits the width.
+    config.model = replace(config.model, encoder_dim=config.model.encoder_dim or dim)
+
+
 def _load_encoder(config: Config, datasets: list[Dataset], meta: TextMeta) -> "TextEncoder":
     from data.text.encoder import load_encoder
 
-    # Loader workers take one caption at a time; threads of the tokenizer do not outlive their fork.
+    # Loader workers take one caption at a time; the tokenizer's threads do not survive their fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     encoder = load_encoder(meta, config.text.encoder)
     for dataset in datasets:

@@ -1,52 +1,66 @@
 """The command: `deepspeed train/main.py +experiment=smoke`. Composes and checks the configuration, then trains."""
 
 import faulthandler
+import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
-# The launcher runs this file as a script, which puts train/ first on the path; the packages lie one level up.
-sys.path[0] = str(ROOT)
-# It also appends --local_rank=N, which Hydra does not know; the rank is in the environment too.
-sys.argv = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
+if __name__ == "__main__":
+    # The launcher runs this file as a script, which puts train/ first on the path; the packages lie one level up.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import hydra  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from hydra.core.config_store import ConfigStore  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from data.cli import HELP, INTERRUPTED, MISTAKE, REQUEUE, arguments, reason
+from train.compose import compose_config, training_help
+from train.config import Config, accumulation
 
-from data.loader.cursor import ShardUnreadable  # noqa: E402
-from data.loader.workers import LoaderDied  # noqa: E402
-from model.unet import check as check_unet  # noqa: E402
-from train.checkpoint.format import CheckpointFailed  # noqa: E402
-from train.checkpoint.resume import check_resumable, check_same_everywhere  # noqa: E402
-from train.config import Config, accumulation, check, check_nodes  # noqa: E402
-from train.faults.preempt import REQUEUE, install_signal_handlers  # noqa: E402
-from train.faults.run_lock import InUse, lock_run_dir  # noqa: E402
-from train.inputs import find_inputs  # noqa: E402
-from train.monitor.tracker import check_login  # noqa: E402
-from train.summary import describe  # noqa: E402
+if TYPE_CHECKING:
+    from train.inputs import Inputs
 
-# Not found by all ranks, so the one that meets it tells.
-OF_ONE_RANK = (OSError, LoaderDied, ShardUnreadable)
 # How gloo and NCCL say that another rank is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
-ConfigStore.instance().store(name="schema", node=Config)
+
+def main(argv: list[str] | None = None) -> None:
+    """Exits: 2 with one line for what the user can mend; 75 when asked to leave before the end; 130 after Ctrl-C."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    given = arguments(argv)
+    if HELP & set(given):
+        if rank == 0:
+            print(help_page())
+        return
+    try:
+        config = compose_config(given)
+    except ValueError as error:
+        leave(error, tell=rank == 0)
+    try:
+        run(config, rank, ranks)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(composed: DictConfig) -> None:
-    """Exit status 2, and one line from rank 0, for what the user can mend; 75 when asked to leave before the end."""
+def help_page() -> str:
+    """What the command does, the experiments there are, and all keys."""
+    usage = "deepspeed train/main.py +experiment=NAME [key=value ...]"
+    return f"Trains the net that an experiment describes.\n\nusage: {usage}\n\n{training_help()}"
+
+
+def run(config: Config, rank: int, ranks: int) -> None:
+    """Look at everything that can be looked at before the ranks meet, then train."""
+    # Imported here: torch takes seconds, and --help and a mistyped key are answered before.
+    from train.checkpoint.resume import check_resumable
+    from train.faults.preempt import install_signal_handlers
+    from train.inputs import find_inputs
+    from train.monitor.tracker import check_login
+    from train.summary import describe
+
     install_signal_handlers()
     faulthandler.enable()
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        config = to_config(composed)
-        check(config)
-        check_unet(config.model)
         if config.dry_run:
             if rank == 0:
                 print(describe(config, ranks))
@@ -58,24 +72,40 @@ def main(composed: DictConfig) -> None:
         if rank == 0:
             check_login(config.wandb.mode)
     except ValueError as error:
-        leave(error, rank)
+        leave(error, tell=rank == 0)
+    except OSError as error:
+        leave(error, tell=True)
+    train_together(config, inputs)
 
-    # Imported here: the engine takes seconds to import, and a mistake above is to be told at once.
+
+def train_together(config: Config, inputs: "Inputs") -> None:
+    """Join the other ranks and train. A mistake that every rank finds is told by the first, another by who finds it."""
+    # Imported here: the engine takes seconds to import, and what the looks before find is told at once.
+    import torch.distributed as dist
+
+    from data.loader.cursor import ShardUnreadable
+    from data.loader.workers import LoaderDied
+    from train.checkpoint.format import CheckpointFailed
+    from train.checkpoint.resume import check_same_everywhere
     from train.engine import init_distributed
     from train.faults.guard import NotFinite, TooManyBad
+    from train.faults.run_lock import InUse, lock_run_dir
     from train.loop import train
 
+    rank = int(os.environ.get("RANK", "0"))
     try:
         rank, ranks, device = init_distributed()
         check_same_everywhere(config, inputs.datasets)
     except ValueError as error:
-        leave(error, rank)
+        leave(error, tell=rank == 0)
     try:
         if rank == 0:
             lock_run_dir(Path(config.run_dir))
         finished = train(config, inputs, rank, ranks, device)
-    except (TooManyBad, NotFinite, CheckpointFailed, InUse, *OF_ONE_RANK) as error:
-        leave(error, rank)
+    except (TooManyBad, NotFinite, CheckpointFailed, InUse) as error:
+        leave(error, tell=rank == 0)
+    except (OSError, LoaderDied, ShardUnreadable) as error:
+        leave(error, tell=True)
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):
             raise
@@ -87,25 +117,25 @@ def main(composed: DictConfig) -> None:
         sys.exit(REQUEUE)
 
 
-def to_config(composed: DictConfig) -> Config:
-    """Hydra's composition as the typed configuration.
+def check_nodes(environment: Mapping[str, str], ranks: int) -> None:
+    """Raises: ValueError if Slurm gave several nodes and the launcher, which does not know Slurm, took one of them."""
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES") or 1)
+    of_this_node = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE")
+    if nodes > 1 and of_this_node and int(of_this_node) == ranks:
+        raise ValueError(
+            f"the job has {nodes} nodes, and all {ranks} ranks were started on this one: put launch/slurm/bin first on "
+            "PATH, or submit launch/slurm/train.sbatch; for this node alone, unset SLURM_JOB_NUM_NODES"
+        )
 
-    Raises: ValueError for a key that the schema does not have; Hydra itself lets +key=value add one.
-    """
-    try:
-        return OmegaConf.to_object(composed)  # type: ignore[return-value]
-    except AttributeError as error:
-        raise ValueError(f"no such key in the configuration: {error}; train/config.py has them all") from None
 
-
-def leave(error: Exception, rank: int) -> NoReturn:
-    """End this process for a mistake; those of the user are found by all ranks, and told by the first."""
-    if rank == 0 or isinstance(error, OF_ONE_RANK):
+def leave(error: Exception, tell: bool) -> NoReturn:
+    """End this process for a mistake, with one line if this rank is to tell it."""
+    if tell:
         # What a loader worker raised comes with the worker's traceback before it.
-        text = str(error)
+        text = reason(error)
         text = text.strip().splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
         print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(MISTAKE)
 
 
 if __name__ == "__main__":

@@ -1,133 +1,97 @@
 """Images from a checkpoint: `python -m train.sample checkpoint=RUN_DIR prompt="a red circle"`."""
 
-import math
-import os
-import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from omegaconf import MISSING
-from PIL import Image
-from tqdm import tqdm
-
-from data.cli import command
-from data.storage.tars import write_json
-from model.unet import TextState
-from train.monitor.plots import plot_grid
-from train.sampling.prompts import find_prompts
-from train.sampling.sampler import make_scheduler, sample, set_steps
-from train.weights.pretrained import Trained, read_trained
-
-GRID = 256  # images in grid.png, at most
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from data.checks import check_absent, check_at_least, check_choice
+from data.cli import command, location
+from data.storage.atomic import atomic_folder
+from train.checkpoint.format import WEIGHTS
 
 
 @dataclass
 class Sample:
-    """Draws images from a checkpoint: a folder with grid.png, the single images, and sample.json on what they are.
+    """Draws images from a checkpoint: a folder with grid.png, the single images, and sample.json on how they were made.
 
-    checkpoint: a run's folder, for its latest, or a step's folder. prompt: "" is the empty caption, without guidance.
-    Without a prompt: embeddings=FILE.npy, [tokens, dim] or several of them, or else captions of the run's own data.
-    n: images of each prompt, with the seeds from seed on. steps: their number, or one of IF's presets (smart100, ...).
-    scheduler: ddpm, ddim or dpm++. encoder: where it lies, if not where the training had it. weights: ema or master.
-    micro_batch: images at a time. out: the folder, samples/0001 and so on by default.
+    checkpoint: the folder of a run, whose newest checkpoint is taken, or of one step
+    prompt: what to draw; "" is the empty caption, without guidance; left out: embeddings=, or else captions of the
+        run's own data
+    embeddings: a .npy file, [tokens, dim] or several of them, in place of a prompt
+    n: images of each prompt, with the seeds seed, seed+1, ...
+    guidance_scale: 1 follows the prompt as trained, more exaggerates it
+    steps: a number of sampling steps, or one of IF's presets, such as smart100
+    seed: of the first image
+    scheduler: ddpm, ddim or dpm++
+    encoder: the text encoder, a folder or a name on the hub, if it is not where the training had it
+    weights: ema (their moving average) or master
+    micro_batch: images at a time
+    out: the folder to write; samples/0001, samples/0002, ... if left out
     """
 
-    checkpoint: str = MISSING
+    checkpoint: str = location()
     prompt: str | None = None
-    embeddings: str = ""
+    embeddings: str = location("")
     n: int = 4
     guidance_scale: float = 7.0
     steps: str = "100"
     seed: int = 0
     scheduler: str = "ddpm"
-    encoder: str = ""
+    encoder: str = location("")
     weights: str = "ema"
     micro_batch: int = 16
-    out: str = ""
+    out: str = location("")
 
 
 def run(args: Sample) -> Path:
-    """Write the folder aside, then rename; returns it.
+    """Draw the images; returns the folder.
 
-    Raises: ValueError for what cannot be sampled; OSError if it cannot be written.
+    Raises: ValueError for what cannot be sampled; OSError if the folder cannot be written.
     """
     check(args)
-    if args.prompt is not None and not args.prompt.strip():
-        args = replace(args, guidance_scale=1.0)  # away from itself the empty caption can't be guided
-    trained = read_trained(args.checkpoint)
-    scheduler = make_scheduler(trained.diffusion_steps, trained.model.learn_sigma, args.scheduler)
-    set_steps(scheduler, args.steps)  # a mistake is to be told before the net is loaded
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prompts = find_prompts(trained, device, args.prompt, args.embeddings, args.encoder, args.guidance_scale != 1)
-    dtype = DTYPES[trained.run["precision"]] if device.type == "cuda" else torch.float32
-    unet = trained.load(args.weights, device, dtype)
+    # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
+    from train.checkpoint.checkpoint import Checkpoint
+    from train.sampling.output import next_folder, write_samples
+    from train.sampling.prompts import find_prompts
+    from train.sampling.sampler import make_scheduler, sample_batches, set_steps
+    from train.weights.trained_net import default_device, load_net
 
-    with torch.no_grad():
-        per_prompt = unet.encode_text(prompts.text_emb.to(device))
-    text = TextState(*(value.repeat_interleave(args.n, 0) for value in per_prompt))
-    seeds = [args.seed + i for i in range(len(text.pooled))]
-    images = []
-    with tqdm(total=len(seeds), unit="image", disable=None) as bar:
-        for start in range(0, len(seeds), args.micro_batch):
-            part = slice(start, start + args.micro_batch)
-            some = TextState(*(value[part] for value in text))
-            images.append(sample(unet, scheduler, some, prompts.empty, args.guidance_scale, args.steps, seeds[part]))
-            bar.update(len(images[-1]))
-    return write(args, trained, prompts.captions, seeds, torch.cat(images).numpy())
+    # Guidance moves away from the empty caption, so that itself cannot be guided.
+    scale = 1.0 if args.prompt is not None and not args.prompt.strip() else args.guidance_scale
+    checkpoint, device = Checkpoint.open(args.checkpoint), default_device()
+    scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma, args.scheduler)
+    set_steps(scheduler, args.steps)  # a mistake is reported before the net is loaded
+    prompts = find_prompts(checkpoint, device, args.prompt, args.embeddings, args.encoder, scale != 1)
+    unet = load_net(checkpoint, args.weights, device)
+    seeds = [args.seed + i for i in range(len(prompts.captions) * args.n)]
+    images = sample_batches(
+        unet, scheduler, prompts.text_emb, prompts.empty, scale, args.steps, seeds, args.micro_batch
+    ).numpy()
 
-
-def check(args: Sample) -> None:
-    """Raises: ValueError for arguments that cannot be."""
-    if args.prompt is not None and args.embeddings:
-        raise ValueError("prompt= and embeddings= are both given: choose one")
-    if args.weights not in ("ema", "master"):
-        raise ValueError(f"weights={args.weights} must be one of ema, master")
-    for name, value, least in (("n", args.n, 1), ("micro_batch", args.micro_batch, 1), ("seed", args.seed, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
-    if not 0 <= args.guidance_scale < math.inf:
-        raise ValueError(f"guidance_scale={args.guidance_scale} must be a number from 0 on")
-    if args.out and Path(args.out).exists():
-        raise ValueError(f"'{args.out}' is there already: choose another out=, or delete it")
-
-
-def write(args: Sample, trained: Trained, captions: list[str], seeds: list[int], images: np.ndarray) -> Path:
-    """The folder of results, aside and renamed. images: [N, 3, H, W] uint8."""
     out = Path(args.out) if args.out else next_folder(Path("samples"))
-    aside = out.with_name(out.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    of_each = [caption for caption in captions for _ in range(args.n)]
-    names = [f"{i // args.n:03d}-seed-{seed}.png" for i, seed in enumerate(seeds)]
     title = (
-        f"step {trained.step:,}, {args.weights}, {args.scheduler} {args.steps} steps, "
-        f"guidance {args.guidance_scale:g}, seeds {seeds[0]} to {seeds[-1]}"
+        f"step {checkpoint.step:,}, {args.weights}, {args.scheduler} {args.steps} steps, "
+        f"guidance {scale:g}, seeds {seeds[0]} to {seeds[-1]}"
     )
-    told = asdict(args) | {
-        "checkpoint": trained.folder.name, "step": trained.step, "run_dir": trained.run["run_dir"],
-        "images": [{"file": name, "caption": caption, "seed": seed}
-                   for name, caption, seed in zip(names, of_each, seeds, strict=True)],
+    record = asdict(args) | {
+        "guidance_scale": scale, "checkpoint": checkpoint.folder.name, "step": checkpoint.step,
+        "run_dir": checkpoint.config["run_dir"],
     }  # fmt: skip
-    try:
-        aside.mkdir(parents=True)
-        for name, image in zip(names, images, strict=True):
-            Image.fromarray(image.transpose(1, 2, 0)).save(aside / name)
-        plot_grid(images[:GRID], of_each[:GRID], title, aside / "grid.png", args.n if 1 < args.n <= 8 else 8)
-        write_json(aside / "sample.json", told)
-        os.replace(aside, out)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"'{out}' could not be written ({error}): make space, or choose another out=") from None
-    print(f"{out / 'grid.png'}: {title}; the single images beside it")
+    with atomic_folder(out) as folder:
+        write_samples(folder, images, prompts.captions, seeds, title, record)
+    print(f"{out / 'grid.png'}: {title}; the single images lie beside it")
     return out
 
 
-def next_folder(parent: Path) -> Path:
-    """The first of parent/0001, parent/0002, ... after all that are there."""
-    taken = [int(path.name) for path in parent.glob("*") if path.name.isdecimal()]
-    return parent / f"{max(taken, default=0) + 1:04d}"
+def check(args: Sample) -> None:
+    """Raises: ValueError for an argument that cannot be used."""
+    if args.prompt is not None and args.embeddings:
+        raise ValueError("prompt= and embeddings= are both given: choose one")
+    check_choice("weights", args.weights, WEIGHTS)
+    check_at_least("n", args.n, 1)
+    check_at_least("micro_batch", args.micro_batch, 1)
+    check_at_least("seed", args.seed, 0)
+    check_at_least("guidance_scale", args.guidance_scale, 0)
+    check_absent("out", args.out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,45 +1,39 @@
 """A run in words, and its number of parameters."""
 
-from typing import TYPE_CHECKING
-
-import torch
-
 from data.loader.mixture import share_out
-from model.unet import UNet
 from train.config import Config, accumulation
-from train.inputs import find_inputs
-from train.weights.lora import add_lora
-
-if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online has need of it
-    pass
+from train.inputs import find_inputs, resolve_text_shape
+from train.weights.lora import unet_on_meta
 
 
 def parameters(config: Config) -> tuple[int, int]:
-    """Number of parameters that are trained, and of those that are frozen, counted without memory for them."""
-    with torch.device("meta"):
-        unet = UNet(config.model)
-        if config.lora.rank:
-            add_lora(unet, config.lora, on_meta=True)
+    """Number of parameters that are trained, and of those that are frozen; takes no memory for them."""
+    unet = unet_on_meta(config.model, config.lora)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in unet.parameters()) - trained
 
 
 def describe(config: Config, ranks: int) -> str:
-    """The resolved run in a few lines; data that is not there is said, not raised."""
+    """The resolved run in a few lines; missing data is mentioned, not raised.
+
+    Raises: ValueError if the ranks don't fit the batch, or without data the width of the embeddings is not known.
+    """
     try:
         inputs = find_inputs(config, rank=0)
         sizes = share_out(config.global_batch, [dataset.weight for dataset in inputs.datasets])
         data = "; ".join(
-            f"{len(found.shards)} shards, {found.samples:,} samples in {told.shards}, "
+            f"{len(found.shards)} shards, {found.samples:,} samples in {given.shards}, "
             f"{size} of a batch, {config.steps * size / found.samples:.2f} epochs"
-            for found, told, size in zip(inputs.datasets, config.data.datasets(), sizes, strict=True)
+            for found, given, size in zip(inputs.datasets, config.data.datasets(), sizes, strict=True)
         )
         meta = inputs.meta
-        kept = f"made online in {meta.compute}, as" if inputs.encoder else f"{meta.dtype} in"
-        where = ", ".join(dataset.text for dataset in inputs.datasets)
-        text = f"{meta.encoder}, {meta.tokens} x {meta.dim}, {kept} {where}"
+        source = f"computed online in {meta.compute}, as" if inputs.encoder else f"{meta.dtype} in"
+        folders = ", ".join(dataset.text for dataset in inputs.datasets)
+        text = f"{meta.encoder}, {meta.tokens} x {meta.dim}, {source} {folders}"
     except ValueError as error:
         data, text = f"none usable yet: {error}", "-"
+        if resolve_text_shape(config):
+            text = f"{config.data.tokens} x {config.model.encoder_dim} assumed, as T5-XXL's"
     accumulate, optim = accumulation(config, ranks), config.optim
     variance = "learned" if config.model.learn_sigma else "fixed"
     trained, frozen = parameters(config)

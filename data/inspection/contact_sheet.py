@@ -1,10 +1,9 @@
-"""Samples as the network sees them with their captions, as one picture; and captions made safe to show."""
+"""One picture of many samples, as the network sees them, with their captions; and captions made safe to display."""
 
 import textwrap
 import unicodedata
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,15 +15,19 @@ MARGIN, LINE_HEIGHT, LETTER = 10, 14, 11
 JOINERS = "\u200c\u200d"
 
 
-def shown(caption: str, longest: int) -> str:
-    """A caption in one line of at most so many characters, with what can't be seen or would turn the text around
-    written out as its code point."""
-    cut = " ".join(caption[: longest * 4].split())
-    safe = "".join(c if c in JOINERS or unicodedata.category(c)[0] not in "CZ" or c == " " else _code(c) for c in cut)
-    return safe if len(safe) <= longest and len(caption) <= longest * 4 else safe[: longest - 1] + "…"
+def printable(caption: str, max_length: int) -> str:
+    """A caption as one line of at most max_length characters.
+
+    Characters that are invisible or change the direction of the text are written as their code points.
+    """
+    cut = " ".join(caption[: max_length * 4].split())
+    safe = "".join(
+        c if c in JOINERS or unicodedata.category(c)[0] not in "CZ" or c == " " else _code_point(c) for c in cut
+    )
+    return safe if len(safe) <= max_length and len(caption) <= max_length * 4 else safe[: max_length - 1] + "…"
 
 
-def _code(character: str) -> str:
+def _code_point(character: str) -> str:
     return " " if unicodedata.category(character) == "Zs" else f"[U+{ord(character):04X}]"
 
 
@@ -34,13 +37,15 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 
 def contact_sheet(tiles: list[Tile]) -> Image.Image:
-    """All tiles in rows, twice their size, each above its caption.
+    """All tiles in rows, at twice their size, each above its caption.
 
     Raises: ValueError if there are none.
     """
     if not tiles:
         raise ValueError("none of the samples looked at can be shown: see their reasons in an .html report")
-    # Pillow's own font knows Latin letters only; this one comes with matplotlib.
+    import matplotlib  # here, since its import is slow
+
+    # Pillow's own font has Latin letters only; this one comes with matplotlib.
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), LETTER)
     side = max(tiles[0].pixels.shape[-1] * SCALE, 96)
     width, height = side + MARGIN, side + LINES * LINE_HEIGHT + MARGIN + 4
@@ -50,7 +55,7 @@ def contact_sheet(tiles: list[Tile]) -> Image.Image:
     for number, tile in enumerate(tiles):
         left, top = number % COLUMNS * width + MARGIN, number // COLUMNS * height + MARGIN
         sheet.paste(to_image(tile.pixels).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        for line, words in enumerate(_lines(shown(tile.caption, 200), font, side)):
+        for line, words in enumerate(_lines(printable(tile.caption, 200), font, side)):
             pen.text((left, top + side + 3 + line * LINE_HEIGHT), words, fill="black", font=font)
     return sheet
 

@@ -1,4 +1,4 @@
-"""What is found when samples of a dataset are looked at: images, captions, embeddings, and what is wrong with them."""
+"""Inspecting samples of a dataset: their images, captions and embeddings, and which samples are bad and why."""
 
 import io
 from collections import Counter
@@ -15,9 +15,9 @@ from data.storage.shards import Shard
 from data.text.embeddings import read_into
 from data.text.meta import TextMeta
 
-# To reach a sample, all headers before it are read: few samples from each of very many shards would take hours.
-MOST_SHARDS = 64
-TILES = 96
+# To reach a sample, all headers before it are read, so a few samples from each of very many shards would take hours.
+MAX_SHARDS = 64
+MAX_TILES = 96
 
 
 @dataclass(slots=True)
@@ -31,15 +31,16 @@ class Tile:
 
 @dataclass(slots=True)
 class Findings:
-    """What was found in the samples looked at.
+    """What was found in the inspected samples.
 
-    looked: how many, in shards_looked shards.  kinds: format and mode.  sizes: (width, height) as stored.
-    captions: those that are not empty.  bad: (sample, reason) as the trainer would count it.
-    damaged: (location, error) of the tars that could not be read to their end.
+    inspected: how many samples, from shards_inspected shards.  kinds: format and mode.  sizes: (width, height) as
+    stored.  captions: those that are not empty.
+    bad: (sample, reason), with the reasons under which the training counts them.
+    damaged: (location, error) of each tar that could not be read to its end.
     """
 
-    looked: int = 0
-    shards_looked: int = 0
+    inspected: int = 0
+    shards_inspected: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     captions: list[str] = field(default_factory=list)
@@ -49,13 +50,13 @@ class Findings:
     tiles: list[Tile] = field(default_factory=list)
 
 
-class Eye:
-    """Sees images as a training with this seed sees them in its first epoch."""
+class TrainingView:
+    """Images as a training with this seed sees them in its first epoch."""
 
     def __init__(self, image_size: int, crop_shift: float, seed: int) -> None:
         self.image_size, self.crop_shift, self.crops = image_size, crop_shift, Draws(seed, Draw.CROP)
 
-    def see(self, image: bytes, index: int) -> np.ndarray:
+    def pixels(self, image: bytes, index: int) -> np.ndarray:
         """uint8 [3, S, S] of the sample with this index in the dataset.
 
         Raises: BadImage.
@@ -64,69 +65,77 @@ class Eye:
         return preprocess(image, self.image_size, self.crop_shift, self.crops.at(index))
 
 
-def choose(counts: list[int], samples: int) -> dict[int, list[int]]:
-    """The rows to look at in each shard, taken evenly; 0 samples stand for all of them."""
+def choose_rows(counts: list[int], samples: int) -> dict[int, list[int]]:
+    """The rows to inspect in each shard, spread evenly; all rows if `samples` is 0.
+
+    counts: samples per shard.
+    """
     if samples == 0:
         return {shard: list(range(count)) for shard, count in enumerate(counts) if count}
     filled = np.flatnonzero(counts)
-    shards = filled[np.unique(np.arange(MOST_SHARDS) * len(filled) // MOST_SHARDS)]
+    shards = filled[np.unique(np.arange(MAX_SHARDS) * len(filled) // MAX_SHARDS)]
     ends = np.cumsum(np.asarray(counts)[shards])
-    places = np.unique(np.arange(samples) * int(ends[-1]) // samples)
-    at = np.searchsorted(ends, places, side="right")
+    indices = np.unique(np.arange(samples) * int(ends[-1]) // samples)
+    at = np.searchsorted(ends, indices, side="right")
     rows: dict[int, list[int]] = {}
-    for shard, row in zip(shards[at], places - ends[at] + np.asarray(counts)[shards[at]], strict=True):
+    for shard, row in zip(shards[at], indices - ends[at] + np.asarray(counts)[shards[at]], strict=True):
         rows.setdefault(int(shard), []).append(int(row))
     return rows
 
 
-def look(shards: list[Shard], samples: int, eye: Eye, text: str, meta: TextMeta | None) -> Findings:
-    """Look at samples of the shards and, if there is a meta, at their embeddings in the folder text."""
+def inspect_samples(
+    shards: list[Shard], samples: int, view: TrainingView, text: str, meta: TextMeta | None
+) -> Findings:  # fmt: skip
+    """Inspect some samples of the shards and, if there is a meta, their embeddings in the folder `text`.
+
+    samples: at most so many; 0 for all.
+    """
     counts = [shard.count for shard in shards]
     starts = np.cumsum([0, *counts]).tolist()
-    chosen = choose(counts, samples)
+    chosen = choose_rows(counts, samples)
     total = sum(map(len, chosen.values()))
-    tiles = {place * total // TILES for place in range(TILES)}
-    found = Findings(shards_looked=len(chosen))
+    tiles = {n * total // MAX_TILES for n in range(MAX_TILES)}
+    findings = Findings(shards_inspected=len(chosen))
     with tqdm(total=total, desc="inspect", unit="img") as bar:
         for number, rows in chosen.items():
             cursor = ShardCursor(shards[number], text if meta else "")
             for row in rows:
                 raw = cursor.read(row)
-                pixels, problem = _look_at(raw, starts[number] + row, eye, meta, found)
+                pixels, problem = _inspect_sample(raw, starts[number] + row, view, meta, findings)
                 if problem:
-                    found.bad.append((raw.name, problem))
-                if pixels is not None and found.looked in tiles:
-                    found.tiles.append(Tile(raw.name, raw.caption.decode("utf-8", "replace"), pixels))
-                found.looked += 1
+                    findings.bad.append((raw.name, problem))
+                if pixels is not None and findings.inspected in tiles:
+                    findings.tiles.append(Tile(raw.name, raw.caption.decode("utf-8", "replace"), pixels))
+                findings.inspected += 1
                 bar.update()
-            found.damaged += cursor.damages()
+            findings.damaged += cursor.damages()
             cursor.close()
-    return found
+    return findings
 
 
-def _look_at(
-    raw: RawSample, index: int, eye: Eye, meta: TextMeta | None, found: Findings
+def _inspect_sample(
+    raw: RawSample, index: int, view: TrainingView, meta: TextMeta | None, findings: Findings
 ) -> tuple[np.ndarray | None, str]:
-    """Note one sample; returns its pixels, if it has any, and why the training can't use it, or ''."""
+    """Add a sample to the findings. Returns its pixels, if it has any, and why the training can't use it, or ''."""
     if raw.problem in (ENDED, UNREADABLE):
         return None, raw.problem
     caption = raw.caption.decode("utf-8", "replace")
     if caption.strip():
-        found.captions.append(caption)
+        findings.captions.append(caption)
     else:
-        found.without_caption += 1
+        findings.without_caption += 1
     if not raw.image:
         return None, raw.problem
     try:
-        pixels = eye.see(raw.image, index)
+        pixels = view.pixels(raw.image, index)
     except BadImage as problem:
         return None, raw.problem or str(problem)
     try:
         with Image.open(io.BytesIO(raw.image), formats=["JPEG", "PNG"]) as opened:
-            found.kinds[f"{opened.format} {opened.mode}"] += 1
-            found.sizes[opened.size] += 1
-    except Exception:  # what the trainer's decoder passes over in a header, Pillow's may raise anything for
-        found.kinds["of an odd header"] += 1
+            findings.kinds[f"{opened.format} {opened.mode}"] += 1
+            findings.sizes[opened.size] += 1
+    except Exception:  # the decoder of the training ignores parts of a header for which Pillow's may raise anything
+        findings.kinds["of an odd header"] += 1
     if meta and not raw.problem:
         try:
             read_into(np.empty(meta.shape, meta.array_dtype), raw.embedding, meta)

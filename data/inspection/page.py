@@ -1,4 +1,4 @@
-"""The report of data.inspect: one HTML file without scripts, with its pictures inside."""
+"""The report of data.inspect: one HTML file without scripts that contains its pictures."""
 
 import base64
 from collections import Counter
@@ -10,12 +10,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from data.inspection.contact_sheet import shown, to_image
+from data.inspection.contact_sheet import printable, to_image
 from data.inspection.findings import Findings, Tile
 from data.storage.shards import Shard
 from data.text.meta import TextMeta
 
-LONGEST_CAPTION, MOST_NAMES = 200, 20
+# Characters of a caption, and names of bad samples for a reason, that are shown.
+MAX_CAPTION, MAX_NAMES = 200, 20
+# Edges of the histograms' bins.
 SIDES = (64, 128, 256, 512, 1024, 2048)
 ASPECTS = (0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0)
 LETTERS = (20, 40, 80, 160, 320, 640)
@@ -42,8 +44,12 @@ figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 6.75em; } fi
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """What is known of the whole dataset without looking into it; sidecar_fault: what does not fit, or ''."""
+class DatasetSummary:
+    """What is known of a whole dataset without reading its samples.
+
+    where: the shards, as the user gave them.  bytes: of all shards.  text: the folder of the embeddings, '' for none.
+    sidecar_fault: why the embeddings do not fit the shards, or ''.
+    """
 
     where: str
     shards: list[Shard]
@@ -60,17 +66,17 @@ class Summary:
         """Samples, shards and bytes in one line."""
         empty = sum(not shard.count for shard in self.shards)
         hold_none = f" ({empty:,} of them empty)" if empty else ""
-        return f"{self.samples:,} samples in {len(self.shards):,} shards{hold_none}, {readable(self.bytes)}"
+        return f"{self.samples:,} samples in {len(self.shards):,} shards{hold_none}, {format_bytes(self.bytes)}"
 
-    def share(self, found: Findings) -> str:
-        """How much of it was looked at."""
+    def share(self, findings: Findings) -> str:
+        """How much of the dataset was inspected, in words."""
         filled = sum(shard.count > 0 for shard in self.shards)
-        part = "all" if found.looked == self.samples else f"{found.looked:,} of {self.samples:,}"
-        return f"{part} samples, from {found.shards_looked:,} of {filled:,} shards that hold any"
+        part = "all" if findings.inspected == self.samples else f"{findings.inspected:,} of {self.samples:,}"
+        return f"{part} samples, from {findings.shards_inspected:,} of {filled:,} shards that hold any"
 
 
-def readable(size: float) -> str:
-    """Bytes with a decimal unit."""
+def format_bytes(size: float) -> str:
+    """A number of bytes with a decimal unit."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
             break
@@ -78,29 +84,35 @@ def readable(size: float) -> str:
     return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
 
 
-def page(summary: Summary, found: Findings, image_size: int) -> str:
+def page(summary: DatasetSummary, findings: Findings, image_size: int) -> str:
     """The whole report. Every string that comes from the data is escaped in `_text`."""
     counts = [shard.count for shard in summary.shards]
     facts = [
         (f"{summary.samples:,}", "samples"),
         (f"{len(counts):,}", f"shards of {min(counts):,} to {max(counts):,}"),
-        (readable(summary.bytes), "in the shards"),
-        (f"{found.looked:,}", f"looked at, in {found.shards_looked:,} shards"),
-        (f"{len(found.bad):,}", "of them bad"),
+        (format_bytes(summary.bytes), "in the shards"),
+        (f"{findings.inspected:,}", f"looked at, in {findings.shards_inspected:,} shards"),
+        (f"{len(findings.bad):,}", "of them bad"),
     ]
-    told = "".join(f"<span><b>{number}</b>{what}</span>" for number, what in facts)
+    head = "".join(f"<span><b>{number}</b>{what}</span>" for number, what in facts)
     title = _text(summary.where)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        # Nothing may be loaded or run, whatever a caption manages to say.
+        # The browser loads and runs nothing, whatever a caption may contain.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>{title}</title><style>{STYLE}</style></head><body>\n"
-        f'<h1>{title}</h1><div class="facts">{told}</div>\n'
-        f'<p class="quiet">Below: {summary.share(found)}, taken evenly.</p>\n'
+        f'<h1>{title}</h1><div class="facts">{head}</div>\n'
+        f'<p class="quiet">Below: {summary.share(findings)}, taken evenly.</p>\n'
         + "".join(
-            (_sheet(found.tiles, image_size), _images(found), _captions(found), _bad(found), _embeddings(summary))
+            (
+                _sheet(findings.tiles, image_size),
+                _images(findings),
+                _captions(findings),
+                _bad(findings),
+                _embeddings(summary),
+            )
         )
         + "</body></html>\n"
     )
@@ -123,59 +135,60 @@ def _sheet(tiles: list[Tile], image_size: int) -> str:
     )
 
 
-def _images(found: Findings) -> str:
-    sizes = [size for size, count in found.sizes.items() for _ in range(count)]
+def _images(findings: Findings) -> str:
+    sizes = [size for size, count in findings.sizes.items() for _ in range(count)]
     if not sizes:
         return "<h2>Images</h2><p>None that can be read.</p>\n"
     cut = np.mean([1 - min(size) / max(size) for size in sizes])
+    frequent = ((f"{width} x {height}", count) for (width, height), count in findings.sizes.items())
     return (
         f'<h2>Images</h2><p>The square crop leaves out {cut:.0%} of an image, in the mean.</p><div class="pair">'
         + _histogram("Shorter side, px", [min(size) for size in sizes], SIDES)
         + _histogram("Width / height", [width / height for width, height in sizes], ASPECTS)
-        + f"<div>{_ranking('Format and mode', found.kinds.items())}</div>"
-        + f"<div>{_ranking('Commonest sizes', ((f'{w} x {h}', n) for (w, h), n in found.sizes.items()))}</div></div>\n"
+        + f"<div>{_ranking('Format and mode', findings.kinds.items())}</div>"
+        + f"<div>{_ranking('Commonest sizes', frequent)}</div></div>\n"
     )
 
 
-def _captions(found: Findings) -> str:
-    times = Counter(found.captions)
+def _captions(findings: Findings) -> str:
+    times = Counter(findings.captions)
     repeats = {caption: count for caption, count in times.items() if count > 1}
     lines = [
-        f"{found.without_caption:,} samples have no caption, or an empty one; {len(found.captions) - len(times):,} "
-        f"captions repeat another one of those looked at."
+        f"{findings.without_caption:,} samples have no caption, or an empty one; "
+        f"{len(findings.captions) - len(times):,} captions repeat another one of those looked at."
     ]
-    if found.captions:
-        low, middle, high, most = np.quantile([len(caption) for caption in found.captions], [0, 0.5, 0.95, 1])
+    if findings.captions:
+        low, middle, high, most = np.quantile([len(caption) for caption in findings.captions], [0, 0.5, 0.95, 1])
         lines.append(f"Characters: {low:.0f} to {most:.0f}, median {middle:.0f}, 95 % have at most {high:.0f}.")
     return (
         f'<h2>Captions</h2><p>{" ".join(lines)}</p><div class="pair">'
-        + _histogram("Characters", [len(caption) for caption in found.captions], LETTERS)
-        + _histogram("Words", [len(caption.split()) for caption in found.captions], WORDS)
-        + (f"<div>{_ranking('Most repeated', repeats.items(), len(found.captions))}</div>" if repeats else "")
+        + _histogram("Characters", [len(caption) for caption in findings.captions], LETTERS)
+        + _histogram("Words", [len(caption.split()) for caption in findings.captions], WORDS)
+        + (f"<div>{_ranking('Most repeated', repeats.items(), len(findings.captions))}</div>" if repeats else "")
         + "</div>\n"
     )
 
 
-def _bad(found: Findings) -> str:
-    if not found.bad and not found.damaged:
+def _bad(findings: Findings) -> str:
+    if not findings.bad and not findings.damaged:
         return "<h2>Bad samples</h2><p>None among those looked at.</p>\n"
     rows = []
-    for reason, count in Counter(reason for _, reason in found.bad).most_common():
-        names = [name for name, why in found.bad if why == reason]
-        more = f" and {count - MOST_NAMES:,} more" if count > MOST_NAMES else ""
-        listed = ", ".join(map(_text, names[:MOST_NAMES])) + more
+    for reason, count in Counter(reason for _, reason in findings.bad).most_common():
+        names = [name for name, why in findings.bad if why == reason]
+        more = f" and {count - MAX_NAMES:,} more" if count > MAX_NAMES else ""
+        listed = ", ".join(map(_text, names[:MAX_NAMES])) + more
         rows.append(f'<tr><td>{_text(reason)}</td><td class="n">{count:,}</td><td>{listed}</td></tr>')
     damaged = "".join(
         f"<p>{_text(location)} can't be read to its end: {_text(error)}</p>"
-        for location, error in found.damaged[:MOST_NAMES]
+        for location, error in findings.damaged[:MAX_NAMES]
     )
     return (
-        f"<h2>Bad samples</h2><p>{len(found.bad):,} of {found.looked:,}: the training leaves them out, and counts them "
-        f"by these reasons.</p><table>{''.join(rows)}</table>{damaged}\n"
+        f"<h2>Bad samples</h2><p>{len(findings.bad):,} of {findings.inspected:,}: the training leaves them out, "
+        f"and counts them by these reasons.</p><table>{''.join(rows)}</table>{damaged}\n"
     )
 
 
-def _embeddings(summary: Summary) -> str:
+def _embeddings(summary: DatasetSummary) -> str:
     if summary.meta is None:
         return '<h2>Embeddings</h2><p class="quiet">Not looked at: give text=FOLDER.</p>\n'
     meta = summary.meta
@@ -184,13 +197,13 @@ def _embeddings(summary: Summary) -> str:
     size = meta.nbytes
     fault = f"<p><b>{_text(summary.sidecar_fault, 1000)}</b></p>" if summary.sidecar_fault else ""
     return (
-        f"<h2>Embeddings</h2>{fault}<p>{_text(summary.text)}: {readable(size)} a caption, "
-        f"{readable(size * summary.samples)} for all.</p><table>{cells}</table>\n"
+        f"<h2>Embeddings</h2>{fault}<p>{_text(summary.text)}: {format_bytes(size)} a caption, "
+        f"{format_bytes(size * summary.samples)} for all.</p><table>{cells}</table>\n"
     )
 
 
 def _histogram(title: str, values: Sequence[float], edges: Sequence[float]) -> str:
-    """Bars of how many values lie below the first edge, between the edges, and from the last on."""
+    """Bars for the number of values below the first edge, between successive edges, and from the last edge on."""
     names = [
         f"below {edges[0]}",
         *(f"{a} to {b - 1 if isinstance(b, int) else b}" for a, b in pairwise(edges)),
@@ -201,22 +214,22 @@ def _histogram(title: str, values: Sequence[float], edges: Sequence[float]) -> s
 
 
 def _ranking(title: str, counts: Iterable[tuple[str, int]], total: int = 0) -> str:
-    """The commonest ten, as shares of the total or else of all of these."""
+    """The ten most frequent, as shares of `total`, or if that is 0 of the sum of all counts."""
     ranked = sorted(counts, key=lambda pair: (-pair[1], pair[0]))
     return _table(title, ranked[:10], total or sum(count for _, count in ranked))
 
 
 def _table(title: str, rows: list[tuple[str, int]], total: int) -> str:
-    most = max((count for _, count in rows), default=0) or 1
+    largest = max((count for _, count in rows), default=0) or 1
     lines = "".join(
         f'<tr><td class="k">{_text(name)}</td><td class="n">{count:,}</td>'
         f'<td class="n">{count / max(total, 1):.1%}</td>'
-        f'<td class="bar">{f"<div style=width:{count / most:.1%}></div>" if count else ""}</td></tr>'
+        f'<td class="bar">{f"<div style=width:{count / largest:.1%}></div>" if count else ""}</td></tr>'
         for name, count in rows
     )
     return f'<table><tr><th colspan="4">{title}</th></tr>{lines}</table>'
 
 
-def _text(words: str, longest: int = LONGEST_CAPTION) -> str:
-    """A string from the data, fit to stand anywhere in the page."""
-    return escape(shown(words, longest), quote=True)
+def _text(text: str, max_length: int = MAX_CAPTION) -> str:
+    """A string from the data, made safe for any position in the page."""
+    return escape(printable(text, max_length), quote=True)

@@ -1,4 +1,4 @@
-"""What crosses from the stream into the training: one micro batch."""
+"""A micro batch, as the loader hands it to the training."""
 
 import mmap
 from dataclasses import dataclass, field
@@ -12,9 +12,9 @@ class Batch:
     """A micro batch of N samples.
 
     Shapes: pixels [N, 3, H, W] uint8; text_emb [N, L, D]; visit [N] int64; weight [N] float32.
-    text_emb: or, where the encoder runs on the rank, the ids of the tokens [N, L] int32, -1 at the padding.
+    text_emb: where the encoder runs on the rank, token ids [N, L] int32 instead, -1 at the padding.
     visit: epoch x samples in the dataset + the sample's index, the key of all its random draws.
-    weight: 1, or 0 where the sample could not be read: its place is filled with zeros and adds nothing to the loss.
+    weight: 1, or 0 for a sample that could not be read: its pixels are zeros and it adds nothing to the loss.
     bad: (sample, reason) for each weight of 0.
     """
 
@@ -26,8 +26,8 @@ class Batch:
 
     @staticmethod
     def shared(n: int, image_size: int, text_shape: tuple[int, ...], text_dtype: torch.dtype) -> "Batch":
-        """A batch of zeros in memory that processes forked from this one write to as well."""
-        # A mapping for each tensor: it needs no room in /dev/shm, and nobody has to remove it.
+        """A batch of zeros in memory that is shared with processes forked from this one."""
+        # A memory mapping for each tensor takes no space in /dev/shm and needs no removal.
         return Batch(
             _shared_zeros((n, 3, image_size, image_size), torch.uint8),
             _shared_zeros((n, *text_shape), text_dtype),
@@ -36,11 +36,11 @@ class Batch:
         )
 
     def x_start(self, device: torch.device) -> Tensor:
-        """The images in [-1, 1], [N, 3, H, W] float32, on the device."""
+        """The images [N, 3, H, W] float32 in [-1, 1], on the device."""
         return self.pixels.to(device, non_blocking=True).float() / 127.5 - 1.0
 
     def copy(self, pin_memory: bool) -> "Batch":
-        """A copy in memory of its own, page-locked if asked for."""
+        """A copy in memory of its own, page-locked if pin_memory."""
         pixels, text_emb, visit, weight = (
             t.pin_memory() if pin_memory else t.clone() for t in (self.pixels, self.text_emb, self.visit, self.weight)
         )

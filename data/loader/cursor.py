@@ -1,16 +1,16 @@
-"""Reading a shard and its sidecar side by side."""
+"""Reading a shard and its sidecar side by side, sample by sample."""
 
 import logging
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from data.storage.clients import Unreadable
+from data.storage.clients import UnreadableError
 from data.storage.locations import is_remote, open_location, size_of, split
-from data.storage.shards import ANEW, Shard
-from data.storage.tar_headers import Damaged
+from data.storage.shards import REINDEX, Shard
+from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, Span
-from data.text.meta import sidecar
+from data.text.meta import sidecar_location
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +21,15 @@ NO_CAPTION = "no caption"
 
 
 class ShardUnreadable(RuntimeError):
-    """A shard or sidecar can't be read, and the run is not to go on without it."""
+    """A shard or sidecar can't be read, and the config says that the run ends then."""
 
 
 @dataclass(slots=True)
 class RawSample:
-    """The bytes of one sample, of an embedding maybe only where they lie; or why there are none."""
+    """The encoded bytes of one sample.
+
+    name: SHARD:KEY.  embedding: its bytes, or where they lie.  problem: why the sample cannot be used, or ''.
+    """
 
     name: str
     image: bytes = b""
@@ -38,9 +41,10 @@ class RawSample:
 class ShardCursor:
     """Reads a shard and its sidecar side by side, forwards.
 
-    text_folder: '' leaves the embeddings out.  needs_caption: samples without one are bad, as they have no embedding.
-    unreadable: 'skip' makes bad samples of those that a shard or sidecar still had when it could be read no more.
-    Raises: with unreadable='fail' ShardUnreadable, here and in read.
+    text_folder: '' leaves the embeddings out.  needs_caption: a sample without a caption is then bad, as a sample
+    without an embedding is.
+    unreadable: with 'skip' the samples after the point where a shard or sidecar can't be read are bad ones.
+    Raises: with unreadable='fail' ShardUnreadable, from here and from read.
     """
 
     def __init__(self, shard: Shard, text_folder: str, unreadable: str = "skip", needs_caption: bool = False) -> None:
@@ -49,20 +53,20 @@ class ShardCursor:
         self._images = _Tar(shard.location, {*IMAGE_EXTENSIONS, "txt"}, shard.size, fail)
         self._texts: _Tar | None = None
         if text_folder:
-            texts = sidecar(shard, text_folder)
-            # They may be a hundred times as large as the images: what is at hand on a disk is not held in memory.
-            self._texts = _Tar(texts, {"npy"}, None, fail, "" if is_remote(texts) else texts)
+            location = sidecar_location(shard, text_folder)
+            # Embeddings may be a hundred times as large as the images, so those on a disk are not held in memory.
+            self._texts = _Tar(location, {"npy"}, None, fail, "" if is_remote(location) else location)
 
     def read(self, row: int) -> RawSample:
-        """The sample at a row that is not behind the cursor; the data of rows before it is not read."""
+        """The sample at a row, at or after self.row. The data of the rows between is not read."""
         if self.row < row:
             self._skip(row - self.row)
         self.row += 1
-        found = self._images.sample()
-        if found is None:
+        sample = self._images.sample()
+        if sample is None:
             problem = UNREADABLE if self._images.unreadable else ENDED
             return RawSample(f"{self._name}[{row}]", problem=problem)
-        key, members = found
+        key, members = sample
         embedding, problem = self._embedding(key)
         if self._needs_caption and "txt" not in members:
             problem = NO_CAPTION
@@ -72,28 +76,28 @@ class ShardCursor:
         )
 
     def _embedding(self, key: str) -> tuple[bytes | Span, str]:
-        """That of the sample with this key, or why there is none."""
+        """The embedding of the sample with this key and '', or nothing and the reason."""
         if self._texts is None:
             return b"", ""
-        # The sidecar has the same keys in the same order, less those that had no caption.
-        found = self._texts.sample() if self._texts.key == key else None
-        embedding = found[1].get("npy", b"") if found else b""
+        # The sidecar has the same keys in the same order, without those that have no caption.
+        sample = self._texts.sample() if self._texts.key == key else None
+        embedding = sample[1].get("npy", b"") if sample else b""
         return embedding, "" if embedding else TEXT_UNREADABLE if self._texts.unreadable else NO_EMBEDDING
 
     def _skip(self, rows: int) -> None:
-        passed = (self._images.sample(read=False) for _ in range(rows))
-        keys = [sample[0] for sample in passed if sample]
+        skipped = (self._images.sample(read=False) for _ in range(rows))
+        keys = [sample[0] for sample in skipped if sample]
         self.row += rows
         texts = self._texts
-        # Embeddings are of one size: one look far ahead is mostly enough, which over the net spares many requests.
-        if texts is None or (keys and texts.key == keys[0] and texts.jump(len(keys), self._images.key)):
+        # Embeddings have one size, so a single seek is mostly enough. Over the network that saves many requests.
+        if texts is None or (keys and texts.key == keys[0] and texts.try_seek(len(keys), self._images.key)):
             return
         for key in keys:
             if texts.key == key:
                 texts.sample(read=False)
 
     def damages(self) -> list[tuple[str, str]]:
-        """(location, what stopped the reading) of the files that could not be read to their end so far."""
+        """(location, reason) of each file that so far could not be read to its end."""
         return [(tar.location, tar.damage) for tar in (self._images, self._texts) if tar and tar.damage]
 
     def close(self) -> None:
@@ -104,17 +108,23 @@ class ShardCursor:
 
 
 class _Tar:
-    """A tar that is read as far as it can be; what stops it is logged once."""
+    """A tar that is read as far as possible. The error that stops the reading is logged once.
+
+    unreadable: whether the storage failed, rather than the tar being damaged.  damage: the error, or ''.
+    fail: raise ShardUnreadable where the storage fails.
+    """
 
     def __init__(self, location: str, extensions: set[str], size: int | None, fail: bool, spans_of: str = "") -> None:
         self.unreadable, self.damage, self.location, self._fail = False, "", location, fail
         self._reader: ShardReader | None = None
         try:
             self._file = open_location(location)
-            if size is not None and (now := size_of(self._file)) != size:
-                raise Unreadable(f"it has {now} bytes, its index says {size}: {ANEW.format(split(location)[0])}")
+            if size is not None and (found := size_of(self._file)) != size:
+                raise UnreadableError(
+                    f"it has {found} bytes, its index says {size}: {REINDEX.format(split(location)[0])}"
+                )
             self._reader = ShardReader(self._file, extensions, spans_of)
-        except (OSError, Damaged) as error:
+        except (OSError, DamagedTar) as error:
             self._stop(error)
 
     @property
@@ -124,13 +134,13 @@ class _Tar:
     def sample(self, read: bool = True) -> tuple[str, dict[str, Any]] | None:
         try:
             return self._reader.sample(read) if self._reader else None
-        except (OSError, Damaged) as error:
+        except (OSError, DamagedTar) as error:
             self._stop(error)
             return None
 
-    def jump(self, samples: int, key: str | None) -> bool:
+    def try_seek(self, samples: int, key: str | None) -> bool:
         try:
-            return self._reader is not None and key is not None and self._reader.jump(samples, key)
+            return self._reader is not None and key is not None and self._reader.try_seek(samples, key)
         except OSError as error:
             self._stop(error)
             return False
@@ -143,10 +153,9 @@ class _Tar:
     def _stop(self, error: Exception) -> None:
         self._reader = None
         self.unreadable = isinstance(error, OSError)
-        what = str(error).splitlines()[0] if str(error) else os.strerror(getattr(error, "errno", None) or 5)
-        self.damage = what
+        self.damage = str(error).splitlines()[0] if str(error) else os.strerror(getattr(error, "errno", None) or 5)
         if self.unreadable and self._fail:
             raise ShardUnreadable(
-                f"{self.location} cannot be read: {what}; mend it, or set data.unreadable_shard=skip"
+                f"{self.location} cannot be read: {self.damage}; mend it, or set data.unreadable_shard=skip"
             ) from None
-        logger.warning("%s cannot be read any further: %s", self.location, what)
+        logger.warning("%s cannot be read any further: %s", self.location, self.damage)

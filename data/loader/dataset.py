@@ -1,4 +1,4 @@
-"""A dataset as it was found: its shards, its embeddings, its share of every batch."""
+"""A dataset: its shards, its embeddings, its share of every batch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 from data.config import DataConfig
 from data.storage.shards import Shard, find_shards
 
-if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online has need of it
+if TYPE_CHECKING:  # its import takes seconds, and only text.mode=online needs it
     from data.text.encoder import TextEncoder
 
 
 @dataclass(slots=True)
 class Dataset:
-    """Shards that were found, where their embeddings lie, and the share of every batch, in any unit.
+    """The shards of a dataset and the folder of their embeddings.
 
-    encoder: what makes the embeddings from the captions, where they are not stored.
+    weight: the dataset's share of every batch, in any unit.
+    encoder: makes the embeddings from the captions, if they are not to be read from the folder.
     """
 
     shards: list[Shard]
@@ -29,5 +30,5 @@ class Dataset:
 
 
 def find_datasets(config: DataConfig) -> list[Dataset]:
-    """The shards of each dataset. Raises: ValueError if there are none."""
-    return [Dataset(find_shards(told.shards), told.text, told.weight) for told in config.datasets()]
+    """The datasets of a config, with their shards. Raises: ValueError if one has no shards."""
+    return [Dataset(find_shards(dataset.shards), dataset.text, dataset.weight) for dataset in config.datasets()]

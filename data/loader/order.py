@@ -1,11 +1,11 @@
-"""In what order the samples come: a pure function of the seed, the counts and the position.
+"""The order of the samples: a pure function of the seed, the shards' counts and the position.
 
-Position g = step x global batch + slot; an epoch is N successive positions, N the number of samples. Positions are
-dealt to virtual streams: slot i of a step goes to stream i x streams // global_batch of that step's phase, which is
-step % phases. For each epoch the shards are permuted and laid end to end in one line; each stream gets the next piece
-of the line, as long as the number of its positions in that epoch, reads it in blocks and permutes each block. So every
-sample comes once an epoch, the order knows nothing of ranks or workers, and to resume is to name a step. (What
-mosaicml/streaming calls elastic determinism, for plain tars.)
+Position g = step x global batch + slot. An epoch is N successive positions, N being the number of samples. Positions
+are dealt to virtual streams: slot i of a step goes to stream i x streams // global_batch of that step's phase, which is
+step % phases. For each epoch the shards are permuted and joined into one line of samples. Each stream gets the next
+piece of the line, as long as the number of its positions in that epoch, reads it in blocks and permutes each block. So
+every sample comes once an epoch, the order does not depend on ranks or workers, and a run resumes from its step alone.
+(mosaicml/streaming calls this elastic determinism; here it is for plain tars.)
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ Ints = TypeVar("Ints", int, np.ndarray)
 
 
 class Block(NamedTuple):
-    """A run of samples that one stream reads and shuffles together, in the order in which they lie in the line."""
+    """Successive samples of the line that one stream reads and shuffles together."""
 
     epoch: int
     stream: int
@@ -29,19 +29,16 @@ class Block(NamedTuple):
 class Order:
     """The order of samples of one run.
 
-    counts: samples per shard.  streams: pieces of one batch, at most global_batch; with a multiple of the ranks, no
-    shard is read by two of them.  phases: successive steps take turns among so many sets of streams, so that as many
-    workers can read side by side.  block_size: samples shuffled together.
+    counts: samples per shard.  streams: pieces of one batch, at most global_batch; if it is a multiple of the number of
+    ranks, no shard is read by two ranks.  phases: number of sets of streams, among which successive steps take turns,
+    so that as many workers can read side by side.  block_size: samples shuffled together.
     Raises: ValueError.
     """
 
     def __init__(
         self, seed: int, counts: list[int], global_batch: int, streams: int, phases: int, block_size: int
     ) -> None:
-        if not 1 <= streams <= global_batch:
-            raise ValueError(f"data.streams={streams} must lie between 1 and global_batch={global_batch}")
-        if phases < 1 or block_size < 1:
-            raise ValueError(f"data.phases={phases} and data.shuffle_block={block_size} must be at least 1")
+        assert 1 <= streams <= global_batch and phases >= 1 and block_size >= 1  # checked where a user sets them
         self.seed, self.global_batch, self.block_size = seed, global_batch, block_size
         self.streams, self.phases = streams, phases
         self.counts = np.asarray(counts, dtype=np.int64)
@@ -53,12 +50,12 @@ class Order:
         self._pieces = lru_cache(maxsize=2)(self._compute_pieces)
 
     def locate(self, step: int, slot: int) -> tuple[Block, int]:
-        """The block that holds the sample of a position, and the sample's number in the block's shuffled order."""
+        """The block of the sample at a step's slot, and the sample's index in the block's shuffled order."""
         epoch, stream, number, within = self.locate_all(step * self.global_batch + slot)
         return Block(epoch, stream, number), within
 
     def locate_all(self, position: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """epoch, stream, number of the block and number in its shuffled order, of one position or of an array [n]."""
+        """epoch, stream, number of the block and index in its shuffled order, of one position or of an array [n]."""
         step, slot = divmod(position, self.global_batch)
         epoch = position // self.samples
         stream = step % self.phases * self.streams + slot * self.streams // self.global_batch
@@ -67,22 +64,22 @@ class Order:
         return epoch, stream, number, within
 
     def rows(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """shard [n] and row [n] of a block's samples as they lie in the line, and the shuffle [n] of those n."""
+        """shard [n] and row [n] of a block's samples in the order of the line, and the permutation [n] of them."""
         pieces = self._pieces(block.epoch)
         first = pieces[block.stream] + block.number * self.block_size
-        places = np.arange(first, min(first + self.block_size, pieces[block.stream + 1]))
+        in_line = np.arange(first, min(first + self.block_size, pieces[block.stream + 1]))
         shards, ends = self._line(block.epoch)
-        at = np.searchsorted(ends, places, side="right")
-        shuffle = generator(self.seed, Draw.BLOCK_ORDER, *block).permutation(len(places))
-        return shards[at], places - (ends[at] - self.counts[shards[at]]), shuffle
+        at = np.searchsorted(ends, in_line, side="right")
+        shuffle = generator(self.seed, Draw.BLOCK_ORDER, *block).permutation(len(in_line))
+        return shards[at], in_line - (ends[at] - self.counts[shards[at]]), shuffle
 
     def visit(self, epoch: int, shard: int, row: int) -> int:
         """The key of all draws for a sample in an epoch: epoch x samples + the sample's index in the dataset."""
         return epoch * self.samples + int(self.first_index[shard]) + row
 
     def _dealt_to(self, stream: Ints, position: Ints) -> Ints:
-        """How many of the positions below this one went to a stream."""
-        # Only operators that plain numbers and arrays share: NumPy's functions take ten times as long for one number.
+        """How many of the positions before this one go to a stream."""
+        # Only operators that work for int and arrays alike: NumPy's functions take ten times as long for one number.
         step, slot = divmod(position, self.global_batch)
         cycles, phase = divmod(step, self.phases)
         its_phase, piece = divmod(stream, self.streams)
@@ -91,12 +88,12 @@ class Order:
         return (cycles + (its_phase < phase)) * (end - first) + (its_phase == phase) * in_this_step
 
     def _compute_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards as an epoch lays them end to end, and where each of them ends."""
+        """The shards in the order of an epoch's line, and the index in the line where each of them ends."""
         shards = generator(self.seed, Draw.SHARD_ORDER, epoch).permutation(len(self.counts))
         return shards, np.cumsum(self.counts[shards])
 
     def _compute_pieces(self, epoch: int) -> np.ndarray:
-        """Where in the epoch's line the piece of each stream begins, and the end of the last."""
+        """The index in the epoch's line where the piece of each stream begins, and the end of the last."""
         every = np.arange(self.streams * self.phases)
         start, end = (np.full_like(every, e * self.samples) for e in (epoch, epoch + 1))
         dealt = self._dealt_to(every, end) - self._dealt_to(every, start)

@@ -1,4 +1,4 @@
-"""Captions of a dataset that serve as prompts, with their embeddings."""
+"""Captions of the datasets as prompts for sampling, with their embeddings."""
 
 import logging
 
@@ -13,19 +13,20 @@ logger = logging.getLogger(__name__)
 
 
 def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tuple[str, np.ndarray]]:
-    """At most n captions, taken evenly from the shards, with their embeddings [tokens, dim], stored or made.
+    """At most n captions, taken evenly from all shards, with their embeddings [tokens, dim], read or encoded.
 
-    Raises: ValueError if none of the samples looked at can be read.
+    A sample that cannot be read is left out. Raises: ValueError if none of the n can be read.
     """
     shards = [(shard, dataset) for dataset in datasets for shard in dataset.shards]
     ends = np.cumsum([shard.count for shard, _ in shards])
     prompts = []
-    for place in np.unique(np.arange(n) * int(ends[-1]) // n).tolist():
-        at = int(np.searchsorted(ends, place, side="right"))
-        shard, dataset = shards[at]
+    for index in np.unique(np.arange(n) * int(ends[-1]) // n).tolist():
+        number = int(np.searchsorted(ends, index, side="right"))
+        shard, dataset = shards[number]
         encoder = dataset.encoder
         cursor = ShardCursor(shard, "" if encoder else dataset.text, needs_caption=encoder is not None)
-        raw = cursor.read(place - int(ends[at]) + shard.count)
+        raw = cursor.read(index - int(ends[number]) + shard.count)
+        cursor.close()
         try:
             embedding, caption = np.empty(meta.shape, meta.array_dtype), raw.caption.decode("utf-8", "replace")
             if encoder and not raw.problem:

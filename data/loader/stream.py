@@ -1,4 +1,4 @@
-"""Shards to micro batches, in the order of data/loader/order.py."""
+"""From shards to micro batches, in the order of data/loader/order.py."""
 
 import itertools
 import logging
@@ -23,21 +23,24 @@ logger = logging.getLogger(__name__)
 
 
 class BlockReader:
-    """Holds the block that a stream stands in, and the shard that it was read from, so that it can be read on."""
+    """Reads the blocks of one virtual stream. It holds the current block, and the shard at which reading continues.
 
-    def __init__(self, order: Mixture, number: int, dataset: Dataset, unreadable: str) -> None:
-        self.order, self.number, self.dataset, self.unreadable = order, number, dataset, unreadable
+    number: of the dataset in the mixture.  unreadable: as for ShardCursor.
+    """
+
+    def __init__(self, mixture: Mixture, number: int, dataset: Dataset, unreadable: str) -> None:
+        self.mixture, self.number, self.dataset, self.unreadable = mixture, number, dataset, unreadable
         self._block: Block | None = None
         self._samples: list[tuple[int, RawSample]] = []
         self._cursor: ShardCursor | None = None
 
     def sample(self, block: Block, within: int) -> tuple[int, RawSample]:
-        """visit and bytes of the sample at a number of the block's shuffled order."""
+        """visit and bytes of the sample at an index of the block's shuffled order."""
         if block != self._block:
-            self._samples = []  # not to hold two blocks at once
-            shard, row, shuffle = self.order.orders[self.number].rows(block)
+            self._samples = []  # frees the last block before the next is read
+            shard, row, shuffle = self.mixture.orders[self.number].rows(block)
             self._samples = [
-                (self.order.visit(self.number, block.epoch, s, r), self._read(s, r))
+                (self.mixture.visit(self.number, block.epoch, s, r), self._read(s, r))
                 for s, r in zip(shard.tolist(), row.tolist(), strict=True)
             ]
             self._block, self._shuffle = block, shuffle.tolist()
@@ -56,63 +59,66 @@ class BlockReader:
 class MicroBatches:
     """The micro batches of one rank from a step on, without end.
 
-    A step's global batch is cut into one run of slots a rank, and a rank's run into its micro batches, which are
-    numbered from the first of step 0 on. Of W loader workers each makes every W-th.
+    The slots of a global batch are divided among the ranks, one run each, and a rank's run into its micro batches. They
+    are numbered from the first micro batch of step 0 on. Of W loader workers each makes every W-th.
+
+    global_batch, micro_batch: in samples; global_batch is a multiple of ranks x micro_batch.
+    step: the number of steps done before.
     """
 
     def __init__(
-        self, config: DataConfig, datasets: list[Dataset], meta: TextMeta, image_size: int, seed: int,
-        global_batch: int, micro_batch: int, rank: int, ranks: int, step: int,
+        self, config: DataConfig, datasets: list[Dataset], meta: TextMeta, *, image_size: int, seed: int,
+        global_batch: int, micro_batch: int, rank: int = 0, ranks: int = 1, step: int = 0,
     ) -> None:  # fmt: skip
         c = self.config = config
         self.datasets, self.meta, self.image_size = datasets, meta, image_size
         self.crops, self.dropouts = Draws(seed, Draw.CROP), Draws(seed, Draw.DROPOUT)
         counts, weights = [[shard.count for shard in d.shards] for d in datasets], [d.weight for d in datasets]
-        self.order = Mixture(seed, counts, weights, global_batch, c.streams, c.phases, c.shuffle_block)
+        self.mixture = Mixture(seed, counts, weights, global_batch, c.streams, c.phases, c.shuffle_block)
         self.micro_batch, self.first_slot = micro_batch, rank * (global_batch // ranks)
         self.micro_batches = global_batch // (ranks * micro_batch)
         self.first = step * self.micro_batches
         self.encoder = datasets[0].encoder
         self.empty = self.encoder.token_ids([""])[0] if self.encoder else read_empty(datasets[0].text, meta)
 
-    def place(self) -> Batch:
-        """Shared memory for one micro batch."""
+    def new_buffer(self) -> Batch:
+        """A micro batch of zeros in shared memory."""
         return Batch.shared(self.micro_batch, self.image_size, self.empty.shape, getattr(torch, self.empty.dtype.name))
 
-    def fill(self, first: int, stride: int, places: list[Batch]) -> Iterator[Batch]:
-        """The micro batches numbered first, first + stride, ..., written to the places in turn, over and over."""
+    def fill(self, first: int, stride: int, buffers: list[Batch]) -> Iterator[Batch]:
+        """The micro batches numbered first, first + stride, ..., written to the buffers in turn, over and over."""
         readers: dict[tuple[int, int], BlockReader] = {}
-        for number, place in zip(itertools.count(first, stride), itertools.cycle(places)):
+        for number, buffer in zip(itertools.count(first, stride), itertools.cycle(buffers)):
             samples = []
             for dataset, block, within in self.positions(number):
                 reader = readers.get((dataset, block.stream))
                 if reader is None:
-                    reader = BlockReader(self.order, dataset, self.datasets[dataset], self.config.unreadable_shard)
+                    reader = BlockReader(self.mixture, dataset, self.datasets[dataset], self.config.unreadable_shard)
                     readers[dataset, block.stream] = reader
                 samples.append(reader.sample(block, within))
-            self._collate(samples, place)
-            yield place
+            self._collate(samples, buffer)
+            yield buffer
 
     def positions(self, number: int) -> list[tuple[int, Block, int]]:
-        """Dataset, block and number in its shuffled order of each sample of a micro batch."""
+        """The dataset, the block and the index in its shuffled order of each sample of a micro batch."""
         step, micro = divmod(number, self.micro_batches)
         first = self.first_slot + micro * self.micro_batch
-        return [self.order.locate(step, slot) for slot in range(first, first + self.micro_batch)]
+        return [self.mixture.locate(step, slot) for slot in range(first, first + self.micro_batch)]
 
     def describe(self, number: int) -> str:
-        """The step of a micro batch and the shards that its blocks lie in."""
-        found = set()
+        """The step of a micro batch and the shards that its samples come from, for a message."""
+        names = set()
         for dataset, block in {(dataset, block) for dataset, block, _ in self.positions(number)}:
-            shards = self.order.orders[dataset].rows(block)[0]
-            found |= {self.datasets[dataset].shards[shard].name for shard in shards.tolist()}
-        return f"step {number // self.micro_batches + 1}, {', '.join(sorted(found)[:8])}"
+            shards = self.mixture.orders[dataset].rows(block)[0]
+            names |= {self.datasets[dataset].shards[shard].name for shard in shards.tolist()}
+        return f"step {number // self.micro_batches + 1}, {', '.join(sorted(names)[:8])}"
 
-    def key(self, number: int, i: int) -> str:
-        """The name of the i-th sample of a micro batch, read from its shard once more."""
+    def sample_name(self, number: int, i: int) -> str:
+        """The name of the i-th sample of a micro batch. Its shard is read once more to find it."""
         dataset, block, within = self.positions(number)[i]
-        shards, rows, shuffle = self.order.orders[dataset].rows(block)
-        place = shuffle[within]
-        return ShardCursor(self.datasets[dataset].shards[shards[place]], "").read(int(rows[place])).name
+        shards, rows, shuffle = self.mixture.orders[dataset].rows(block)
+        index = shuffle[within]
+        return ShardCursor(self.datasets[dataset].shards[shards[index]], "").read(int(rows[index])).name
 
     def _collate(self, samples: list[tuple[int, RawSample]], batch: Batch) -> None:
         c = self.config
@@ -133,22 +139,25 @@ class MicroBatches:
         batch.visit.numpy()[:] = [visit for visit, _ in samples]
 
     def _read_text(self, out: np.ndarray, raw: RawSample) -> None:
-        """Raises: ValueError, the reason why there is none; ShardUnreadable if the run is not to go on without."""
+        """Write the embedding or the token ids of a sample into out.
+
+        Raises: ValueError, whose message is the reason under which the sample is counted; ShardUnreadable.
+        """
         if self.encoder:
             out[:] = self.encoder.token_ids([raw.caption.decode("utf-8", "replace")])[0]
             return
         try:
             read_into(out, raw.embedding, self.meta)
         except OSError as error:
-            told = f"the embedding of {raw.name} cannot be read: {error}"
+            problem = f"the embedding of {raw.name} cannot be read: {error}"
             if self.config.unreadable_shard == "fail":
-                raise ShardUnreadable(f"{told}; mend it, or set data.unreadable_shard=skip") from None
-            logger.warning(told)
+                raise ShardUnreadable(f"{problem}; mend it, or set data.unreadable_shard=skip") from None
+            logger.warning(problem)
             raise ValueError(TEXT_UNREADABLE) from None
 
 
 def micro_batches(stream: MicroBatches, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The micro batches in order, made by worker processes, or in this one by none; see data.workers.Workers."""
+    """The micro batches in order, made by worker processes (see Workers), or by this process if workers is 0."""
     if workers:
-        return Workers(stream.fill, stream.place, stream.describe, stream.first, workers, pin_memory)
-    return (batch.copy(pin_memory) for batch in stream.fill(stream.first, 1, [stream.place()]))
+        return Workers(stream.fill, stream.new_buffer, stream.describe, stream.first, workers, pin_memory)
+    return (batch.copy(pin_memory) for batch in stream.fill(stream.first, 1, [stream.new_buffer()]))

@@ -1,4 +1,4 @@
-"""What the commands that make shards share: one folder holds one dataset, and a rerun goes on where it stopped."""
+"""What the commands that make shards share: a folder holds one dataset, and a rerun makes only what is missing."""
 
 import json
 from collections import Counter
@@ -12,65 +12,67 @@ from data.images import BadImage, decode
 from data.storage.tars import stats_path, write_json, write_shard
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Keys are five digits for the shard and four for the sample, as img2dataset writes them.
+# A key has five digits for the shard and four for the sample, as img2dataset writes it.
 MAX_SHARD_SIZE = 10_000
 
 Row = TypeVar("Row")
 
 
 class Unusable(ValueError):
-    """A row that can't become a sample; the message is the reason under which it is counted."""
+    """A row cannot become a sample; rows are counted by this error's message."""
 
 
 class Picture(NamedTuple):
-    """What a row holds: the bytes of a JPEG or PNG, its caption and where it came from."""
+    """A captioned picture: the bytes of a JPEG or PNG, its caption, and the path or name it is known by."""
 
     image: bytes
     caption: str
-    origin: str
+    source: str
 
 
-def key_of(shard: int, place: int) -> str:
-    """The key of a sample by the number of its shard and its place there."""
-    return f"{shard:05d}{place:04d}"
+def key_of(shard: int, row: int) -> str:
+    """The key of a sample: the number of its shard, and its row there."""
+    return f"{shard:05d}{row:04d}"
 
 
 def check_shard_size(shard_size: int) -> None:
-    """Raises: SystemExit if the keys have no room for so many samples a shard."""
+    """Raises: ValueError if the keys have no digits for so many samples a shard."""
     if not 1 <= shard_size <= MAX_SHARD_SIZE:
-        raise SystemExit(f"shard_size={shard_size}: must be from 1 to {MAX_SHARD_SIZE}")
+        raise ValueError(f"shard_size={shard_size} must be from 1 to {MAX_SHARD_SIZE}")
 
 
-def claim_folder(out: Path, record: str, recipe: dict) -> None:
-    """Make `out` the folder of this recipe: write it to out/record, or find the same one there.
+def record_recipe(out: Path, name: str, recipe: dict) -> None:
+    """Write what a dataset is made from to out/name, or find the same recipe there.
 
-    Raises: SystemExit if the folder holds shards of another recipe.
+    Raises: ValueError if the folder holds another dataset; OSError.
     """
-    path = out / record
+    path = out / name
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if there != recipe:
-            changed = [k for k in {**there, **recipe} if there.get(k) != recipe.get(k)]
-            was = ", ".join(f"{k}={there.get(k)} (now {recipe.get(k)})" for k in changed)
-            raise SystemExit(f"{out} holds another dataset, made with {was}; choose another out= or delete that folder")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != recipe:
+            changed = [k for k in {**before, **recipe} if before.get(k) != recipe.get(k)]
+            was = ", ".join(f"{k}={before.get(k)} (now {recipe.get(k)})" for k in changed)
+            raise ValueError(
+                f"'{out.absolute()}' holds another dataset, made with {was}: choose another out=, or delete that folder"
+            )
         return
     if any(out.glob("*.tar")):
-        raise SystemExit(f"{out} holds shards but no {record}: they are not of this command; choose another out=")
+        raise ValueError(f"'{out.absolute()}' holds shards of another command (no {name}): choose another out=")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, recipe)
 
 
 def finished(shard: Path) -> dict | None:
-    """The stats of a shard that is there whole, or None if it is to be written."""
+    """The stats of a shard that was written to its end, else None."""
     stats = stats_path(shard)
     return json.loads(stats.read_text(encoding="utf-8")) if shard.exists() and stats.exists() else None
 
 
 def pack_rows(rows: Sequence[Row], read: Callable[[Row], Picture], out: Path, shard_size: int) -> None:
-    """Write the rows' pictures, byte for byte and in their order, as full shards, and say which were skipped and why.
+    """Write the rows' pictures, byte for byte and in their order, as full shards; print which were skipped and why.
 
-    read: may raise Unusable. The folder must have been claimed for exactly these rows.
-    Raises: SystemExit if no row at all is usable.
+    read: the picture of a row; may raise Unusable.  out: its recipe must be recorded, and name exactly these rows.
+    Raises: ValueError if no row is usable; OSError.
     """
     skipped: list[list[str]] = []
     start = number = written = 0
@@ -86,17 +88,18 @@ def pack_rows(rows: Sequence[Row], read: Callable[[Row], Picture], out: Path, sh
             written += stats["successes"]
             start += stats["count"]
             number += 1 if stats["successes"] else 0
+    if written:
+        print(f"{written} of {len(rows)} pictures packed in {number} shards: {out}")
+    for line in _listing(skipped):
+        print(line)
     if not written:
-        raise SystemExit(f"none of the {len(rows)} pictures is usable:\n{_listing(skipped)}")
-    print(f"{written} of {len(rows)} pictures packed in {number} shards: {out}")
-    if skipped:
-        print(_listing(skipped))
+        raise ValueError(f"none of the {len(rows)} pictures is usable; the reasons are above")
 
 
 def _write(
     shard: Path, number: int, rows: Sequence[Row], start: int, read: Callable[[Row], Picture], size: int, bar: tqdm
 ) -> dict:
-    """Fill one shard from the rows at `start` on; its stats. Writes nothing if none of them is usable."""
+    """Fill one shard with the rows from `start` on. Returns its stats. Writes nothing if no row is usable."""
     samples: list[tuple[str, dict[str, bytes]]] = []
     skipped = []
     position = start
@@ -121,14 +124,14 @@ def _write(
 
 
 def _sample(key: str, picture: Picture) -> tuple[str, dict[str, bytes]]:
-    """The members of a sample, its image decoded as the trainer will do it.
+    """The key and members of a sample. The image is decoded as the trainer decodes it.
 
     Raises: BadImage.
     """
     width, height = decode(picture.image).size
     facts = {
         "caption": picture.caption,
-        "url": picture.origin,
+        "url": picture.source,
         "key": key,
         "status": "success",
         "width": width,
@@ -139,10 +142,10 @@ def _sample(key: str, picture: Picture) -> tuple[str, dict[str, bytes]]:
     return key, {extension: picture.image, "txt": picture.caption.encode(), "json": text.encode()}
 
 
-def _listing(skipped: list[list[str]]) -> str:
-    """One line per reason: how many, and the first names."""
+def _listing(skipped: list[list[str]]) -> list[str]:
+    """A line for each reason: how many rows, and the first names."""
     lines = []
     for reason, count in Counter(reason for _, reason in skipped).most_common():
         names = [name for name, why in skipped if why == reason][:3]
         lines.append(f"  {count} skipped, {reason}: {', '.join(names)}{', ...' if count > 3 else ''}")
-    return "\n".join(lines)
+    return lines

@@ -1,6 +1,6 @@
-"""Procedural scenes: one or two coloured shapes on a textured ground, and a caption that says exactly that.
+"""Procedural scenes: one or two coloured shapes on a textured ground, each with a true caption.
 
-Lengths are in units of the picture's short side, which is also the side of the square crop the trainer takes.
+Lengths are in units of the picture's short side, which is also the side of the square crop in the training.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 SHAPES = ("circle", "square", "triangle", "cross")
-# Hues well apart, each with strong chroma, so that a pixel's colour survives JPEG and the resize.
+# Hues far apart and of strong chroma, so that a pixel's colour survives JPEG and the resize.
 COLOURS = {
     "red": (220, 35, 40),
     "yellow": (235, 205, 30),
@@ -34,7 +34,7 @@ CROSS_ARM = 1 / 3
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape; x, y is the centre of its box and size the width of it, all in short sides."""
+    """One shape. x, y: the centre of its box; width: of its box; both in short sides. size: a key of SIZES."""
 
     shape: str
     colour: str
@@ -54,7 +54,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows; `grain` seeds what the caption does not speak of."""
+    """Everything that a picture shows. width, height: in pixels.  grain: seed of what the caption does not describe."""
 
     width: int
     height: int
@@ -78,7 +78,7 @@ class Scene:
 
 
 def describe(seed: int, index: int) -> Scene:
-    """The scene number `index` of the dataset `seed`; no other scene has a part in it."""
+    """Scene number `index` of the dataset with this seed. It does not depend on the other scenes."""
     rng = np.random.default_rng([seed, index])
     width, height = _picture_size(rng)
     relation = None if rng.random() < 1 / 3 else _pick(rng, RELATIONS)
@@ -87,13 +87,13 @@ def describe(seed: int, index: int) -> Scene:
     for colour in colours[: 1 if relation is None else 2]:
         size = _pick(rng, tuple(SIZES))
         kinds.append((_pick(rng, SHAPES), str(colour), size, float(rng.uniform(*SIZES[size]))))
-    room = _always_visible(width, height)
+    area = _always_visible(width, height)
     things: tuple[Thing, ...]
     if relation is None:
         shape, colour, size, extent = kinds[0]
-        things = (Thing(shape, colour, size, *_place(rng, room, extent), extent),)
+        things = (Thing(shape, colour, size, *_place(rng, area, extent), extent),)
     else:
-        things = _place_two(rng, room, kinds, relation)
+        things = _place_two(rng, area, kinds, relation)
     return Scene(
         width, height, things, relation, _pick(rng, tuple(TONES)), _pick(rng, TEXTURES), int(rng.integers(2**31))
     )
@@ -114,9 +114,10 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, width: float) -> np.ndarray:
-    """How much of each pixel a shape covers, in [0, 1].
+    """The share of each pixel that a shape covers, in [0, 1].
 
-    x, y: the pixels' offsets from the centre of the shape's box, in pixels, y downwards; width: of the box.
+    x, y: the pixels' offsets from the centre of the shape's box, in pixels, y downwards.  width: of the box, in pixels.
+    Raises: ValueError if there is no such shape.
     """
     half = width / 2
     if shape == "circle":
@@ -141,7 +142,7 @@ def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
 
 
 def _picture_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height in pixels: a quarter of the pictures square, the others lying or standing."""
+    """Width and height in pixels. A quarter of the pictures are square, the others landscape or portrait."""
     short = int(rng.integers(SHORT_SIDE[0], SHORT_SIDE[1] + 1))
     if rng.random() < 0.25:
         return short, short
@@ -150,7 +151,7 @@ def _picture_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _always_visible(width: int, height: int) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of what every shifted square crop leaves visible, in short sides."""
+    """Left, top, right, bottom, in short sides, of the area that every shifted square crop contains."""
     short = min(width, height)
 
     def span(side: int) -> tuple[float, float]:
@@ -161,28 +162,28 @@ def _always_visible(width: int, height: int) -> tuple[float, float, float, float
     return left, top, right, bottom
 
 
-def _place(rng: np.random.Generator, room: tuple[float, float, float, float], extent: float) -> tuple[float, float]:
-    left, top, right, bottom = room
+def _place(rng: np.random.Generator, area: tuple[float, float, float, float], extent: float) -> tuple[float, float]:
+    left, top, right, bottom = area
     half = extent / 2
     return float(rng.uniform(left + half, right - half)), float(rng.uniform(top + half, bottom - half))
 
 
 def _place_two(
     rng: np.random.Generator,
-    room: tuple[float, float, float, float],
+    area: tuple[float, float, float, float],
     kinds: list[tuple[str, str, str, float]],
     relation: str,
 ) -> tuple[Thing, Thing]:
-    """Two things with a gap along the relation's axis and a lesser offset across it."""
+    """Two things with a gap along the relation's axis and a smaller offset across it."""
     along, across = (0, 1) if relation in ("left of", "right of") else (1, 0)
     order = (0, 1) if relation in ("left of", "above") else (1, 0)
     first, second = kinds[order[0]][3], kinds[order[1]][3]
-    slack = room[along + 2] - room[along] - first - second - GAP
+    slack = area[along + 2] - area[along] - first - second - GAP
     before, between = np.sort(rng.uniform(0, slack, 2))
-    start = room[along] + before + first / 2
+    start = area[along] + before + first / 2
     end = start + first / 2 + GAP + (between - before) + second / 2
 
-    low, high = room[across], room[across + 2]
+    low, high = area[across], area[across + 2]
     start_across = rng.uniform(low + first / 2, high - first / 2)
     reach = 0.5 * (end - start)
     end_across = rng.uniform(max(low + second / 2, start_across - reach), min(high - second / 2, start_across + reach))
@@ -195,7 +196,7 @@ def _place_two(
 
 
 def _ground(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Nearly colourless pixels [H, W, 3] around the scene's tone, as float."""
+    """The ground [H, W, 3] float in [0, 255]: nearly colourless pixels around the scene's tone."""
     rows, columns = np.mgrid[0.5 : scene.height, 0.5 : scene.width].astype(np.float32)
     period = min(scene.width, scene.height) * rng.uniform(0.12, 0.2)
     wave = 2 * np.pi / period

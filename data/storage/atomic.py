@@ -17,7 +17,7 @@ def atomic_file(path: str | Path, aside: Path | None = None) -> Iterator[Path]:
     """Yields a path to write to. After the block it is flushed and becomes `path`; after an error it is removed.
 
     aside: the path to write to, on the same disk; `path` with .part appended by default.
-    Raises: OSError that names `path` and the remedy.
+    Raises: OSError that names `path` and the remedy. The block's errors about other files pass as they are.
     """
     path = Path(path)
     aside = aside or path.with_name(path.name + ".part")
@@ -27,6 +27,8 @@ def atomic_file(path: str | Path, aside: Path | None = None) -> Iterator[Path]:
         flush_to_disk(aside)
         os.replace(aside, path)
     except WRITE_ERRORS as error:
+        if not _is_about(aside, error):
+            raise
         raise _could_not_write(path, error) from None
     finally:
         with suppress(OSError):
@@ -37,7 +39,7 @@ def atomic_file(path: str | Path, aside: Path | None = None) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty folder to write to. After the block it becomes `path`; after an error it is removed.
 
-    Raises: OSError that names `path` and the remedy.
+    Raises: OSError that names `path` and the remedy. The block's errors about other files pass as they are.
     """
     path = Path(path)
     aside = path.with_name(path.name + ".part")
@@ -47,6 +49,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, path)
     except WRITE_ERRORS as error:
+        if not _is_about(aside, error):
+            raise
         raise _could_not_write(path, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -59,6 +63,17 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _is_about(aside: Path, error: Exception) -> bool:
+    """Whether an error is about writing `aside` rather than about what the block reads meanwhile."""
+    if not isinstance(error, OSError):
+        return True
+    if error.errno is None:  # raised by code that has put it in words, such as data.storage.clients
+        return False
+    if not isinstance(error.filename, (str, Path)):  # write() and fsync() name no file
+        return True
+    return aside.is_relative_to(error.filename) or Path(error.filename).is_relative_to(aside)
 
 
 def _could_not_write(path: Path, error: Exception) -> OSError:

@@ -1,6 +1,6 @@
-"""One request for a part of a file, over HTTP or from S3, and what went wrong put in the same words for both.
+"""One request for a range of a file, over HTTP or from S3, with the same errors for both.
 
-A client belongs to the process that made it: a forked loader worker makes its own, for connections must not be shared.
+A client belongs to the process that made it: a forked loader worker makes its own, since connections cannot be shared.
 """
 
 import os
@@ -11,22 +11,24 @@ from typing import Any, NamedTuple
 
 import requests
 
-CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0  # seconds
 CHUNK = 1 << 16
-NOT_SATISFIABLE = 416
-WORTH_ANOTHER_TRY = (408, 425, 429)
+RANGE_NOT_SATISFIABLE = 416
+RETRY_STATUSES = (408, 425, 429)  # beside those from 500 on
+# How often boto3 tries what is not a read; reads are retried by data.storage.locations.
+S3_TRIES = 8
 
 
-class Passing(OSError):
-    """A failure that another try may not meet: a stall, a cut connection, a server's own error."""
+class TransientError(OSError):
+    """A failure that another try may not meet: a stall, a cut connection, an error of the server's own."""
 
 
-class Unreadable(OSError):
-    """A file can't be read, or not to its end, and trying again will not help."""
+class UnreadableError(OSError):
+    """A file cannot be read, or not to its end, and another try will not help."""
 
 
-class Part(NamedTuple):
-    """What a server sends of a file, the file's size in bytes, and a mark that changes with the file."""
+class RangeResponse(NamedTuple):
+    """The bytes of a range in chunks, the size of the whole file in bytes, and a mark that changes with the file."""
 
     chunks: Iterator[bytes]
     size: int
@@ -34,89 +36,90 @@ class Part(NamedTuple):
 
 
 @contextmanager
-def http_part(location: str, start: int, end: int) -> Iterator[Part]:
-    """The bytes [start, end) of a URL, or as many as there are.
+def http_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
+    """The bytes [start, end) of a URL, or as many of them as the file has.
 
-    Raises: Passing, Unreadable, FileNotFoundError, PermissionError.
+    Raises: TransientError, UnreadableError, FileNotFoundError, PermissionError.
     """
-    # Compressed on the way, the bytes would not be those of the range.
+    # A compressed response would not hold the bytes of the range.
     headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
     try:
-        with _session(os.getpid()).get(location, headers=headers, stream=True, timeout=timeout) as answer:
-            if answer.status_code == NOT_SATISFIABLE and start == 0:
-                yield Part(iter(()), 0, "")
+        with _session(os.getpid()).get(location, headers=headers, stream=True, timeout=timeout) as response:
+            if response.status_code == RANGE_NOT_SATISFIABLE and start == 0:
+                yield RangeResponse(iter(()), 0, "")
                 return
-            _check_status(location, answer.status_code)
-            size = answer.headers.get("Content-Length", "")
-            if answer.status_code == 206:
-                span, _, size = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+            _check_status(location, response.status_code)
+            size = response.headers.get("Content-Length", "")
+            if response.status_code == 206:
+                span, _, size = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
                 if span.partition("-")[0] != str(start):
-                    raise Unreadable(f"{location}: asked for byte {start}, the server sent '{span}'")
+                    raise UnreadableError(f"{location}: asked for byte {start}, the server sent '{span}'")
             elif start:
-                raise Unreadable(f"{location}: the server sends whole files only; it must know HTTP's Range")
+                raise UnreadableError(f"{location}: the server sends whole files only; it must know HTTP's Range")
             if not size.isdigit():
-                raise Unreadable(f"{location}: the server does not say how large the file is")
-            version = answer.headers.get("ETag") or answer.headers.get("Last-Modified", "")
-            yield Part(answer.iter_content(CHUNK), int(size), version)
+                raise UnreadableError(f"{location}: the server does not say how large the file is")
+            version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
+            yield RangeResponse(response.iter_content(CHUNK), int(size), version)
     except requests.RequestException as error:
-        raise Passing(_in_words(error)) from None
+        raise TransientError(_one_line(error)) from None
 
 
 @contextmanager
-def s3_part(location: str, start: int, end: int) -> Iterator[Part]:
-    """The bytes [start, end) of s3://BUCKET/KEY, or as many as there are.
+def s3_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
+    """The bytes [start, end) of s3://BUCKET/KEY, or as many of them as the object has.
 
-    Raises: as http_part.
+    Raises: as http_range.
     """
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
     from urllib3.exceptions import HTTPError
 
     bucket, key = split_s3(location)
     try:
-        answer = s3(os.getpid()).get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
-        with closing(answer["Body"]) as body:
-            size = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
-            yield Part(body.iter_chunks(CHUNK), int(size), answer["ETag"])
+        response = s3_client(os.getpid()).get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
+        with closing(response["Body"]) as body:
+            size = response.get("ContentRange", "").rpartition("/")[2] or response["ContentLength"]
+            yield RangeResponse(body.iter_chunks(CHUNK), int(size), response["ETag"])
     except ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if status != NOT_SATISFIABLE or start:
+        if status != RANGE_NOT_SATISFIABLE or start:
             _check_status(location, status)
-            raise Unreadable(f"{location}: {error}") from None
-        yield Part(iter(()), 0, "")
+            raise UnreadableError(f"{location}: {error}") from None
+        yield RangeResponse(iter(()), 0, "")
     except (HTTPClientError, IncompleteReadError, HTTPError) as error:
-        raise Passing(_in_words(error)) from None
+        raise TransientError(_one_line(error)) from None
     except BotoCoreError as error:
-        raise Unreadable(f"{location}: {error}") from None
+        raise UnreadableError(f"{location}: {error}") from None
 
 
 def list_s3(folder: str) -> list[str]:
-    """The names in s3://BUCKET/FOLDER, which may be very many.
+    """The names in s3://BUCKET/FOLDER, however many.
 
-    Raises: Unreadable.
+    Raises: UnreadableError.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, key = split_s3(folder.rstrip("/") + "/")
-    pages = s3(os.getpid(), tries=8).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key, Delimiter="/")
+    paginator = s3_client(os.getpid(), S3_TRIES).get_paginator("list_objects_v2")
     try:
+        pages = paginator.paginate(Bucket=bucket, Prefix=key, Delimiter="/")
         return [entry["Key"][len(key) :] for page in pages for entry in page.get("Contents", ())]
     except (BotoCoreError, ClientError) as error:
-        raise Unreadable(f"{folder}: {error}") from None
+        raise UnreadableError(f"{folder}: {error}") from None
 
 
 def write_s3(location: str, data: bytes) -> None:
     """Store an object, whole or not at all.
 
-    Raises: Unreadable.
+    Raises: OSError.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, key = split_s3(location)
     try:
-        s3(os.getpid(), tries=8).put_object(Bucket=bucket, Key=key, Body=data)
+        s3_client(os.getpid(), S3_TRIES).put_object(Bucket=bucket, Key=key, Body=data)
     except (BotoCoreError, ClientError) as error:
-        raise Unreadable(f"{location}: {error}") from None
+        raise OSError(f"{location}: {error}") from None
 
 
 def split_s3(location: str) -> tuple[str, str]:
@@ -131,8 +134,8 @@ def _session(process: int) -> requests.Session:
 
 
 @lru_cache(maxsize=2)
-def s3(process: int, tries: int = 1) -> Any:
-    """boto3's client of a process; keys, region and AWS_ENDPOINT_URL come from where boto3 looks for them."""
+def s3_client(process: int, tries: int = 1) -> Any:
+    """boto3's client of a process. Keys, region and AWS_ENDPOINT_URL come from where boto3 looks for them."""
     import boto3
     from botocore.config import Config
 
@@ -146,11 +149,11 @@ def _check_status(location: str, status: int) -> None:
         raise FileNotFoundError(f"{location} is not there (status {status})")
     if status in (401, 403):
         raise PermissionError(f"{location} may not be read (status {status})")
-    if status >= 500 or status in WORTH_ANOTHER_TRY:
-        raise Passing(f"status {status}")
+    if status >= 500 or status in RETRY_STATUSES:
+        raise TransientError(f"status {status}")
     if status >= 300:
-        raise Unreadable(f"{location}: status {status}")
+        raise UnreadableError(f"{location}: status {status}")
 
 
-def _in_words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

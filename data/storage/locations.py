@@ -1,4 +1,4 @@
-"""Where data lies, a path, http(s):// or s3://, and reading from there: retried, and gone on with where it broke."""
+"""Files at a location, which is a path, http(s):// or s3://. Remote reads are retried and resumed."""
 
 import io
 import logging
@@ -12,20 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from data.storage.clients import Passing, Unreadable, http_part, list_s3, s3_part, write_s3
+from data.storage.atomic import atomic_file
+from data.storage.clients import TransientError, UnreadableError, http_range, list_s3, s3_range, write_s3
 
 logger = logging.getLogger(__name__)
 
-# So many tries in a row that bring nothing, with waits between them that double, in seconds: a minute in all.
-TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 0.5, 30.0
-# A read asks for so many bytes; for more and more as long as it goes straight on, since a request has a price.
+# Tries in a row that bring no byte before a read fails. The waits between them double, in seconds: a minute in all.
+MAX_TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 0.5, 30.0
+# Bytes of a request: the block size doubles while a file is read sequentially, since each request has a cost.
 FIRST_BLOCK, LARGEST_BLOCK = 1 << 18, 1 << 23
 
 
 def is_remote(location: str) -> bool:
     """Whether a location is a URL rather than a path.
 
-    Raises: ValueError if it is a URL of a kind that isn't read.
+    Raises: ValueError for a URL of a scheme that is not supported.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)
     if scheme and scheme[1] not in ("http", "https", "s3"):
@@ -39,15 +40,15 @@ def join(folder: str | Path, name: str) -> str:
 
 
 def split(location: str) -> tuple[str, str]:
-    """The folder and the name of a location; a URL's question is no part of the name."""
+    """The folder and the name of a location. The query of a URL is not part of the name."""
     folder, _, name = location.rpartition("/")
     return folder or ("/" if location.startswith("/") else "."), name.partition("?")[0] if is_remote(location) else name
 
 
 def open_location(location: str) -> BinaryIO:
-    """A file for reading, seekable.
+    """A seekable file, open for reading.
 
-    Raises: OSError, of which FileNotFoundError if it isn't there and Unreadable once no try helps any more.
+    Raises: OSError; of these FileNotFoundError if there is no such file, UnreadableError once all tries have failed.
     """
     return io.BufferedReader(RemoteFile(location)) if is_remote(location) else open(location, "rb")
 
@@ -62,7 +63,7 @@ def read_bytes(location: str) -> bytes:
 
 
 def size_of(file: BinaryIO) -> int:
-    """The bytes of an open file; it is set back to its begin."""
+    """The size of an open file in bytes. The position is set back to the beginning."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     return size
@@ -71,7 +72,7 @@ def size_of(file: BinaryIO) -> int:
 def list_names(folder: str) -> list[str]:
     """The names in a folder.
 
-    Raises: OSError if it isn't there; ValueError if it is one that can't be listed.
+    Raises: OSError if there is no such folder; ValueError for http(s)://, which cannot be listed.
     """
     if not is_remote(folder):
         return os.listdir(folder)
@@ -83,33 +84,32 @@ def list_names(folder: str) -> list[str]:
 
 
 def write_whole(location: str, data: bytes) -> None:
-    """Write a file so that it is never seen half: aside and renamed, or as one object.
+    """Write a file that appears whole or not at all: a path through atomic_file, s3:// as one object.
 
-    Raises: OSError; ValueError for http(s)://.
+    Raises: OSError; ValueError for http(s)://, which cannot be written.
     """
     if location.startswith("s3://"):
         write_s3(location, data)
     elif is_remote(location):
         raise ValueError(f"'{location}' cannot be written over HTTP: name a path or s3://")
     else:
-        aside = Path(location + ".part")
-        aside.write_bytes(data)
-        os.replace(aside, location)
+        with atomic_file(location) as aside:
+            aside.write_bytes(data)
 
 
 class RemoteFile(io.RawIOBase):
-    """A file read by ranges, at most three blocks of it in memory; reads straight on, it fetches a block ahead.
+    """A remote file, read by ranges. At most three blocks are in memory; sequential reads prefetch the next block.
 
-    Raises: OSError, as open_location, from the beginning on; Unreadable also if the file changes meanwhile.
+    Raises: OSError, as open_location, from the constructor on; UnreadableError also if the file changes meanwhile.
     """
 
     def __init__(self, location: str) -> None:
         self._location = location
-        self._part = partial(s3_part if location.startswith("s3://") else http_part, location)
+        self._request_range = partial(s3_range if location.startswith("s3://") else http_range, location)
         self._file: tuple[int, str] | None = None  # size and version
         self._position = self._start = 0
-        self._length = FIRST_BLOCK
-        self._ahead: tuple[int, Future[bytes]] | None = None
+        self._block_size = FIRST_BLOCK
+        self._next_block: tuple[int, Future[bytes]] | None = None  # its start and, once fetched, its bytes
         self._block = self._fetch(0, FIRST_BLOCK)
 
     def readable(self) -> bool:
@@ -125,40 +125,43 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position, without a request."""
+        """Set the position, without a request."""
         assert self._file
         self._position = offset + (0, self._position, self._file[0])[whence]
         return self._position
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def] # a writable buffer has no name before 3.12
-        """Fill the buffer or a part of it; 0 at the end of the file."""
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def] # a writable buffer has no type before 3.12
+        """Fill the buffer or a part of it. Returns the number of bytes, 0 at the end of the file."""
         assert self._file
         if self._position >= self._file[0]:
             return 0
-        if not self._start <= self._position < self._start + len(self._block):
-            self._move()
+        if not self._in_block():
+            self._load_block()
         begin = self._position - self._start
-        some = memoryview(self._block)[begin : begin + len(buffer)]
-        buffer[: len(some)] = some
-        self._position += len(some)
-        return len(some)
+        data = memoryview(self._block)[begin : begin + len(buffer)]
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
-    def _move(self) -> None:
-        """Fetch the block of the position."""
+    def _in_block(self) -> bool:
+        return self._start <= self._position < self._start + len(self._block)
+
+    def _load_block(self) -> None:
+        """Make the block that holds the position the current one, and prefetch the next if reads are sequential."""
         assert self._file
-        onwards = self._position - (self._start + len(self._block))
-        straight = 0 <= onwards < self._length
-        self._length = min(2 * self._length, LARGEST_BLOCK) if straight else FIRST_BLOCK
-        ahead, self._ahead = self._ahead, None
-        if straight and ahead:
-            self._start, self._block = ahead[0], ahead[1].result()
-        if not self._start <= self._position < self._start + len(self._block):
-            self._start, self._block = self._position, self._fetch(self._position, self._position + self._length)
+        sequential = 0 <= self._position - (self._start + len(self._block)) < self._block_size
+        self._block_size = min(2 * self._block_size, LARGEST_BLOCK) if sequential else FIRST_BLOCK
+        prefetched, self._next_block = self._next_block, None
+        if sequential and prefetched:
+            self._start, self._block = prefetched[0], prefetched[1].result()
+        if not self._in_block():
+            block = self._fetch(self._position, self._position + self._block_size)
+            self._start, self._block = self._position, block
         end = self._start + len(self._block)
-        if straight and end < self._file[0]:
+        if sequential and end < self._file[0]:
             future: Future[bytes] = Future()
-            threading.Thread(target=self._fetch_into, args=(future, end, end + self._length), daemon=True).start()
-            self._ahead = end, future
+            threading.Thread(target=self._fetch_into, args=(future, end, end + self._block_size), daemon=True).start()
+            self._next_block = end, future
 
     def _fetch_into(self, future: "Future[bytes]", start: int, end: int) -> None:
         try:
@@ -167,33 +170,37 @@ class RemoteFile(io.RawIOBase):
             future.set_exception(error)
 
     def _fetch(self, start: int, end: int) -> bytes:
-        got, failures, problem = bytearray(), 0, ""
-        while failures < TRIES:
+        """The bytes [start, end). A failed request is resumed from the last byte that came."""
+        received, failures, problem = bytearray(), 0, ""
+        while failures < MAX_TRIES:
             if failures:
                 time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1))
-            before = len(got)
+            before = len(received)
             try:
-                with self._part(start + before, end) as part:
-                    self._check_same(part.size, part.version)
-                    end = min(end, part.size)
-                    for chunk in part.chunks:
-                        got += chunk
-                        if len(got) > end - start:  # a server that knows no ranges sends more
+                with self._request_range(start + before, end) as response:
+                    self._check_unchanged(response.size, response.version)
+                    end = min(end, response.size)
+                    for chunk in response.chunks:
+                        received += chunk
+                        if len(received) > end - start:  # a server without ranges sends more
                             break
-            except Passing as error:
+            except TransientError as error:
                 problem = str(error)
             else:
                 problem = "the answer was cut short"
-            if len(got) >= end - start and self._file:
-                return bytes(got[: end - start])
-            logger.info("%s: %s at byte %d, trying on", self._location, problem, start + len(got))
-            failures = failures + 1 if len(got) == before else 1
-        raise Unreadable(
-            f"{self._location}: {TRIES} tries in a row brought nothing from byte {start + len(got)} on ({problem})"
+            if len(received) >= end - start and self._file:
+                return bytes(received[: end - start])
+            logger.info("%s: %s at byte %d, trying on", self._location, problem, start + len(received))
+            failures = failures + 1 if len(received) == before else 1
+        raise UnreadableError(
+            f"{self._location}: {MAX_TRIES} tries in a row brought nothing from byte {start + len(received)} on "
+            f"({problem})"
         )
 
-    def _check_same(self, size: int, version: str) -> None:
+    def _check_unchanged(self, size: int, version: str) -> None:
         if self._file is None:
             self._file = size, version
         elif self._file != (size, version):
-            raise Unreadable(f"{self._location} changed while it was read: {self._file} before, {(size, version)} now")
+            raise UnreadableError(
+                f"{self._location} changed while it was read: {self._file} before, {(size, version)} now"
+            )

@@ -2,28 +2,35 @@
 
 import json
 import logging
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from braceexpand import braceexpand
 
 from data.storage.locations import is_remote, join, list_names, open_location, read_bytes, size_of, split
-from data.storage.tars import STATS, count_samples
+from data.storage.tars import DIGEST, STATS, scan_shard
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
-ANEW = "run `python -m data.index shards={}` again"
+# The remedy where an index does not fit its shards.
+REINDEX = "run `python -m data.index shards={}` again"
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One webdataset tar, a path or a URL; the number of its samples; its bytes, where an index says them."""
+    """One webdataset tar: its path or URL, its number of samples and, if an index gives it, its size in bytes.
+
+    digest: ShardDigest of its captions, None if neither the index nor the stats file has it.
+    """
 
     location: str
     count: int
     size: int | None = None
+    digest: str | None = None
 
     @property
     def name(self) -> str:
@@ -32,14 +39,14 @@ class Shard:
 
 
 def find_shards(where: str | Path) -> list[Shard]:
-    """The shards of a dataset, in the order of their names or of the list; where: see docs/sources.md.
+    """The shards of a dataset, in the order of their names or of the list. where: see docs/reference/sources.md.
 
     Counts come from the index, else from NNNNN_stats.json as img2dataset writes it, else from the tars' headers.
     Raises: ValueError if there is no shard or no sample, or if the index does not fit the shards.
     """
     where = str(where)
     try:
-        shards = read_index(where) if where.endswith(".json") else _indexed(where)
+        shards = read_index(where) if where.endswith(".json") else _find(where)
     except OSError as error:
         raise ValueError(f"data.shards '{where}' cannot be read: {error}") from None
     if not any(shard.count for shard in shards):
@@ -48,20 +55,20 @@ def find_shards(where: str | Path) -> list[Shard]:
 
 
 def is_folder(where: str) -> bool:
-    """Whether a dataset is named by a folder, not by a list of shards."""
+    """Whether a dataset is given as a folder rather than as a list of shards."""
     return not where.endswith((".tar", ".txt", ".json")) and "{" not in where
 
 
 def locate(where: str) -> list[str]:
-    """The locations of the *.tar of a folder, of braces, or of a list in a .txt.
+    """The locations of the *.tar of a folder, of a brace expression, or of a list in a .txt.
 
-    Raises: ValueError if there are none, or two of one name; OSError.
+    Raises: ValueError if there are none, or two with the same name; OSError.
     """
     if where.endswith(".txt"):
         lines = read_bytes(where).decode("utf-8").splitlines()
         folder = split(where)[0]
-        named = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        found = [name if is_remote(name) else join(folder, name) for name in named]
+        names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        found = [name if is_remote(name) else join(folder, name) for name in names]
     elif not is_folder(where):
         found = list(braceexpand(where))
     else:
@@ -75,42 +82,53 @@ def locate(where: str) -> list[str]:
 
 
 def read_index(location: str) -> list[Shard]:
-    """The shards that an index names.
+    """The shards that an index lists.
 
-    Raises: ValueError if it is none of ours; OSError.
+    Raises: ValueError if the file is not an index; OSError.
     """
     folder = split(location)[0]
     try:
         entries = json.loads(read_bytes(location))["shards"]
-        named = [(str(entry["shard"]), int(entry["samples"]), int(entry["bytes"])) for entry in entries]
+        rows = [(str(e["shard"]), int(e["samples"]), int(e["bytes"]), e.get(DIGEST)) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{location}' is no index of shards ({error!r}): make it anew with `data.index`") from None
     shards = [
-        Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size)
-        for name, count, size in named
+        Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size, digest)
+        for name, count, size, digest in rows
     ]
     _check_names([shard.location for shard in shards], location)
     return shards
 
 
-def stats_count(location: str) -> int | None:
-    """The samples of a shard as NNNNN_stats.json beside it says, None if there is none.
+class Stats(NamedTuple):
+    """What the stats file of a shard says: its samples, and its digest if our commands wrote the shard."""
 
-    Raises: ValueError if it says no count; OSError.
+    samples: int
+    digest: str | None
+
+
+def read_stats(location: str) -> Stats | None:
+    """What the NNNNN_stats.json beside a shard says; None if there is no such file.
+
+    Of a local tar that was written after its stats file there is no digest, since it may hold other captions.
+    Raises: ValueError if the file gives no count; OSError.
     """
-    stats = location.removesuffix(".tar") + STATS
+    path = location.removesuffix(".tar") + STATS
     try:
-        return int(json.loads(read_bytes(stats))["successes"])
+        stats = json.loads(read_bytes(path))
+        samples, digest = int(stats["successes"]), stats.get(DIGEST)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"'{stats}' has no readable \"successes\" ({error}): delete it and the tar is counted"
+            f"'{path}' has no readable \"successes\" ({error}): delete it and the tar is counted"
         ) from None
+    older = not is_remote(location) and os.stat(path).st_mtime_ns < os.stat(location).st_mtime_ns
+    return Stats(samples, None if older else digest)
 
 
-def _indexed(where: str) -> list[Shard]:
-    """The shards that a folder, braces or a list name, with the counts of the index beside them if there is one."""
+def _find(where: str) -> list[Shard]:
+    """The shards of a folder, a brace expression or a list; counts from the index beside them, if there is one."""
     if is_folder(where) and is_remote(where):  # the index is the list, too
         try:
             return read_index(join(where, INDEX))
@@ -120,7 +138,7 @@ def _indexed(where: str) -> list[Shard]:
     folders = {split(location)[0] for location in found}
     if len(folders) == 1:
         try:
-            return _of_index(found, read_index(join(folders.pop(), INDEX)), where)
+            return _match_index(found, read_index(join(folders.pop(), INDEX)), where)
         except FileNotFoundError:
             pass
     if any(is_remote(location) for location in found):
@@ -128,39 +146,40 @@ def _indexed(where: str) -> list[Shard]:
     return [_count(location) for location in found]
 
 
-def _of_index(found: list[str], index: list[Shard], where: str) -> list[Shard]:
+def _match_index(found: list[str], index: list[Shard], where: str) -> list[Shard]:
+    """The entries of the index for these locations. Raises: ValueError if the index is out of date."""
     by_name, names = {shard.name: shard for shard in index}, [split(location)[1] for location in found]
-    fresh = [name for name in names if name not in by_name]
+    new = [name for name in names if name not in by_name]
     gone = sorted(set(by_name) - set(names)) if is_folder(where) else []
-    if fresh or gone:
+    if new or gone:
         raise ValueError(
-            f"the index of '{where}' is out of date: {len(fresh)} shards are not in it and {len(gone)} of its shards "
-            f"are gone (such as {(fresh + gone)[0]}): {ANEW.format(where)}"
+            f"the index of '{where}' is out of date: {len(new)} shards are not in it and {len(gone)} of its shards "
+            f"are gone (such as {(new + gone)[0]}): {REINDEX.format(where)}"
         )
     return [by_name[name] for name in names]
 
 
 def _needs_index(where: str) -> str:
-    told = f"'{where}' has no {INDEX}, and shards behind URLs are not counted anew at each start: "
+    problem = f"'{where}' has no {INDEX}, and shards behind URLs are not counted anew at each start: "
     command = f"python -m data.index shards='{where}'"
     if is_folder(where) and where.startswith("s3://"):
-        return f"{told}run `{command}`"
+        return f"{problem}run `{command}`"
     if is_folder(where):
         command = f"python -m data.index shards='{join(where, '{00000..00099}.tar')}'"
-    return f"{told}run `{command} out=FILE.json`, then give data.shards=FILE.json"
+    return f"{problem}run `{command} out=FILE.json`, then give data.shards=FILE.json"
 
 
 def _count(location: str) -> Shard:
-    count, damage = stats_count(location), ""
-    if count is None:
-        count, damage = count_samples(location)
-    if damage:
-        logger.warning("%s: only its first %d samples can be read: %s", location, count, damage)
-    return Shard(location, count)
+    if stats := read_stats(location):
+        return Shard(location, stats.samples, digest=stats.digest)
+    scan = scan_shard(location)
+    if scan.damage:
+        logger.warning("%s: only its first %d samples can be read: %s", location, scan.samples, scan.damage)
+    return Shard(location, scan.samples, digest=scan.digest)
 
 
 def _check_names(locations: list[str], where: str) -> None:
-    """Sidecars go by the shard's name, so it must be of one shard alone."""
+    """Raises: ValueError if two shards have the same name, by which their sidecars are found."""
     name, times = Counter(split(location)[1] for location in locations).most_common(1)[0] if locations else ("", 0)
     if times > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Reading and writing of webdataset shards: KEY.jpg, KEY.txt, KEY.json in NNNNN.tar, counts in NNNNN_stats.json."""
+"""Reading and writing webdataset shards: KEY.jpg, KEY.txt, KEY.json in NNNNN.tar, counts in NNNNN_stats.json."""
 
 import json
 import os
@@ -8,58 +8,83 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import webdataset as wds
-
+from data.storage.atomic import atomic_file
+from data.storage.digests import ShardDigest
 from data.storage.locations import open_location, write_whole
-from data.storage.tar_headers import BLOCK, Damaged, TarHeaders, padded
+from data.storage.tar_headers import BLOCK, DamagedTar, TarHeaders, padded
 
 # img2dataset's name for the counts of a shard, in place of .tar.
 STATS = "_stats.json"
-# Members of a webdataset that describe it and are no samples.
+# The entry of the stats file with the shard's digest.
+DIGEST = "digest"
+# Members of a webdataset that describe it and are not samples.
 META_FOLDER = re.compile(r"__[^/]*__(/|$)")
 
+Sample = tuple[str, dict[str, bytes]]
 
-def write_shard(
-    path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], stats: dict | None = None, aside: Path | None = None
-) -> None:
-    """Write one tar and the stats file beside it, each aside and then renamed.
 
-    samples: (key, {extension: bytes}) in the order they shall have, written as they come. The same give the same bytes.
-    stats: what the stats file shall say beyond the number of samples; looked at once they are written.
-    aside: where the tar is written first; beside the path by default.
-    The stats file comes last, so a tar without one was cut short and is to be written again.
+def write_shard(path: Path, samples: Iterable[Sample], stats: dict | None = None) -> None:
+    """Write a tar and the stats file beside it, each atomically.
+
+    The stats file is written last, so a tar without one was interrupted and must be written again.
+    samples: (key, {extension: bytes}), written in this order as they come. Equal samples give equal bytes.
+    stats: entries of the stats file beside the number of samples and the shard's digest.
+    Raises: OSError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside, count = aside or path.with_suffix(".tar.part"), 0
-    with open(aside, "wb") as file:
-        with wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-            for key, members in samples:
-                tar.write({"__key__": key, **members})
-                count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    digest = ShardDigest()
+    count = write_tar(path, digest.of(samples))
+    write_stats(path, count, {DIGEST: digest.hexdigest(), **(stats or {})})
+
+
+def write_tar(path: Path, samples: Iterable[Sample], aside: Path | None = None) -> int:
+    """Write the samples as a tar, without its stats file. Returns how many there were.
+
+    samples: as for write_shard.  aside: as for atomic_file.
+    Raises: OSError.
+    """
+    import webdataset as wds  # here, since it imports torch, which commands that only read shards do not need
+
+    count = 0
+    with (
+        atomic_file(path, aside) as part,
+        open(part, "wb") as file,
+        wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar,
+    ):
+        for key, members in samples:
+            tar.write({"__key__": key, **members})
+            count += 1
     _opened.cache_clear()  # it may hold the tar that was there before
-    write_json(stats_path(path), {"count": count, "successes": count, **(stats or {})})
+    return count
+
+
+def write_stats(shard: Path, samples: int, more: dict) -> None:
+    """Write the stats file of a shard: the number of its samples, then the entries of `more`, which may replace it.
+
+    Raises: OSError.
+    """
+    write_json(stats_path(shard), {"count": samples, "successes": samples, **more})
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON aside, then rename."""
+    """Write a JSON file atomically.
+
+    Raises: OSError.
+    """
     write_whole(str(path), (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def stats_path(shard: Path) -> Path:
-    """Where img2dataset leaves the counts of a shard."""
+    """The path of the stats file of a shard, as img2dataset names it."""
     return shard.with_name(shard.stem + STATS)
 
 
-@lru_cache(maxsize=64)  # a block of small tars may lie in more, and a process may open so many only
+@lru_cache(maxsize=64)  # a block of small tars may lie in more, but a process may open only so many
 def _opened(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
 class Span(NamedTuple):
-    """Where the data of a file lies in a local tar, to be read when it is needed."""
+    """Where the data of a file lies in a local tar, so that it can be read when it is needed."""
 
     path: str
     offset: int
@@ -70,22 +95,24 @@ class Span(NamedTuple):
         data = bytearray(self.size)
         return bytes(data[: self.read_into(data)])
 
-    def read_into(self, *parts: Any) -> int:
-        """Fill these buffers one after the other with the data; how many bytes there were.
+    def read_into(self, *buffers: Any) -> int:
+        """Fill these buffers one after the other with the data. Returns the number of bytes read.
 
         Raises: OSError.
         """
-        return os.preadv(_opened(self.path).fileno(), list(parts), self.offset)
+        return os.preadv(_opened(self.path).fileno(), list(buffers), self.offset)
 
 
 class ShardReader:
-    """The samples of a tar, forwards: runs of files with the same key, which is the name up to its base's first dot.
+    """Reads the samples of a tar in order. A sample is a run of files with the same key: the name up to its first dot.
 
-    Names without a dot, and what lies in a folder `__name__`, are passed over. A file that comes twice in a sample
-    counts as empty. The sample at which a tar is cut or damaged is lost, so that there are as many samples whether
-    their data is read or not. key: of the next sample, None at the end.
-    spans_of: path of the tar, if a Span shall stand for the data of each file.
-    Raises: Damaged.
+    Names without a dot, and files in a folder `__name__`, are ignored. A file that comes twice in a sample counts as
+    empty. The sample at which a tar is cut or damaged is lost, so that the number of samples does not depend on whether
+    their data is read.
+
+    key: of the next sample, None at the end.
+    spans_of: path of the tar, if a Span is to be returned in place of the data of each file.
+    Raises: DamagedTar.
     """
 
     def __init__(self, file: BinaryIO, extensions: set[str], spans_of: str = "") -> None:
@@ -95,35 +122,35 @@ class ShardReader:
         self._next(0)
 
     def sample(self, read: bool = True) -> tuple[str, dict[str, Any]] | None:
-        """key and {extension: bytes or Span} of the next sample, None at the end; read=False passes over all data.
+        """key and {extension: bytes or Span} of the next sample, None at the end. read=False skips all data.
 
-        Raises: Damaged.
+        Raises: DamagedTar.
         """
         key = self.key
-        found: dict[str, Any] = {}
+        members: dict[str, Any] = {}
         if key is None:
             return None
         while self.key == key:
             if read and self._extension in self._extensions:
                 as_span = self._spans_of and self._size
                 data = Span(self._spans_of, self._file.tell(), self._size) if as_span else self._file.read(self._size)
-                found[self._extension] = b"" if self._extension in found else data
+                members[self._extension] = b"" if self._extension in members else data
                 self._next(padded(self._size) if as_span else -self._size % BLOCK)
             else:
                 self._next(padded(self._size))
-        return key, found
+        return key, members
 
-    def jump(self, samples: int, key: str) -> bool:
-        """Whether so many samples further on a key stands if each is one file of one size; goes there if it does."""
-        here, there = self._file.tell(), (self.key, self._extension, self._size)
-        self._file.seek(here - BLOCK + samples * (BLOCK + padded(self._size)))
+    def try_seek(self, samples: int, key: str) -> bool:
+        """Seek so many samples ahead, as if each were one file of the current size; undone unless `key` is there."""
+        position, current = self._file.tell(), (self.key, self._extension, self._size)
+        self._file.seek(position - BLOCK + samples * (BLOCK + padded(self._size)))
         try:
             self._next(0)
-        except Damaged:
+        except DamagedTar:
             self.key = None
         if self.key != key:
-            self._file.seek(here)
-            self.key, self._extension, self._size = there
+            self._file.seek(position)
+            self.key, self._extension, self._size = current
         return self.key == key
 
     def _next(self, skip: int) -> None:
@@ -139,11 +166,11 @@ class ShardReader:
             skip = padded(self._size)
 
 
-def read_shard(location: str | Path, extensions: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a shard in their order: (key, {extension: bytes}), with the named extensions only.
+def read_shard(location: str | Path, extensions: set[str]) -> Iterator[Sample]:
+    """The samples of a shard in order: (key, {extension: bytes}), with the given extensions only.
 
     A sample that has none of them comes with an empty dict. Nothing is decoded.
-    Raises: OSError, Damaged (a ValueError).
+    Raises: OSError, DamagedTar (a ValueError).
     """
     with open_location(str(location)) as file:
         reader = ShardReader(file, extensions)
@@ -151,17 +178,34 @@ def read_shard(location: str | Path, extensions: set[str]) -> Iterator[tuple[str
             yield sample
 
 
-def count_samples(location: str | Path) -> tuple[int, str]:
-    """How many samples a shard has, from its headers alone, and what keeps it from being read to its end.
+class Scan(NamedTuple):
+    """What the headers and captions of a shard say.
+
+    samples: how many.  digest: ShardDigest of them.  damage: what stopped the reading before its end, or ''.
+    """
+
+    samples: int
+    digest: str
+    damage: str
+
+
+def scan_shard(location: str | Path) -> Scan:
+    """Count the samples of a shard and digest their captions. Nothing else is read but headers.
 
     Raises: OSError.
     """
-    count = 0
-    with open_location(str(location)) as file:
-        try:
-            reader = ShardReader(file, set())
-            while reader.sample(read=False) is not None:
-                count += 1
-        except Damaged as damage:
-            return count, str(damage)
-    return count, ""
+    count, digest, damage = 0, ShardDigest(), ""
+    try:
+        for _ in digest.of(read_shard(location, {"txt"})):
+            count += 1
+    except DamagedTar as error:
+        damage = str(error)
+    return Scan(count, digest.hexdigest(), damage)
+
+
+def shard_digest(location: str | Path) -> str:
+    """The digest of a shard, from its headers and captions; of a damaged one that of the samples before the damage.
+
+    Raises: OSError.
+    """
+    return scan_shard(location).digest

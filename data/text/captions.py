@@ -1,8 +1,9 @@
-"""What is done to a caption before the tokenizer sees it, by name: training, sampling and export do the same.
+"""The cleaning of captions before the tokenizer, by name. Training, sampling and export use the same.
 
-'if-1' is the cleaning of IF's training stage, run twice, with the result of diffusers' IFPipeline(clean_caption=True);
-'lower-strip' that of clean_caption=False. The rules are IF's; how they are matched is not: where its patterns look
-again and again at the same characters, these look once, so that no caption takes time beyond its length.
+'if-1' is the cleaning of IF's training stage, run twice. Its result is that of diffusers'
+IFPipeline(clean_caption=True); 'lower-strip' gives that of clean_caption=False. The rules are IF's, the matching is
+not: IF's patterns scan the same characters many times, these scan them once, so that the time grows with a caption's
+length alone.
 """
 
 import html
@@ -15,8 +16,8 @@ import ftfy
 from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, ParserRejectedMarkup
 
 CLEANING = "if-1"
-# Python's HTML parser looks for the end of each unfinished tag in all that follows: 32,000 characters of them take it
-# 40 s. A caption with markup is therefore cut behind so many characters, ten times what the encoder's tokens hold.
+# Python's HTML parser searches all following text for the end of each unfinished tag: 32,000 characters of such tags
+# take 40 s. A caption with markup is therefore cut after so many characters, ten times what the encoder's tokens hold.
 MARKUP_LIMIT = 1 << 12
 
 warnings.filterwarnings("ignore", category=MarkupResemblesLocatorWarning)
@@ -27,7 +28,7 @@ _DOMAIN_RUN = re.compile(r"[a-zA-Z0-9.\-]+")
 _DOMAIN_END = re.compile(r"\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)")
 _WORD_EDGE = re.compile(r"\b")
 _SCHEMES = [re.compile(rf"\b{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])") for scheme in ("https?", "www")]
-# Python reads numbers of 4300 digits at most; one cut to 20 is no character either.
+# Python parses numbers of at most 4300 digits. One that is cut to 20 digits does not name a character either.
 _LONG_NUMBER = re.compile(r"(&#[0-9]{20})[0-9]+|(&#[xX][0-9a-fA-F]{20})[0-9a-fA-F]+")
 _EXTENSIONS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _DASHES = "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
@@ -80,17 +81,17 @@ _AFTER_REPAIR = _rules(
 
 
 def lower_strip(caption: str) -> str:
-    """Lower case without white space around."""
+    """The caption in lower case, without white space at its ends."""
     return _without_surrogates(caption).lower().strip()
 
 
 def if_twice(caption: str) -> str:
-    """IF's cleaning, twice. Of a caption with markup only the first MARKUP_LIMIT characters count."""
+    """IF's cleaning, applied twice. Of a caption with markup only the first MARKUP_LIMIT characters are used."""
     return _clean_once(_clean_once(_without_surrogates(caption)))
 
 
 def _without_surrogates(caption: str) -> str:
-    """Halves of a character put together, and replaced where the other half is missing: no tokenizer takes them."""
+    """Surrogate pairs joined, and single surrogates replaced, since no tokenizer accepts them."""
     return caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -115,10 +116,10 @@ def _apply(rules: Rules, caption: str) -> str:
 
 
 def _without_urls(caption: str, scheme: re.Pattern[str]) -> str:
-    """Less its URLs, which begin with the scheme or hold a well-known domain.
+    """The caption without its URLs, which begin with the scheme or contain a well-known domain.
 
-    IF's pattern is \\b(SCHEME|RUN END) over the greedy RUN [a-zA-Z0-9.-]+ and the END .com/path of a domain. In a run
-    the last end counts, wherever in it the match begins, so each run is looked at once.
+    IF's pattern is \\b(SCHEME|RUN END) with the greedy RUN [a-zA-Z0-9.-]+ and END, the .com/path of a domain. The last
+    END in a run counts, wherever in the run the match begins, so each run is scanned once.
     """
     domains = []
     for run in _DOMAIN_RUN.finditer(caption):
@@ -131,7 +132,8 @@ def _without_urls(caption: str, scheme: re.Pattern[str]) -> str:
     kept, position, found = [], 0, scheme.search(caption)
     for start, dot, domain_end in [*domains, (len(caption), 0, 0)]:
         while found and found.start() < max(start, dot):
-            # One that begins in a domain's run is no domain's part: the colon ends the run, and lies behind the end.
+            # A scheme that begins in a domain's run is not part of the domain: its colon, which ends the run, lies
+            # behind the domain.
             if found.start() >= position:
                 kept.append(caption[position : found.start()])
                 position = found.end()
@@ -144,7 +146,7 @@ def _without_urls(caption: str, scheme: re.Pattern[str]) -> str:
 
 
 def _without_markup(caption: str) -> str:
-    """The text of HTML; what the parser rejects stays as it is."""
+    """The text of HTML; the caption itself if the parser rejects it."""
     if "<" not in caption and "&" not in caption:
         return caption
     caption = caption[:MARKUP_LIMIT]
@@ -158,7 +160,7 @@ CLEANINGS: dict[str, Callable[[str], str]] = {"if-1": if_twice, "lower-strip": l
 
 
 def cleaner(name: str) -> Callable[[str], str]:
-    """The cleaning of that name.
+    """The cleaning with this name.
 
     Raises: ValueError if there is none.
     """

@@ -1,4 +1,4 @@
-"""Stored text embeddings: what decides them, whether they fit, and how one is read."""
+"""One text embedding as the bytes of a .npy file: from the encoder's states, and back."""
 
 import io
 import threading
@@ -14,11 +14,11 @@ from data.text.meta import EMPTY, TextMeta
 
 
 def encode_states(states: np.ndarray, dtype: str) -> np.ndarray:
-    """States [tokens, dim] float32 as they are stored.
+    """States [tokens, dim] float32 in the form in which they are stored.
 
-    bfloat16: its bits as uint16, rounded to nearest.  int8: [tokens, dim + 4], each token's values in steps of a 127th
-    of the largest of them, and behind them the four bytes of that step, a little-endian float32.
-    Raises: ValueError if they are too large for the dtype.
+    bfloat16: its bits as uint16, rounded to nearest.  int8: [tokens, dim + 4], each token's values in steps of 1/127 of
+    the largest of them, followed by the four bytes of that step, a little-endian float32.
+    Raises: ValueError if the states are too large for the dtype.
     """
     states = np.ascontiguousarray(states, np.float32)
     finite = _is_finite(states)
@@ -40,7 +40,7 @@ def encode_states(states: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _decode_states(out: np.ndarray, stored: np.ndarray) -> None:
-    """What was stored into out [tokens, dim]. Raises: ValueError if it is not finite."""
+    """Write the stored values into out [tokens, dim]. Raises: ValueError if they are not finite."""
     if stored.dtype == np.int8:
         dim = out.shape[1]
         step = np.ascontiguousarray(stored[:, dim:]).view("<f4")
@@ -61,27 +61,27 @@ def _decode_states(out: np.ndarray, stored: np.ndarray) -> None:
 
 
 def to_bytes(stored: np.ndarray) -> bytes:
-    """An embedding, as encode_states leaves it, as the bytes of a .npy file."""
+    """The bytes of a .npy file with an embedding as encode_states returns it."""
     buffer = io.BytesIO()
     np.save(buffer, stored, allow_pickle=False)
     return buffer.getvalue()
 
 
 def from_bytes(data: bytes, meta: TextMeta) -> np.ndarray:
-    """[tokens, dim] in meta.array_dtype from the bytes of a .npy file; nothing is unpickled.
+    """[tokens, dim] in meta.array_dtype from the bytes of a .npy file. Nothing is unpickled.
 
-    Raises: ValueError if it is of another shape or dtype, or not finite.
+    Raises: ValueError if the array has another shape or dtype, or is not finite.
     """
-    stored = _stored(data, meta)  # looked at before there is memory for it
+    stored = _stored(data, meta)  # checked before memory is allocated for it
     out = np.empty(meta.shape, meta.array_dtype)
     _decode_states(out, stored)
     return out
 
 
 def read_into(out: np.ndarray, source: bytes | Span, meta: TextMeta) -> None:
-    """Put an embedding into out [tokens, dim] in meta.array_dtype; floats of a local tar go there without a copy.
+    """Read an embedding into out [tokens, dim] in meta.array_dtype. Floats of a local tar go there without a copy.
 
-    Raises: ValueError, as from_bytes, and OSError; out then holds anything.
+    Raises: ValueError, as from_bytes, and OSError; the content of out is then undefined.
     """
     if isinstance(source, Span):
         expected = _npy_header(*meta.stored)
@@ -100,7 +100,7 @@ def read_into(out: np.ndarray, source: bytes | Span, meta: TextMeta) -> None:
 
 @lru_cache(maxsize=8)
 def _scratch(kind: str, shape: tuple[int, int], thread: int) -> np.ndarray:
-    """Memory for what is read: to ask for it anew each time takes longer than the reading."""
+    """A buffer for each thread that is used again and again: to allocate one takes longer than the reading."""
     return np.empty(shape, kind)
 
 
@@ -118,7 +118,7 @@ def _stored(data: bytes, meta: TextMeta) -> np.ndarray:
 
 @lru_cache
 def _npy_header(kind: str, shape: tuple[int, int]) -> bytes:
-    """What to_bytes writes before the numbers: to parse it takes longer than all the rest, to compare it no time."""
+    """The header that to_bytes writes. To parse a header takes longer than all else, to compare it no time."""
     buffer = io.BytesIO()
     fields = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, fields)
@@ -126,10 +126,7 @@ def _npy_header(kind: str, shape: tuple[int, int]) -> bytes:
 
 
 def _from_other_header(data: bytes, kind: str, wanted: tuple[int, int]) -> np.ndarray:
-    """The embedding behind a header that is not to_bytes' own: of other software, or no header at all.
-
-    Raises: ValueError.
-    """
+    """The embedding in a .npy file that other software wrote. Raises: ValueError, also if `data` is no .npy file."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -141,7 +138,7 @@ def _from_other_header(data: bytes, kind: str, wanted: tuple[int, int]) -> np.nd
             raise ValueError("objects are pickled")
     except Exception as error:  # numpy evaluates the header as a literal, which hostile bytes break in many ways
         raise ValueError("embedding not readable") from error
-    # Judged before reading, for which numpy would take as much memory as the header says.
+    # Checked before the data is read, since numpy would allocate as much memory as the header says.
     if shape != wanted or dtype.name != kind:
         raise ValueError("embedding of another shape or dtype")
     try:
@@ -152,10 +149,10 @@ def _from_other_header(data: bytes, kind: str, wanted: tuple[int, int]) -> np.nd
 
 
 def _is_finite(stored: np.ndarray) -> bool:
-    """np.isfinite(stored).all() at a twentieth of the cost for float16; of uint16, as the bits of bfloat16.
+    """np.isfinite(stored).all(), for float16 at a twentieth of its cost. uint16 holds the bits of bfloat16.
 
-    Read as integers, floats of one sign are in order, with the infinity and behind it the NaNs at the top: of the
-    positive ones among signed integers, of the negative ones among unsigned.
+    Viewed as integers, floats of one sign are in order, with infinity and above it the NaNs at the top: the positive
+    ones among signed integers, the negative ones among unsigned integers.
     """
     signed, unsigned = f"i{stored.itemsize}", f"u{stored.itemsize}"
     infinity = 0x7F80 if stored.dtype == np.uint16 else int(np.array(np.inf, stored.dtype).view(unsigned))
@@ -164,7 +161,7 @@ def _is_finite(stored: np.ndarray) -> bool:
 
 
 def read_empty(folder: str | Path, meta: TextMeta) -> np.ndarray:
-    """The embedding of the empty caption, which stands in for dropped ones.
+    """The embedding [tokens, dim] of the empty caption, which takes the place of dropped captions.
 
     Raises: ValueError.
     """

@@ -1,4 +1,4 @@
-"""The frozen text encoder: any of transformers' with a last_hidden_state, by name or folder."""
+"""The frozen text encoder: any encoder of transformers that has a last_hidden_state, by name or folder."""
 
 import hashlib
 from collections.abc import Callable
@@ -9,28 +9,24 @@ from torch import Tensor
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from data.text.captions import CLEANING, cleaner
-from data.text.meta import TextMeta
-
-COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from data.text.meta import COMPUTE, TextMeta
 
 
 class TextEncoder:
-    """Captions to hidden states [tokens, dim], cut or padded to a fixed number of tokens.
+    """Turns captions into hidden states [tokens, dim], cut or padded to a fixed number of tokens.
 
     The encoder sees its attention mask. The states at the padding are kept, since IF's UNet is given them too.
-    compute: 'float32' or 'bfloat16'; T5 v1.1 overflows in float16.  cleaning: as data.text.captions names it.
+    compute: 'float32' or 'bfloat16'; T5 v1.1 overflows in float16.  cleaning: its name in data.text.captions.
     Raises: ValueError if the encoder cannot be loaded, or its tokenizer does not fit it.
     """
 
-    def __init__(
-        self, name: str, tokens: int, compute: str, device: torch.device, cleaning: str = CLEANING
-    ) -> None:  # fmt: skip
+    def __init__(self, name: str, tokens: int, compute: str, device: torch.device, cleaning: str = CLEANING) -> None:
         if compute not in COMPUTE:
             raise ValueError(f"compute={compute} must be one of {', '.join(COMPUTE)} (float16 overflows in T5 v1.1)")
         self.clean = cleaner(cleaning)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForTextEncoding.from_pretrained(name, dtype=COMPUTE[compute])
+            model = AutoModelForTextEncoding.from_pretrained(name, dtype=getattr(torch, compute))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the encoder '{name}' cannot be loaded ({str(error).splitlines()[0]}): "
@@ -55,32 +51,32 @@ class TextEncoder:
         return np.where(inputs["attention_mask"] == 1, inputs["input_ids"], -1).astype(np.int32)
 
     def to(self, device: torch.device) -> None:
-        """Move the encoder there."""
+        """Move the encoder to a device."""
         self.device, self.model = device, self.model.to(device)
 
     @torch.no_grad()  # not inference_mode: a net that is trained on the states keeps them for its backward
     def states(self, token_ids: Tensor) -> Tensor:
-        """[N, tokens, dim] in the compute dtype, on the device; token_ids: as of token_ids()."""
+        """[N, tokens, dim] in the compute dtype, on the device. token_ids: [N, tokens] int32, as from token_ids()."""
         ids = token_ids.to(self.device, torch.int64, non_blocking=True)
         mask = ids >= 0
         ids = ids.masked_fill(~mask, self.tokenizer.pad_token_id)
         return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
-    def begin(self, token_ids: Tensor) -> Callable[[], Tensor]:
-        """Begin with a batch; calling what comes back gives its states on the host, once they are there.
+    def start(self, token_ids: Tensor) -> Callable[[], Tensor]:
+        """Start a batch. Returns a function that waits for its states [N, tokens, dim] on the host.
 
-        So a GPU that has the next batch in its queue need not wait for what is done with this one.
+        A GPU that is given the next batch meanwhile does not wait for what is done with the states of this one.
         """
         states = self.states(token_ids)
         if self.device.type != "cuda":
             return lambda: states
         host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
         host.copy_(states, non_blocking=True)
-        there = torch.cuda.Event()
-        there.record()
+        copied = torch.cuda.Event()
+        copied.record()
 
         def fetch() -> Tensor:
-            there.synchronize()
+            copied.synchronize()
             return host
 
         return fetch
@@ -105,7 +101,7 @@ class TextEncoder:
             )
 
     def meta(self, dtype: str) -> TextMeta:
-        """What decides the embeddings that this encoder makes.
+        """Everything that decides the embeddings of this encoder, stored as dtype.
 
         The weights' hash is of their values rounded to bfloat16, so it is the same whether they are stored or loaded in
         float32 or bfloat16.
@@ -124,9 +120,9 @@ class TextEncoder:
 
 
 def load_encoder(meta: TextMeta, name: str = "", device: torch.device | None = None) -> TextEncoder:
-    """The encoder that a meta describes, checked to be the very one; on the CPU unless told otherwise.
+    """The encoder that a meta describes, checked by its hashes to be the same one; on the CPU by default.
 
-    name: where it lies now, a folder or a name on the hub; that of the meta by default.
+    name: a folder or a name on the hub, where the encoder is now; that of the meta by default.
     Raises: ValueError if it cannot be loaded or is another.
     """
     name = name or meta.encoder
@@ -137,11 +133,11 @@ def load_encoder(meta: TextMeta, name: str = "", device: torch.device | None = N
             "name the encoder that the captions were embedded with"
         )
     now = encoder.meta(meta.dtype)
-    for what, here, there in (
+    for what, loaded, recorded in (
         ("another encoder than", now.weights_sha256, meta.weights_sha256),
         ("an encoder with another tokenizer than", now.tokenizer_sha256, meta.tokenizer_sha256),
     ):
-        if here != there:
+        if loaded != recorded:
             raise ValueError(
                 f"'{name}' is {what} the one that the captions were embedded with ({meta.encoder}): name that one"
             )

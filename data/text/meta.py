@@ -10,22 +10,20 @@ from data.storage.locations import is_remote, join, list_names, read_bytes, spli
 from data.storage.shards import INDEX, Shard, read_index
 from data.storage.tars import write_json
 
-META = "meta.json"
-
-
-EMPTY = "empty.npy"
-
-
-# How an embedding [tokens, dim] lies in its .npy: the numbers' type there, and the columns beyond dim.
+META, EMPTY = "meta.json", "empty.npy"
+# The dtypes that the encoder may run in. T5 v1.1 overflows in float16.
+COMPUTE = ("float32", "bfloat16")
+# By dtype, how an embedding [tokens, dim] lies in its .npy: the type of its numbers, and how many columns it has
+# beyond dim.
 STORED = {"float16": ("float16", 0), "float32": ("float32", 0), "bfloat16": ("uint16", 0), "int8": ("int8", 4)}
 
 
 @dataclass(slots=True)
 class TextMeta:
-    """Everything that decides a stored embedding; lies as meta.json beside the sidecar shards.
+    """Everything that decides a stored embedding, kept as meta.json beside the sidecar shards.
 
-    tokens, dim: an embedding is [tokens, dim].  dtype: as stored.  compute: as the encoder ran.
-    cleaning: of the captions, as data.text.captions names it.
+    tokens, dim: an embedding is [tokens, dim].  dtype: as stored.  compute: the dtype that the encoder ran in.
+    cleaning: of the captions, by its name in data.text.captions.
     """
 
     encoder: str
@@ -47,8 +45,8 @@ class TextMeta:
 
     @property
     def stored(self) -> tuple[str, tuple[int, int]]:
-        kind, more = STORED[self.dtype]
-        return kind, (self.tokens, self.dim + more)
+        kind, extra = STORED[self.dtype]
+        return kind, (self.tokens, self.dim + extra)
 
     @property
     def nbytes(self) -> int:
@@ -56,12 +54,12 @@ class TextMeta:
         return rows * columns * np.dtype(kind).itemsize
 
     def write(self, folder: Path) -> None:
-        """Write meta.json, aside and renamed."""
+        """Write meta.json atomically."""
         write_json(folder / META, asdict(self))
 
     @staticmethod
     def read(folder: str | Path) -> "TextMeta":
-        """Raises: ValueError if there is none or it is not ours."""
+        """The meta of a folder. Raises: ValueError if there is no meta file or it cannot be read."""
         path = join(folder, META)
         try:
             meta = TextMeta(**json.loads(read_bytes(path)))
@@ -78,23 +76,24 @@ class TextMeta:
             raise ValueError(f"'{path}' is not a meta file of data.embed ({error}): embed the captions anew") from None
 
 
-def sidecar(shard: Shard, folder: str | Path) -> str:
-    """Where the embeddings of a shard lie: same file name, same keys, KEY.npy."""
+def sidecar_location(shard: Shard, folder: str | Path) -> str:
+    """The location of a shard's sidecar, which has its file name and its keys, with KEY.npy for each caption."""
     return join(folder, shard.name)
 
 
 def check_meta(folder: str | Path, tokens: int, dim: int) -> TextMeta:
-    """Make sure that the embeddings that a folder's meta file describes are what the model takes.
+    """The meta of a folder, checked to describe embeddings of the shape that the model takes.
 
+    tokens, dim: of the model; 0 for whatever the embeddings have.
     Raises: ValueError that says what does not fit and what to change.
     """
     meta = TextMeta.read(folder)
-    if meta.dim != dim:
+    if dim and meta.dim != dim:
         raise ValueError(
             f"the text embeddings in '{folder}' are {meta.dim} wide (encoder {meta.encoder}), "
             f"model.encoder_dim is {dim}: set model.encoder_dim={meta.dim} or embed with another encoder"
         )
-    if meta.tokens != tokens:
+    if tokens and meta.tokens != tokens:
         raise ValueError(
             f"the text embeddings in '{folder}' have {meta.tokens} tokens, data.tokens is {tokens}: "
             f"set data.tokens={meta.tokens} or embed with tokens={tokens}"
@@ -103,13 +102,14 @@ def check_meta(folder: str | Path, tokens: int, dim: int) -> TextMeta:
 
 
 def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: int) -> TextMeta:
-    """Make sure that the embeddings of all shards are there and are what the model takes.
+    """check_meta, and that every shard has its sidecar in the folder.
 
+    tokens, dim: of the model; 0 for whatever the embeddings have.
     Raises: ValueError that says what does not fit and what to change.
     """
     meta = check_meta(folder, tokens, dim)
-    there = _sidecar_names(str(folder))
-    missing = [shard.name for shard in shards if there is not None and shard.name not in there]
+    present = _sidecar_names(str(folder))
+    missing = [shard.name for shard in shards if present is not None and shard.name not in present]
     if missing:
         source = split(shards[0].location)[0]
         raise ValueError(
@@ -121,7 +121,7 @@ def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: in
 
 
 def _sidecar_names(folder: str) -> set[str] | None:
-    """The names in a folder of embeddings, listed in one go; behind a URL its index says them, if there is one.
+    """The names in a folder of embeddings; behind a URL those in its index, or None if it has no index.
 
     Raises: ValueError.
     """

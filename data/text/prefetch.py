@@ -1,4 +1,4 @@
-"""An iterator worked off by a thread, so that what follows need not wait for it."""
+"""Running an iterator in a thread, ahead of its consumer."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -10,11 +10,11 @@ T = TypeVar("T")
 _END: Any = object()
 
 
-def prefetch(items: Iterable[T], most: int) -> Iterator[T]:
-    """The items in their order, made in a thread that is at most so many ahead; what it raises is raised here."""
-    made = iter(items)
+def prefetch(items: Iterable[T], ahead: int) -> Iterator[T]:
+    """The items in order, computed in a thread that is at most `ahead` items ahead. Its errors are raised here."""
+    iterator = iter(items)
     with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, made, _END) for _ in range(most))
-        while (item := waiting.popleft().result()) is not _END:
-            waiting.append(thread.submit(next, made, _END))
+        futures = deque(thread.submit(next, iterator, _END) for _ in range(ahead))
+        while (item := futures.popleft().result()) is not _END:
+            futures.append(thread.submit(next, iterator, _END))
             yield item

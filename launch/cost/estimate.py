@@ -1,71 +1,45 @@
-"""The cost of a run: memory, time and bytes, of the real net on tensors without contents."""
+"""The cost of a run: memory, time and traffic, counted on the real net with tensors that have no contents."""
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 
 from tqdm import tqdm
 
 from data.loader.dataset import find_datasets
 from data.text.meta import TextMeta
-from launch.cost.memory import FP32, Peak, States, most_that_fits, peak, states
-from launch.cost.step_cost import Bytes, Flops, image_flops, step_bytes
+from launch.cost.memory import WEIGHT_BYTES, Peak, States, most_that_fits, peak, states
+from launch.cost.options import PlanOptions, check_options
+from launch.cost.step_cost import Bytes, step_bytes
 from launch.cost.traffic import Collectives, Reading, checkpoint_bytes, collectives, embedding_bytes
-from model.recompute import MEMORY
+from model.config import RECOMPUTE
 from train.config import Config, accumulation
+from train.inputs import resolve_text_shape
+from train.monitor.flops import Flops, training_flops
 from train.monitor.gpus import GPU, find_gpu
 from train.summary import parameters
 
 GB = 1e9
 
 
-WEIGHT_BYTES = {"bf16": 2, "fp32": FP32}
-
-
-# A 256 px JPEG as img2dataset stores it, with caption and tar headers; LAION-400M at 256 px is some 10 TB.
-IMAGE_KB = 25.0
-
-
-@dataclass(slots=True)
-class Options:
-    """Memory, time, bytes and GPU-hours of a training, before it starts; other arguments are those of train/main.py.
-
-    gpu: a name of train/monitor/gpus.py.  link: Gbit/s of a node to the others, each way.  link_efficiency: share of
-    it that collectives reach.  mfu: the share of the GPUs' peak that forward and backward reach.  samples, image_kb: of
-    the dataset, where it isn't there to be looked at.  storage: GB/s that all nodes together read, 0 if unknown.
-    reserve_gb: of a GPU, for CUDA, NCCL, cuDNN's workspaces and fragments.
-    """
-
-    gpu: str = "a100-80g"
-    nodes: int = 64
-    gpus_per_node: int = 8
-    link: float = 1600.0
-    link_efficiency: float = 0.8
-    mfu: float = 0.4
-    samples: int = 1_200_000_000
-    image_kb: float = IMAGE_KB
-    storage: float = 0.0
-    reserve_gb: float = 5.0
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-
 @dataclass(frozen=True, slots=True)
-class MemoryChoice:
-    """One model.memory: at the configured micro batch, and the largest that fits and divides the batch, 0 for none."""
+class RecomputeCost:
+    """What one choice of recomputation costs.
+
+    step, peak: memory at the configured micro batch.  flops: of an image.
+    largest: the largest micro batch that fits.  largest_dividing: the largest that fits and divides the batch, or 0.
+    """
 
     step: Bytes
     peak: Peak
     flops: Flops
-    fits_at_most: int
     largest: int
+    largest_dividing: int
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one step."""
+    """Seconds of one step, by part."""
 
     compute: float
     communication: float
@@ -74,131 +48,114 @@ class Times:
 
     @property
     def step(self) -> float:
-        """One after another, but for reading, which runs beside the rest."""
+        """The parts run one after another, except reading, which runs beside the others."""
         return max(self.compute + self.communication + self.update, self.reading)
 
     @property
     def bottleneck(self) -> str:
-        """What takes the largest part of it."""
+        """The part that takes longest."""
         parts = asdict(self)
         return "reading" if self.reading >= self.step else max(parts, key=lambda name: parts[name])
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that launch/cost/page.py prints."""
+    """Everything that launch/cost/page.py prints.
 
-    options: Options
+    parameters: that are trained.  costs: by choice of recomputation.  checkpoint: bytes.
+    times, limit: as assumed, and at the physical limit.
+    """
+
+    options: PlanOptions
     config: Config
     gpu: GPU
     parameters: int
     accumulate: int
     states: States
-    choices: dict[str, MemoryChoice]
+    costs: dict[str, RecomputeCost]
     collectives: Collectives
     reading: Reading
-    samples: int
-    looked_at_data: bool
+    assumed_text: bool
     checkpoint: int
     times: Times
     limit: Times
 
     @property
     def flops(self) -> Flops:
-        """Of an image, with the model.memory that the configuration has."""
-        return self.choices[self.config.model.memory].flops
+        """Of an image, without recomputation."""
+        return self.costs[RECOMPUTE[0]].flops
 
     @property
     def model_flops(self) -> int:
-        """Of a step, as MFU counts them."""
-        return self.flops.model * self.config.global_batch
+        """FLOP of a step as MFU counts them: forward and backward, without what is computed again."""
+        return self.flops.total * self.config.global_batch
 
 
-def make_plan(options: Options, config: Config) -> Plan:
-    """Raises: ValueError for values that cannot be, or a micro batch that doesn't divide the batch."""
+def make_plan(options: PlanOptions, config: Config) -> Plan:
+    """Count what a run costs, in a minute or two on one core.
+
+    Raises: ValueError for a value that cannot be, or a micro batch that does not divide the batch.
+    """
     check_options(options)
+    assumed_text = resolve_text_shape(config)
     gpu, ranks = find_gpu(options.gpu), options.ranks
     accumulate, weight_bytes = accumulation(config, ranks), WEIGHT_BYTES[config.precision]
-    count, frozen = parameters(config)
-    kept = states(count, ranks, config.optim.name, weight_bytes, frozen)
-    room = gpu.memory - options.reserve_gb * GB - kept.total
-    choices = {}
-    for memory in tqdm(MEMORY, desc="walking the net", unit="choice", leave=False, disable=None):
-        choices[memory] = memory_choice(replace_memory(config, memory), count, ranks, room)
-    reading, samples, looked = of_data(options, config)
-    wires = collectives(count, ranks, weight_bytes)
-    flops = choices[config.model.memory].flops.done * config.global_batch
-    seconds = wires.seconds(gpu, options.nodes, options.gpus_per_node, options.link * GB / 8, options.link_efficiency)
-    bytes_read = reading.sample * config.global_batch
+    trained, frozen = parameters(config)
+    resident = states(trained, ranks, config.optim.name, weight_bytes, frozen)
+    available = gpu.memory - options.reserve_gb * GB - resident.total
+    costs = {}
+    for recompute in tqdm(RECOMPUTE, desc="counting", unit="choice", leave=False, disable=None):
+        costs[recompute] = recompute_cost(config, recompute, trained, ranks, available)
+    traffic, reading = collectives(trained, ranks, weight_bytes), estimate_reading(options, config)
+
+    node_link = options.link * GB / 8
+    at_peak = costs[config.recompute].flops.total * config.global_batch / (ranks * gpu.tflops * 1e12)
     times = Times(
-        compute=flops / (ranks * gpu.tflops * 1e12 * options.mfu),
-        communication=seconds,
-        # Masters, moments and EMA are read and written, the rest of the update is small beside them.
-        update=2 * (kept.master + kept.moments + kept.ema) / gpu.memory_rate,
-        reading=bytes_read / (options.storage * GB) if options.storage else 0.0,
+        compute=at_peak / options.mfu,
+        communication=traffic.seconds(gpu, options.nodes, options.gpus_per_node, node_link, options.link_efficiency),
+        # Masters, moments and EMA are read and written; the rest of the update is small beside them.
+        update=2 * (resident.master + resident.moments + resident.ema) / gpu.memory_rate,
+        reading=reading.sample * config.global_batch / (options.storage * GB) if options.storage else 0.0,
     )
-    at_peak = flops / (ranks * gpu.tflops * 1e12)
-    perfect = wires.seconds(gpu, options.nodes, options.gpus_per_node, options.link * GB / 8, 1.0)
-    # At the limit communication hides behind the backward.
-    limit = Times(max(at_peak, perfect), 0.0, 0.0, times.reading)
+    # At the limit the links are used whole, and communication hides behind the backward.
+    at_full_rate = traffic.seconds(gpu, options.nodes, options.gpus_per_node, node_link, 1.0)
+    limit = Times(max(at_peak, at_full_rate), 0.0, 0.0, times.reading)
+    checkpoint = checkpoint_bytes(resident, ranks)
     return Plan(
-        options, config, gpu, count, accumulate, kept, choices, wires, reading, samples, looked,
-        checkpoint_bytes(kept, ranks), times, limit,
+        options, config, gpu, trained, accumulate, resident, costs, traffic, reading, assumed_text, checkpoint, times,
+        limit,
     )  # fmt: skip
 
 
-def check_options(options: Options) -> None:
-    """Raises: ValueError that names the argument."""
-    for name in ("nodes", "gpus_per_node", "link", "link_efficiency", "mfu", "samples", "image_kb"):
-        if getattr(options, name) <= 0:
-            raise ValueError(f"{name}={getattr(options, name)} must be above 0")
-    for name in ("mfu", "link_efficiency"):
-        if getattr(options, name) > 1:
-            raise ValueError(f"{name}={getattr(options, name)} is a share, at most 1")
-    for name in ("storage", "reserve_gb"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"{name}={getattr(options, name)} must be at least 0")
-
-
-def replace_memory(config: Config, memory: str) -> Config:
-    """The configuration with another model.memory."""
-    return replace(config, model=replace(config.model, memory=memory))
-
-
-def memory_choice(config: Config, count: int, ranks: int, room: float) -> MemoryChoice:
-    """What the configured micro batch takes, and the largest that fits into so many bytes."""
+def recompute_cost(config: Config, recompute: str, trained: int, ranks: int, available: float) -> RecomputeCost:
+    """What a choice of recomputation costs.  available: bytes of a GPU for what a step adds to its states."""
     weight_bytes, per_rank = WEIGHT_BYTES[config.precision], config.global_batch // ranks
+    tokens, lora = config.data.tokens, config.lora
 
     @cache
-    def walked(micro_batch: int) -> Bytes:
-        accumulated = per_rank > micro_batch
-        return step_bytes(config.model, micro_batch, config.precision, accumulated, config.data.tokens, config.lora)
+    def step(micro_batch: int) -> Bytes:
+        return step_bytes(config.model, micro_batch, config.precision, per_rank > micro_batch, tokens, lora, recompute)
 
-    def needs(micro_batch: int) -> int:
-        return peak(walked(micro_batch), count, ranks, weight_bytes).most
+    def peak_at(micro_batch: int) -> Peak:
+        return peak(step(micro_batch), trained, ranks, weight_bytes)
 
-    fits_at_most = most_that_fits(needs, config.micro_batch, room)
-    fitting = [m for m in range(1, min(fits_at_most, per_rank) + 1) if per_rank % m == 0]
-    step = walked(config.micro_batch)
-    return MemoryChoice(
-        step,
-        peak(step, count, ranks, weight_bytes),
-        image_flops(config.model, config.data.tokens),
-        fits_at_most,
-        max(fitting, default=0),
+    largest = most_that_fits(lambda micro_batch: peak_at(micro_batch).most, config.micro_batch, available)
+    dividing = [m for m in range(1, min(largest, per_rank) + 1) if per_rank % m == 0]
+    flops = training_flops(config.model, tokens, lora, recompute)
+    return RecomputeCost(
+        step(config.micro_batch), peak_at(config.micro_batch), flops, largest, max(dividing, default=0)
     )
 
 
-def of_data(options: Options, config: Config) -> tuple[Reading, int, bool]:
-    """Bytes of a sample and the number of samples; from the dataset itself, if its shards and embeddings are there."""
+def estimate_reading(options: PlanOptions, config: Config) -> Reading:
+    """What is read, counted in the dataset if its shards and embeddings are there."""
     tokens, dim = config.data.tokens, config.model.encoder_dim
-    assumed = Reading(options.image_kb * 1e3, embedding_bytes(tokens, dim)), options.samples, False
     try:
         datasets = find_datasets(config.data)
         shards = [shard for dataset in datasets for shard in dataset.shards]
         samples = sum(shard.count for shard in shards)
-        sizes = sum(shard.size or os.path.getsize(shard.location) for shard in shards)
+        size = sum(shard.size or os.path.getsize(shard.location) for shard in shards)
         itemsize = {"float16": 2, "float32": 4}.get(TextMeta.read(datasets[0].text).dtype, 2)
     except (ValueError, OSError):
-        return assumed
-    return Reading(sizes / samples, embedding_bytes(tokens, dim, itemsize)), samples, True
+        return Reading(options.image_kb * 1e3, embedding_bytes(tokens, dim), options.samples, counted=False)
+    return Reading(size / samples, embedding_bytes(tokens, dim, itemsize), samples, counted=True)

@@ -4,21 +4,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from launch.cost.step_cost import Bytes
+from train.adam_state import FP32, moments_bytes
 
-FP32 = 4
-# DeepSpeed's own: elements of the buffer through which gradients are reduced, and the multiple of the ranks to which
-# the flat weights are padded (zero/config.py and stage_1_and_2.py of 0.19).
+WEIGHT_BYTES = {"bf16": 2, "fp32": FP32}
+# DeepSpeed's own: the elements of the bucket through which gradients are reduced, and the multiple of the ranks to
+# which it pads the flat weights. Source: zero/config.py and stage_1_and_2.py of DeepSpeed 0.19.
 REDUCE_BUCKET = 500_000_000
 ALIGNMENT = 2
-# bitsandbytes': elements that share a scale, the tables of the two codes, and the smallest tensor that is coded.
-BLOCK, CODE_TABLES, SMALLEST_8BIT = 256, 2 * 256 * FP32, 4096
 
 
 @dataclass(frozen=True, slots=True)
 class States:
     """Bytes that a rank holds between two steps.
 
-    weights: of the whole net, frozen ones included.  master, moments, ema: of its own part, fp32 but for 8-bit moments.
+    weights: of the whole net, with those that are frozen.  master, moments, ema: of the rank's part, in fp32 but for
+    8-bit moments.
     """
 
     weights: int
@@ -33,7 +33,7 @@ class States:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bytes that come and go in a step, on top of States: while gradients are made, reduced, and used."""
+    """The most bytes that a step adds to States: during the backward, during the all-reduce, and during the update."""
 
     backward: int
     reduction: int
@@ -49,19 +49,10 @@ def partition(trained: int, ranks: int) -> int:
     return -(-trained // (ALIGNMENT * ranks)) * ALIGNMENT
 
 
-def moments_bytes(elements: int, optimizer: str) -> int:
-    """Of the optimizer's state for a part of so many elements."""
-    if optimizer == "adamw":
-        return 2 * FP32 * elements + FP32  # and its step, a tensor
-    if elements < SMALLEST_8BIT:
-        return 2 * FP32 * elements
-    return 2 * elements + 2 * FP32 * -(-elements // BLOCK) + CODE_TABLES
-
-
 def states(trained: int, ranks: int, optimizer: str, weight_bytes: int, frozen: int = 0) -> States:
-    """What stays on a rank.
+    """What a rank holds between two steps.
 
-    trained, frozen: parameters that have an optimizer, and those that only run, as under LoRA.
+    trained, frozen: numbers of parameters; under LoRA the net is frozen.  weight_bytes: bytes of a weight.
     """
     part = partition(trained, ranks)
     weights = weight_bytes * (part * ranks + frozen)
@@ -71,8 +62,8 @@ def states(trained: int, ranks: int, optimizer: str, weight_bytes: int, frozen: 
 def peak(step: Bytes, trained: int, ranks: int, weight_bytes: int) -> Peak:
     """What a step adds to that.
 
-    The bucket lives from the first gradient on; a full one is copied for the all-reduce. The update has all gradients
-    of a rank that is alone, else its part, and a copy of that in fp32.
+    The bucket is there from the first gradient on; a full bucket is copied for the all-reduce. The update holds at most
+    all gradients, the rank's part of them, and that part twice in fp32.
     """
     gradients, bucket = weight_bytes * trained, weight_bytes * REDUCE_BUCKET
     part = partition(trained, ranks)
@@ -83,15 +74,15 @@ def peak(step: Bytes, trained: int, ranks: int, weight_bytes: int) -> Peak:
     )
 
 
-def most_that_fits(needs: Callable[[int], int], first: int, room: float) -> int:
-    """The largest n with needs(n) <= room, 0 if there is none; beyond 100 to within a hundredth.
+def most_that_fits(bytes_needed: Callable[[int], int], first: int, available: float) -> int:
+    """The largest n with bytes_needed(n) <= available, 0 if there is none; above 100 to within a hundredth.
 
-    needs: grows with n along straight pieces that get steeper. It is slow, so a line through the two last values asked
-    for gives the next n.
+    bytes_needed: grows with n along straight pieces that get steeper. It is slow, so each next n comes from a line
+    through the two last values.  first: the n to begin with.
     """
-    asked = {first: needs(first)}
+    known = {first: bytes_needed(first)}
     fits, too_many, guess = 0, None, 8 * first
-    if asked[first] <= room:
+    if known[first] <= available:
         fits = first
     else:
         too_many, guess = first, first // 2
@@ -99,12 +90,12 @@ def most_that_fits(needs: Callable[[int], int], first: int, room: float) -> int:
         guess = max(guess, fits + 1)
         if too_many is not None:
             guess = min(guess, too_many - 1)
-        asked[guess] = needs(guess)
-        if asked[guess] <= room:
+        known[guess] = bytes_needed(guess)
+        if known[guess] <= available:
             fits = guess
         else:
             too_many = guess
-        (a, of_a), (b, of_b) = list(asked.items())[-2:]
-        slope = (of_b - of_a) / (b - a)
-        guess = int(b + (room - of_b) / slope) if slope > 0 else 2 * guess
+        (a, bytes_a), (b, bytes_b) = list(known.items())[-2:]
+        slope = (bytes_b - bytes_a) / (b - a)
+        guess = int(b + (available - bytes_b) / slope) if slope > 0 else 2 * guess
     return fits

@@ -1,25 +1,25 @@
 """The plan as a page of plain text."""
 
-from launch.cost.estimate import GB, WEIGHT_BYTES, Plan, Times
-from launch.cost.memory import ALIGNMENT, REDUCE_BUCKET, partition
+from launch.cost.estimate import GB, Plan, Times
+from launch.cost.memory import ALIGNMENT, REDUCE_BUCKET, WEIGHT_BYTES, partition
 from train.monitor.gpus import NODE_LINKS
 
 DAY = 86_400
 
 
 def render(plan: Plan) -> str:
-    """What was counted, what was assumed, and where the bottleneck lies."""
+    """The page: what was counted, where the bottleneck lies, and what was assumed."""
     parts = (head, memory, work, communication, reading, checkpoints, time, assumptions)
     return "\n\n".join("\n".join(part(plan)) for part in parts)
 
 
 def row(name: str, *cells: str, width: int = 18) -> str:
-    """A line of the table."""
+    """A line of a table."""
     return (f"{name:<42}" + "".join(f"{cell:>{width}}" for cell in cells)).rstrip()
 
 
 def gb(value: float) -> str:
-    """Bytes as GB, fine enough for what a large run splits into small parts."""
+    """Bytes as GB, or as MB if they are few: a large run splits its states into small parts."""
     return f"{value / GB:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
 
 
@@ -35,67 +35,62 @@ def head(plan: Plan) -> list[str]:
 
 
 def memory(plan: Plan) -> list[str]:
-    """Of one GPU, by part."""
-    kept, choices, ranks = plan.states, plan.choices, plan.options.ranks
+    """Memory of one GPU, by part, for each choice of recomputation."""
+    resident, costs, ranks = plan.states, plan.costs.values(), plan.options.ranks
     weight_bytes = WEIGHT_BYTES[plan.config.precision]
     reserve = plan.options.reserve_gb * GB
-    lines = [
+    total = [resident.total + cost.peak.most + reserve for cost in costs]
+    return [
         row("MEMORY OF A GPU", gb(plan.gpu.memory)),
-        row("weights", gb(kept.weights)),
-        row(f"fp32 masters, 1/{ranks}: {partition(plan.parameters, ranks):,}", gb(kept.master)),
-        row(f"moments of {plan.config.optim.name}, 1/{ranks}", gb(kept.moments)),
-        row(f"EMA, fp32, 1/{ranks}", gb(kept.ema)),
+        row("weights", gb(resident.weights)),
+        row(f"fp32 masters, 1/{ranks}: {partition(plan.parameters, ranks):,}", gb(resident.master)),
+        row(f"moments of {plan.config.optim.name}, 1/{ranks}", gb(resident.moments)),
+        row(f"EMA, fp32, 1/{ranks}", gb(resident.ema)),
         row("gradients", gb(weight_bytes * plan.parameters)),
         row("bucket of the all-reduce", gb(weight_bytes * REDUCE_BUCKET)),
         row("reserve", gb(reserve)),
         "",
-        row(f"model.memory, micro batch {plan.config.micro_batch}", *choices),
-        row("activations kept for backward", *(gb(c.step.kept) for c in choices.values())),
-    ]
-    for name in ("backward", "reduction", "update"):
-        said = {
-            "backward": "backward: activations, gradients, bucket",
-            "reduction": "all-reduce: gradients, bucket, its copy",
-            "update": "update: gradients, the part in fp32",
-        }[name]
-        lines.append(row(said, *(gb(getattr(c.peak, name)) for c in choices.values())))
-    total = [kept.total + c.peak.most + reserve for c in choices.values()]
-    lines += [
+        row(f"recompute, micro batch {plan.config.micro_batch}", *plan.costs),
+        row("activations kept for backward", *(gb(cost.step.kept) for cost in costs)),
+        row("backward: activations, gradients, bucket", *(gb(cost.peak.backward) for cost in costs)),
+        row("all-reduce: gradients, bucket, its copy", *(gb(cost.peak.reduction) for cost in costs)),
+        row("update: gradients, the part in fp32", *(gb(cost.peak.update) for cost in costs)),
         row("in all", *map(gb, total)),
         row("fits", *("yes" if t <= plan.gpu.memory else "NO" for t in total)),
-        row("largest micro batch that fits", *(str(c.fits_at_most) for c in choices.values())),
-        row("  and divides the batch", *(str(c.largest or "none") for c in choices.values())),
+        row("largest micro batch that fits", *(str(cost.largest) for cost in costs)),
+        row("  and divides the batch", *(str(cost.largest_dividing or "none") for cost in costs)),
     ]
-    return lines
 
 
 def work(plan: Plan) -> list[str]:
     """Floating-point operations."""
-    more = [f"{c.flops.done / c.flops.model - 1:+.1%}" for c in plan.choices.values()]
+    more = [f"{cost.flops.total / plan.flops.total - 1:+.1%}" for cost in plan.costs.values()]
     return [
         row("FLOPS"),
         row("forward, of an image", f"{plan.flops.forward / 1e12:.3f} TFLOP"),
-        row("a step: 3 x forward", f"{plan.model_flops / 1e15:.2f} PFLOP"),
+        row("forward and backward, of a step", f"{plan.model_flops / 1e15:.2f} PFLOP"),
         row("the run", f"{plan.model_flops * plan.config.steps / 1e21:,.2f} ZFLOP"),
-        row("really done, by model.memory as above", *more),
+        row("computed again, by recompute as above", *more),
     ]
 
 
 def communication(plan: Plan) -> list[str]:
-    """What collectives move, and how long at each speed of a node's link."""
-    wires, options = plan.collectives, plan.options
+    """What collectives move, and the time it takes at each rate of a node's link."""
+    traffic, options = plan.collectives, plan.options
     lines = [
         row("COMMUNICATION, A STEP"),
-        row("all-reduce of the gradients", gb(wires.reduced)),
-        row("all-gather of the weights", gb(wires.gathered)),
-        row("sent by each GPU, around a ring", gb(wires.sent)),
+        row("all-reduce of the gradients", gb(traffic.reduced)),
+        row("all-gather of the weights", gb(traffic.gathered)),
+        row("sent by each GPU, around a ring", gb(traffic.sent)),
     ]
     if options.nodes == 1:
         return [*lines, row("time within the node", f"{plan.times.communication:.3f} s")]
-    for speed in sorted({*NODE_LINKS, options.link}):
-        taken = wires.seconds(plan.gpu, options.nodes, options.gpus_per_node, speed * GB / 8, options.link_efficiency)
-        chosen = "  <- link" if speed == options.link else ""
-        lines.append(row(f"time at {speed:g} Gbit/s a node", f"{taken:.3f} s") + chosen)
+    for rate in sorted({*NODE_LINKS, options.link}):
+        seconds = traffic.seconds(
+            plan.gpu, options.nodes, options.gpus_per_node, rate * GB / 8, options.link_efficiency
+        )
+        chosen = "  <- link" if rate == options.link else ""
+        lines.append(row(f"time at {rate:g} Gbit/s a node", f"{seconds:.3f} s") + chosen)
     return lines
 
 
@@ -103,11 +98,11 @@ def reading(plan: Plan) -> list[str]:
     """Images and embeddings."""
     config, per = plan.config, plan.reading
     rate, nodes = config.global_batch / plan.times.step, plan.options.nodes
-    seen = "found in data.shards" if plan.looked_at_data else "assumed"
+    source = "found in data.shards" if per.counted else "assumed"
     images = config.steps * config.global_batch
     lines = [
         row(
-            f"DATA, {plan.samples:,} samples {seen}", "a sample", "a second", "a second, node", "stored", "read in all"
+            f"DATA, {per.samples:,} samples {source}", "a sample", "a second", "a second, node", "stored", "read in all"
         ),
     ]
     for name, size in (("images", per.image), ("embeddings", per.embedding)):
@@ -115,25 +110,25 @@ def reading(plan: Plan) -> list[str]:
             f"{size / 1e3:,.1f} KB",
             gb(size * rate),
             gb(size * rate / nodes),
-            f"{size * plan.samples / 1e12:,.2f} TB",
+            f"{size * per.samples / 1e12:,.2f} TB",
         )
         lines.append(row(name, *cells, f"{size * images / 1e12:,.2f} TB"))
     lines += [
         row("images a second", "", f"{rate:,.0f}", f"{rate / nodes:,.0f}"),
-        row("epochs", f"{images / plan.samples:,.2f}"),
+        row("epochs", f"{images / per.samples:,.2f}"),
     ]
     return lines
 
 
 def checkpoints(plan: Plan) -> list[str]:
-    """Size, how many, how often."""
+    """Size, number and period of the checkpoints."""
     config, ranks = plan.config, plan.options.ranks
     every = config.save_every * plan.times.step
     return [
         row("CHECKPOINTS"),
         row("one", gb(plan.checkpoint), f"{gb(plan.checkpoint / ranks)} a rank"),
         row(
-            f"room for {config.keep_checkpoints} and one on its way",
+            f"{config.keep_checkpoints} and one being written",
             gb((config.keep_checkpoints + 1) * plan.checkpoint),
         ),
         row(f"one every {config.save_every:,} steps", f"{every / 60:,.1f} min"),
@@ -141,7 +136,7 @@ def checkpoints(plan: Plan) -> list[str]:
 
 
 def time(plan: Plan) -> list[str]:
-    """Step, days and GPU-hours, as assumed and at the physical limit."""
+    """Time of a step, days and GPU-hours, as assumed and at the physical limit."""
     lines = [row("TIME", f"MFU {plan.options.mfu:.0%}", "limit")]
     for name in ("compute", "communication", "update", "reading"):
         at_limit = getattr(plan.limit, name)
@@ -161,27 +156,28 @@ def time(plan: Plan) -> list[str]:
 
 
 def mfu(plan: Plan, times: Times) -> float:
-    """Model FLOPs of a step over what the GPUs could have done in its time."""
+    """FLOP of a step, without what is computed again, over what the GPUs could do in its time."""
     return plan.model_flops / (times.step * plan.options.ranks * plan.gpu.tflops * 1e12)
 
 
 def bottleneck(plan: Plan) -> str:
-    """What takes most of the step, how much of it, and what storage must give so that it doesn't wait."""
+    """The part that takes longest, its share of the step, and the rate at which storage must be read for no wait."""
     name = plan.times.bottleneck
     share = getattr(plan.times, name) / plan.times.step
     rate = plan.reading.sample * plan.config.global_batch / plan.times.step
-    needs = f"storage must give {gb(rate)}/s"
-    return f"  {name}, {share:.0%} of the step; {needs}" + ("" if plan.options.storage else " (storage=GB/s checks it)")
+    hint = "" if plan.options.storage else " (storage=GB/s checks it)"
+    return f"  {name}, {share:.0%} of the step; storage must give {gb(rate)}/s{hint}"
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What was not counted but taken."""
+    """What was assumed, not counted."""
     options, gpu = plan.options, plan.gpu
     data = (
         "counted in the dataset"
-        if plan.looked_at_data
+        if plan.reading.counted
         else f"image_kb={options.image_kb:g}, samples={options.samples:,}"
     )
+    text = f"{plan.config.data.tokens} x {plan.config.model.encoder_dim}"
     return [
         "ASSUMED",
         f"  {options.gpu}: {gpu.tflops:g} TFLOP/s dense bf16, {gpu.memory / 2**30:.0f} GiB, "
@@ -190,7 +186,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"  link={options.link:g} Gbit/s a node each way, of which collectives reach link_efficiency="
         f"{options.link_efficiency:g}; nothing overlaps with backward (DeepSpeed's ZeRO-1 as set up here)",
         f"  reserve_gb={options.reserve_gb:g} for CUDA, NCCL, cuDNN's workspaces and fragments",
-        f"  data: {data}; embeddings as data.embed stores them",
+        f"  data: {data}; embeddings as data.embed stores them"
+        + (f", {text} as T5-XXL's" if plan.assumed_text else ""),
         f"  weights padded to {ALIGNMENT} x the ranks; one bucket of {REDUCE_BUCKET:,} elements (DeepSpeed's defaults)",
         "  activations: eager; torch.compile may keep less. At the limit: peak FLOP/s, communication hidden behind it",
     ]

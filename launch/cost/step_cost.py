@@ -1,36 +1,27 @@
-"""What one micro batch costs, of the real net on tensors without contents: bytes and floating-point operations."""
+"""The memory of one micro batch, of the real net on tensors without contents."""
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from model.unet import UNet, UNetConfig
+from model.config import UNetConfig
+from model.unet import UNet
 from train.config import LoRAConfig
-from train.weights.lora import add_lora
+from train.weights.lora import unet_on_meta
 
-ATEN = torch.ops.aten
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# torch counts the attention of CUDA and not that of the CPU, on which the net is walked here.
-CPU_ATTENTION = {
-    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *rest, **more: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Of one micro batch on one GPU, without the weights.
+    """Bytes of one micro batch on one GPU, without the weights.
 
     kept: what the forward leaves for the backward.  peak: the most at any moment of forward and backward, gradients
     included.
@@ -40,24 +31,8 @@ class Bytes:
     peak: int
 
 
-@dataclass(frozen=True, slots=True)
-class Flops:
-    """Of matmuls, convolutions and attention for one image, a multiplication and an addition being two.
-
-    forward: of the forward.  done: of forward and backward, with what is computed again.
-    """
-
-    forward: int
-    done: int
-
-    @property
-    def model(self) -> int:
-        """As MFU counts them: three times the forward, whatever is computed again."""
-        return 3 * self.forward
-
-
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made within it: those alive now, and the most there were at any moment."""
+    """Bytes of the storages that are made within it: `now` alive, and `peak`, the most at any moment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,48 +62,43 @@ class LiveBytes(TorchDispatchMode):
 
 def step_bytes(
     config: UNetConfig, micro_batch: int, precision: str, accumulated: bool, tokens: int = 77,
-    lora: LoRAConfig | None = None,
+    lora: LoRAConfig | None = None, recompute: str = "none",
 ) -> Bytes:  # fmt: skip
-    """Of a net of any size, in seconds; nothing is computed and no memory is taken.
+    """Count the memory of a micro batch's forward and backward, for a net of any size, in seconds.
 
-    accumulated: with the gradients of an earlier micro batch there; without, they grow while activations go.
+    Nothing is computed and no memory is taken.  precision: 'bf16' or 'fp32'.  recompute: one of model.config.RECOMPUTE.
+    accumulated: the gradients of an earlier micro batch are there from the start; otherwise they appear as activations
+    go.
     """
-    with _fake(precision):
-        unet = UNet(config)
-        if lora and lora.rank:
-            _add_fake_lora(unet, lora)
+    unet = unet_on_meta(config, lora, recompute)
+    with FakeTensorMode():
+        _make_fake(unet, DTYPES[precision])
         before = 0
         if accumulated:
             for parameter in (p for p in unet.parameters() if p.requires_grad):
                 parameter.grad = torch.zeros_like(parameter)
                 before += parameter.grad.untyped_storage().nbytes()
-        found = walk_bytes(unet, inputs(config, micro_batch, tokens))
-        return Bytes(found.kept, before + found.peak)
-
-
-def image_flops(config: UNetConfig, tokens: int = 77) -> Flops:
-    """Of a net of any size, in seconds."""
-    with _fake("fp32"):
-        return walk_flops(UNet(config), inputs(config, 1, tokens))
+        step = walk_bytes(unet, inputs(config, micro_batch, tokens))
+        return Bytes(step.kept, before + step.peak)
 
 
 def inputs(config: UNetConfig, micro_batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t, t and text_emb as the trainer gives them, in fp32."""
+    """x_t, t and text_emb as the trainer gives them to the net, in fp32."""
     size = config.image_size
-    x_t = torch.randn(micro_batch, config.in_channels, size, size, dtype=torch.float32)
-    text_emb = torch.randn(micro_batch, tokens, config.encoder_dim, dtype=torch.float32)
+    x_t = torch.randn(micro_batch, config.in_channels, size, size)
+    text_emb = torch.randn(micro_batch, tokens, config.encoder_dim)
     return x_t, torch.randint(1000, (micro_batch,)), text_emb
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes that forward() leaves in memory while its result lives, the result's own left out."""
+    """Bytes that forward() leaves in memory while its result lives, without the result's own."""
     with LiveBytes() as live:
         result = forward()
         return live.now - result.untyped_storage().nbytes()
 
 
 def walk_bytes(unet: UNet, args: tuple[Tensor, Tensor, Tensor]) -> Bytes:
-    """Of what a forward and a backward make, whether the net's tensors have contents or not."""
+    """Count the bytes that a forward and a backward allocate; the net's tensors are real or fake."""
     with LiveBytes() as live:
         out = unet(*args)
         kept = live.now - out.untyped_storage().nbytes()
@@ -136,35 +106,11 @@ def walk_bytes(unet: UNet, args: tuple[Tensor, Tensor, Tensor]) -> Bytes:
     return Bytes(kept, live.peak)
 
 
-def walk_flops(unet: UNet, args: tuple[Tensor, Tensor, Tensor]) -> Flops:
-    """Of an image of the batch, whether the net's tensors have contents or not."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        out = unet(*args)
-        forward = counter.get_total_flops()
-        out.sum().backward()
-    return Flops(forward // len(args[0]), counter.get_total_flops() // len(args[0]))
-
-
-def _add_fake_lora(unet: UNet, lora: LoRAConfig) -> None:
-    """As add_lora, for a net of fake parameters: peft converts what it makes, which those can't be."""
-    with unset_fake_temporarily(), torch.device("meta"):
-        pattern = UNet(unet.config)
-        add_lora(pattern, lora)
-    unet.requires_grad_(False)
-    for name, layer in list(pattern.named_modules()):
-        if hasattr(layer, "lora_A"):
-            for part in (layer.lora_A.default, layer.lora_B.default):
-                part.weight = nn.Parameter(torch.empty(part.weight.shape))
-            layer.base_layer = unet.get_submodule(name)
-            unet.set_submodule(name, layer)
-
-
-@contextmanager
-def _fake(precision: str) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[precision])  # fake parameters can't be converted
-    try:
-        with FakeTensorMode():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def _make_fake(unet: UNet, dtype: torch.dtype) -> None:
+    """Replace a net's meta tensors by fake CPU tensors, under which torch takes the same kernels as with real ones."""
+    for module in unet.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=dtype)
+            setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))

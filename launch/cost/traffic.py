@@ -1,4 +1,4 @@
-"""What goes over wires and into files: gradients and weights, images and embeddings, checkpoints."""
+"""What goes through the network and into files: gradients and weights, images and embeddings, checkpoints."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,10 @@ from train.monitor.gpus import GPU
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """Of one step. reduced, gathered: bytes of the tensors, gradients and weights, that a rank takes part with.
+    """Bytes of the collectives of one step.
 
-    sent: bytes that each GPU sends for them around a ring of all.
+    reduced, gathered: of the tensors, gradients and weights, that every rank reduces and gathers.
+    sent: by each GPU for them, around a ring of all GPUs.
     """
 
     reduced: int
@@ -18,7 +19,10 @@ class Collectives:
     sent: float
 
     def seconds(self, gpu: GPU, nodes: int, gpus_per_node: int, node_link: float, efficiency: float) -> float:
-        """At a node's link of so many bytes/s each way; every byte that a ring moves passes each node's link once."""
+        """Seconds of the collectives; every byte that goes around the ring passes each node's link once.
+
+        node_link: bytes/s each way.  efficiency: share of a link's rate that collectives reach.
+        """
         rates = [gpu.link_rate] * (gpus_per_node > 1) + [node_link] * (nodes > 1)
         return self.sent / (min(rates) * efficiency) if rates else 0.0
 
@@ -32,10 +36,16 @@ def collectives(trained: int, ranks: int, weight_bytes: int) -> Collectives:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Bytes of one sample: its image with what the tar puts around it, and its embedding."""
+    """What is read.
+
+    image, embedding: bytes of a sample, the image with what the tar puts around it.  samples: of the whole dataset.
+    counted: whether the dataset was found and these figures are its own; otherwise they are assumed.
+    """
 
     image: float
     embedding: float
+    samples: int
+    counted: bool
 
     @property
     def sample(self) -> float:
@@ -43,11 +53,11 @@ class Reading:
 
 
 def embedding_bytes(tokens: int, dim: int, itemsize: int = 2) -> int:
-    """Of one caption as a member of a tar: the header of 512 bytes, and the .npy padded to that."""
+    """Bytes of a caption's embedding in a tar: a header of 512 bytes and the .npy, padded to a multiple of 512."""
     block = 512
     return block + -(-(128 + tokens * dim * itemsize) // block) * block
 
 
 def checkpoint_bytes(rank: States, ranks: int) -> int:
-    """Masters, EMA and moments of all ranks; manifest and headers are below a thousandth of it."""
+    """Bytes of all ranks' masters, EMA and moments; manifest and headers are less than a thousandth of that."""
     return ranks * (rank.master + rank.ema + rank.moments)

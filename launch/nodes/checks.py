@@ -1,4 +1,4 @@
-"""What a rank can tell of its own node."""
+"""What a rank finds out about its own node."""
 
 import hashlib
 import importlib.metadata
@@ -13,70 +13,69 @@ import torch
 import torch.distributed as dist
 
 from data.storage.locations import open_location
-from data.text.meta import sidecar
-from launch.compose import ROOT
-from launch.cost.estimate import WEIGHT_BYTES
-from launch.cost.memory import states
+from data.text.meta import sidecar_location
+from launch.cost.memory import WEIGHT_BYTES, states
 from launch.cost.traffic import checkpoint_bytes
+from train.compose import ROOT
 from train.config import Config
 from train.inputs import find_inputs
 from train.summary import parameters
 
 LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "numpy", "pillow", "safetensors", "omegaconf")
-ROOMS = ("train", "model", "data", "launch", "conf")
+FOLDERS = ("train", "model", "data", "launch", "conf")
+# Of a GPU's memory; less is free only where another process uses it.
 FREE_SHARE = 0.95
+# Reading is measured for so many bytes or seconds, whichever ends first.
 READ_BYTES, READ_SECONDS, CHUNK = 256 * 2**20, 5.0, 2**20
 
 
 def code_hash() -> str:
-    """Of all sources and configurations, whether or not they are committed."""
+    """A hash of all sources and configurations, committed or not."""
     digest = hashlib.sha256()
-    for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*")):
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".yaml"):
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what decides numbers and files."""
-    found = {"python": platform.python_version()}
-    found |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    """Versions of Python and of the libraries that numbers and files depend on."""
+    numbers = {"python": platform.python_version()}
+    numbers |= {name: importlib.metadata.version(name) for name in LIBRARIES}
     if torch.cuda.is_available():
-        found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-    return found
+        numbers |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    return numbers
 
 
 def devices(local_rank: int) -> tuple[str, list[str]]:
-    """This rank's device in words, and what is wrong with it."""
+    """The node's devices in words, and what is wrong with this rank's."""
     if not torch.cuda.is_available():
-        asked_for = os.environ.get("DS_ACCELERATOR") == "cpu" or not os.environ.get("SLURM_GPUS_ON_NODE")
-        fault = (
-            [] if asked_for else ["Slurm gave GPUs and torch sees none: look at nvidia-smi there, and at the driver"]
-        )
-        return "CPU", fault
+        if os.environ.get("DS_ACCELERATOR") == "cpu" or not os.environ.get("SLURM_GPUS_ON_NODE"):
+            return "CPU", []
+        return "CPU", ["Slurm gave GPUs, and torch sees none: run nvidia-smi there, and look at the driver"]
     free, total = torch.cuda.mem_get_info(local_rank)
     name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(local_rank)}, {total / 2**30:.0f} GiB"
     if free < FREE_SHARE * total:
         return name, [
-            f"GPU {local_rank} has {(total - free) / 1e9:.1f} GB in use by others: end those processes, see "
-            "nvidia-smi, or leave the node out"
+            f"GPU {local_rank} has {(total - free) / 1e9:.1f} GB in use by other processes: end those that nvidia-smi "
+            "lists, or leave the node out"
         ]
     return name, []
 
 
 def read_rate(config: Config, needed: float) -> tuple[float, list[str]]:
-    """Bytes/s at which this node reads image shards and their embeddings, and what is wrong with that."""
+    """Bytes/s at which this node reads shards and their embeddings, and what is wrong.  needed: bytes/s."""
     try:
         inputs = find_inputs(config, rank=1)  # the first rank's weights are not needed here
     except ValueError as error:
         return 0.0, [f"{error}; or the storage is not mounted on this node"]
     shards = [(shard, dataset) for dataset in inputs.datasets for shard in dataset.shards if shard.count]
-    # Every node begins elsewhere, so that they don't all measure one server's cache.
+    # Every node begins with another shard, so that they don't all measure one server's cache.
     first = dist.get_rank() * len(shards) // dist.get_world_size() if dist.is_initialized() else 0
     start, read = time.perf_counter(), 0
     for shard, dataset in shards[first:] + shards[:first]:
-        for location in (shard.location, sidecar(shard, dataset.text)):
+        for location in (shard.location, sidecar_location(shard, dataset.text)):
             try:
                 with open_location(location) as file:
                     while chunk := file.read(CHUNK):
@@ -96,12 +95,12 @@ def read_rate(config: Config, needed: float) -> tuple[float, list[str]]:
     return rate, []
 
 
-def room_for_checkpoints(config: Config, ranks: int) -> list[str]:
-    """What is wrong with run_dir as this node sees it."""
+def disk_faults(config: Config, ranks: int) -> list[str]:
+    """What is wrong with run_dir as this node sees it: it cannot be made, or lacks space for the checkpoints."""
     run_dir = Path(config.run_dir)
     trained, frozen = parameters(config)
-    kept = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen)
-    one = checkpoint_bytes(kept, ranks)
+    resident = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen)
+    one = checkpoint_bytes(resident, ranks)
     needed = (config.keep_checkpoints + 1) * one
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -110,16 +109,16 @@ def room_for_checkpoints(config: Config, ranks: int) -> list[str]:
         return [f"run_dir={run_dir} cannot be made: {error}"]
     if free < needed:
         return [
-            f"run_dir={run_dir} has {free / 1e9:.1f} GB free, {config.keep_checkpoints} checkpoints and one on its way "
-            f"take {needed / 1e9:.1f} GB: make room, or lower keep_checkpoints"
+            f"run_dir={run_dir} has {free / 1e9:.1f} GB free, and {config.keep_checkpoints} checkpoints and one being "
+            f"written take {needed / 1e9:.1f} GB: free some space, or lower keep_checkpoints"
         ]
     return []
 
 
-def seen_in_run_dir(config: Config, names: list[str]) -> list[str]:
-    """Whether all nodes share run_dir: each rank looks for a file that the first one wrote; a collective call.
+def shared_run_dir_faults(config: Config, names: list[str]) -> list[str]:
+    """Where run_dir is not shared: each rank looks for a file that the first one wrote; a collective call.
 
-    Returns the faults on every rank.
+    names: of each rank's node.  Returns the faults of all ranks, on every rank.
     """
     token = [uuid.uuid4().hex]
     dist.broadcast_object_list(token, src=0)
@@ -133,7 +132,7 @@ def seen_in_run_dir(config: Config, names: list[str]) -> list[str]:
     dist.barrier()
     if not problem:
         try:
-            # Listed first, for some network file systems remember that a name was missing.
+            # The folder is listed, since some network file systems remember that a name was missing.
             if not written.parent.is_dir() or written.name not in os.listdir(written.parent):
                 problem = f"run_dir={config.run_dir} is not the one that {names[0]} sees: all nodes must share it"
         except OSError as error:

@@ -1,4 +1,4 @@
-"""How fast the ranks reach each other, and how far their clocks are apart; all of it collective calls."""
+"""The network's rate between ranks, and how far their clocks are apart; all are collective calls."""
 
 import time
 
@@ -9,7 +9,7 @@ ROUNDS = 5
 
 
 def clock_offsets() -> list[float]:
-    """The clocks of all ranks, read as nearly at once as a barrier allows."""
+    """The clocks of all ranks, in seconds, read right after a barrier."""
     dist.barrier()
     clocks: list = [None] * dist.get_world_size()
     dist.all_gather_object(clocks, time.time())
@@ -22,7 +22,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 def all_reduce_rate(device: torch.device, megabytes: int) -> float:
-    """Bus bandwidth in bytes/s, as nccl-tests count it: 2 (n - 1) / n of the bytes, over the time of one all-reduce."""
+    """Bus bandwidth of an all-reduce in bytes/s, as nccl-tests define it: 2 (n - 1) / n of its bytes over its time.
+
+    megabytes: MiB of the message.
+    """
     ranks, message = dist.get_world_size(), torch.ones(megabytes * 2**18, device=device)
     dist.all_reduce(message)
     _synchronize(device)
@@ -31,12 +34,12 @@ def all_reduce_rate(device: torch.device, megabytes: int) -> float:
     for _ in range(ROUNDS):
         dist.all_reduce(message)
     _synchronize(device)
-    taken = (time.perf_counter() - start) / ROUNDS
-    return 2 * (ranks - 1) / ranks * message.nbytes / taken
+    seconds = (time.perf_counter() - start) / ROUNDS
+    return 2 * (ranks - 1) / ranks * message.nbytes / seconds
 
 
 def tournament(players: list[int]) -> list[list[tuple[int, int]]]:
-    """Rounds in which everyone meets each other once, all pairs of a round side by side (the circle method)."""
+    """Rounds of disjoint pairs, so that everyone meets everyone else once; by the circle method."""
     ring: list[int | None] = [*players, *([None] if len(players) % 2 else [])]
     rounds = []
     for _ in range(len(ring) - 1):
@@ -47,9 +50,9 @@ def tournament(players: list[int]) -> list[list[tuple[int, int]]]:
 
 
 def pair_rates(device: torch.device, megabytes: int, names: list[str]) -> dict[tuple[str, str], float]:
-    """Bytes/s each way between the first ranks of every two nodes, on the first rank; nothing on others.
+    """Bytes/s each way between the first ranks of every two nodes; empty except on rank 0.
 
-    names: of each rank's node.
+    megabytes: MiB of a message.  names: of each rank's node.
     """
     first = [names.index(name) for name in dict.fromkeys(names)]
     rank, mine = dist.get_rank(), {}
@@ -60,13 +63,13 @@ def pair_rates(device: torch.device, megabytes: int, names: list[str]) -> dict[t
         dist.barrier()
         if partner is None:
             continue
-        for warm in (True, False):
+        for warm_up in (True, False):
             start = time.perf_counter()
-            both = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
-            for work in dist.batch_isend_irecv(both):
+            both_ways = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
+            for work in dist.batch_isend_irecv(both_ways):
                 work.wait()
             _synchronize(device)
-            if not warm:
+            if not warm_up:
                 mine[partner] = sent.nbytes / (time.perf_counter() - start)
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

@@ -1,4 +1,4 @@
-"""What Slurm gave to this job, and whether a training can start in it."""
+"""The nodes that Slurm has allocated to this job, and checks that a training can start on them."""
 
 import os
 import shutil
@@ -10,17 +10,18 @@ from pathlib import Path
 
 NO_SLURM = (
     "this is no Slurm job (no SLURM_JOB_ID): submit one, `sbatch launch/slurm/train.sbatch +experiment=if_i_xl`, or "
-    "take nodes with salloc; on a single machine `deepspeed train/main.py +experiment=...` is enough"
+    "allocate nodes with salloc; on a single machine `deepspeed train/main.py +experiment=...` is enough"
 )
-# Below what Linux hands out by itself (32768 on), above the ports of services.
+# Above the ports of services and below those that Linux assigns by itself (32768 and up).
 FIRST_PORT, PORTS = 15_000, 15_000
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """nodes: in the order of their ranks.  master_addr, master_port: where all ranks meet, on the first node.
+    """The nodes of a job.
 
-    restarts: how often Slurm has started this job again.
+    nodes: in the order of their ranks.  master_addr, master_port: where all ranks connect, on the first node.
+    restarts: how many times Slurm has requeued this job.
     """
 
     job_id: str
@@ -35,47 +36,47 @@ class Allocation:
         return len(self.nodes) * self.ranks_per_node
 
     def hostfile(self) -> str:
-        """As DeepSpeed reads it."""
+        """The hostfile of DeepSpeed."""
         return "".join(f"{node} slots={self.ranks_per_node}\n" for node in self.nodes)
 
 
 def find_allocation(environment: Mapping[str, str] = os.environ) -> Allocation:
     """The allocation that this process runs in.
 
-    Raises: ValueError in one line for what can't work: no Slurm, a job array, a port that is taken, settings of another
-    job left in the environment.
+    Raises: ValueError without Slurm; for a job array; if the port is taken or the environment has settings of another
+    job.
     """
     job = environment.get("SLURM_JOB_ID")
     if not job:
         raise ValueError(NO_SLURM)
     if "SLURM_ARRAY_TASK_ID" in environment:
         raise ValueError(
-            f"job {job} is task {environment['SLURM_ARRAY_TASK_ID']} of an array, whose tasks would all write into one "
+            f"job {job} is task {environment['SLURM_ARRAY_TASK_ID']} of an array, and all its tasks would write to one "
             "run_dir: submit it without --array; one job starts all nodes"
         )
-    nodes = expand(environment["SLURM_JOB_NODELIST"])
+    nodes = expand_nodelist(environment["SLURM_JOB_NODELIST"])
     master = environment.get("MASTER_ADDR", nodes[0])
     if master != nodes[0]:
         raise ValueError(
-            f"MASTER_ADDR={master} is set, but job {job} begins with {nodes[0]}: unset it, it is of another job"
+            f"MASTER_ADDR={master} is set, but job {job} begins on {nodes[0]}: unset it, it is of another job"
         )
     return Allocation(
         job_id=job,
         nodes=nodes,
         ranks_per_node=ranks_per_node(environment),
-        master_addr=address(nodes[0]),
+        master_addr=node_address(nodes[0]),
         master_port=free_port(int(job), environment.get("MASTER_PORT")),
         restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
     )
 
 
 def ranks_per_node(environment: Mapping[str, str]) -> int:
-    """RANKS_PER_NODE, or the GPUs that Slurm gave on a node.
+    """RANKS_PER_NODE, or else the number of GPUs that Slurm allocated on each node.
 
-    Raises: ValueError if neither says.
+    Raises: ValueError if neither is set, or is not a number.
     """
     for name in ("RANKS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):
-        value = environment.get(name, "").rpartition(":")[2]  # a100:8
+        value = environment.get(name, "").rpartition(":")[2]  # may be a100:8
         if value:
             if not value.isdigit() or int(value) < 1:
                 raise ValueError(f"{name}={environment[name]} must be a number of processes on each node, at least 1")
@@ -86,39 +87,42 @@ def ranks_per_node(environment: Mapping[str, str]) -> int:
     )
 
 
-def expand(nodelist: str) -> list[str]:
-    """node[1-3] as its names, in Slurm's order."""
+def expand_nodelist(nodelist: str) -> list[str]:
+    """The names in a list such as node[1-3], in Slurm's order."""
     command = ["scontrol", "show", "hostnames", nodelist]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-def address(node: str) -> str:
-    """A node's address as Slurm knows it, which need not be a name that DNS resolves."""
+def node_address(node: str) -> str:
+    """The address that Slurm has for a node; DNS may not resolve the name of the node."""
     shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True).stdout.split()
     known = [word.partition("=")[2] for word in shown if word.startswith("NodeAddr=")]
     return known[0] if known else node
 
 
 def free_port(job: int, wanted: str | None) -> int:
-    """A port of this node, the first of the job, on which nobody listens; by the job's number, so that jobs don't meet.
+    """A free port of this node, which is the job's first; it depends on the job's number, so that two jobs differ.
 
-    Raises: ValueError if the one that MASTER_PORT asks for is taken.
+    wanted: MASTER_PORT, if it is set.
+    Raises: ValueError if the wanted port is taken or not a port.
     """
     if wanted:
         if not wanted.isdigit() or not 1024 <= int(wanted) < 65536:
-            raise ValueError(f"MASTER_PORT={wanted} must be a port from 1024 to 65535: unset it, and one is chosen")
-        if taken(int(wanted)):
             raise ValueError(
-                f"MASTER_PORT={wanted} is taken on {socket.gethostname()}, by another job or what is left of one: "
+                f"MASTER_PORT={wanted} must be a port from 1024 to 65535: unset it, and a free one is chosen"
+            )
+        if is_taken(int(wanted)):
+            raise ValueError(
+                f"MASTER_PORT={wanted} is taken on {socket.gethostname()}, by another job or its remains: "
                 "unset it, and a free one is chosen"
             )
         return int(wanted)
     ports = (FIRST_PORT + (job + offset) % PORTS for offset in range(PORTS))
-    return next(port for port in ports if not taken(port))
+    return next(port for port in ports if not is_taken(port))
 
 
-def taken(port: int) -> bool:
-    """Whether someone listens on a port of this machine."""
+def is_taken(port: int) -> bool:
+    """Whether a process listens on a port of this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -129,9 +133,9 @@ def taken(port: int) -> bool:
 
 
 def check_hostfile(path: Path, allocation: Allocation) -> None:
-    """Make sure that a hostfile names the nodes of the allocation, in order.
+    """Check that a hostfile names the nodes of the allocation, in order, with their number of ranks.
 
-    Raises: ValueError naming where it doesn't.
+    Raises: ValueError that names the first difference.
     """
     try:
         lines = [line.split() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
@@ -156,10 +160,13 @@ def check_hostfile(path: Path, allocation: Allocation) -> None:
 
 
 def check_commands(launcher: Path) -> None:
-    """Raises: ValueError if Slurm's commands or DeepSpeed's launcher aren't there."""
+    """Check that Slurm's commands and DeepSpeed's launcher can be run.
+
+    Raises: ValueError if not.
+    """
     if not shutil.which("srun"):
         raise ValueError(
             f"`srun` is not on PATH of {socket.gethostname()}: load Slurm's module, or add its folder to PATH"
         )
     if not launcher.exists():
-        raise ValueError(f"no '{launcher}': run `make install`, and start this with the Python of .venv")
+        raise ValueError(f"no '{launcher}': run `make install`, and start this command with the Python of .venv")

@@ -1,9 +1,9 @@
-"""The batch script of a training: checks, one launcher a node, the warning passed on, requeued until it is done.
+"""The batch script of a training: checks it, starts a launcher on each node, requeues the job until it is done.
 
     python -m launch.slurm.batch +experiment=if_i_xl        inside a job; launch/slurm/train.sbatch runs it
 
-Environment: RANKS_PER_NODE (else the GPUs of a node), MAX_RESTARTS (100), PREFLIGHT (1: before the first start, 0:
-never), LOGS (run_dir/logs), HOSTFILE and MASTER_PORT (else made and chosen).
+Environment variables and their defaults: RANKS_PER_NODE (the GPUs of a node), MAX_RESTARTS (100), PREFLIGHT (1: run it
+before the first start; 0: never), LOGS (run_dir/logs), HOSTFILE (written for the job), MASTER_PORT (a free one).
 """
 
 import os
@@ -13,27 +13,27 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.compose import ROOT, compose_config
+from data.cli import MISTAKE, REQUEUE, run_command
 from launch.slurm.allocation import Allocation, check_commands, check_hostfile, find_allocation
-from train.checkpoint.format import complete_checkpoints
+from train.compose import ROOT, compose_config, training_help
 from train.config import accumulation
-from train.faults.preempt import REQUEUE
 
-# What train/main.py and launch/preflight.py leave with when the user must mend something.
-MISTAKE = 2
-# USR1 would kill the launcher, which has no handler; it is ignored there, and the ranks set a handler of their own.
-# The log goes by Slurm's name of the node, which need not be the machine's.
+# The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
+# The name of the log has Slurm's name of the node, which may differ from the machine's.
 NODE = """
 log=$1-$SLURMD_NODENAME.log; shift; exec >>"$log" 2>&1; trap "" USR1
 exec "$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" "$@"
 """
-# By its path, for on PATH may stand launch/slurm/bin/deepspeed.
+# By its full path: the `deepspeed` on PATH may be launch/slurm/bin/deepspeed.
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 
 @dataclass(slots=True)
 class Job:
-    """A job in its allocation.  warned: Slurm said that the end is near; cancelled: it ends the job itself."""
+    """A job in its allocation.
+
+    warned: Slurm has sent its warning before the end of the job.  cancelled: Slurm has ended the job.
+    """
 
     allocation: Allocation
     hostfile: Path
@@ -42,22 +42,22 @@ class Job:
     cancelled: bool = False
     steps: list[subprocess.Popen] = field(default_factory=list)
 
-    def listen(self) -> None:
-        """Take the signals that reach the batch script alone (USR1), or everything (TERM)."""
+    def install_signal_handlers(self) -> None:
+        """Handle USR1, which Slurm sends to the batch script only, and TERM, which it sends to all processes."""
         signal.signal(signal.SIGUSR1, self._warn)
         signal.signal(signal.SIGTERM, self._cancel)
 
     def _warn(self, *_: object) -> None:
         say("Slurm's warning: all ranks are asked to save and leave")
         self.warned = True
-        # Without --batch it goes to the steps and not to this script again.
+        # Without --batch, scancel signals the steps of the job, but not this script again.
         subprocess.run(["scancel", "--signal=USR1", self.allocation.job_id], check=False)
 
     def _cancel(self, *_: object) -> None:
         self.cancelled = True
 
     def run(self, name: str, *program: str) -> int:
-        """Start a program by every rank, and wait; returns the worst exit status, that of a signal above 128."""
+        """Run a program on every rank; returns the highest exit status, above 128 if a signal ended it."""
         nodes = self.allocation.nodes
         log = f"{self.logs}/{name}-{self.allocation.job_id}"
         say(f"{name}: {len(nodes)} nodes x {self.allocation.ranks_per_node}, logs in {log}-NODE.log")
@@ -65,7 +65,7 @@ class Job:
         command += ["--kill-on-bad-exit=1", "bash", "-c", NODE, str(LAUNCHER), log]
         command += ["--hostfile", str(self.hostfile), "--master_addr", self.allocation.master_addr]
         command += ["--master_port", str(self.allocation.master_port), *program]
-        # It must not die of what is meant for this script, so it has a session of its own.
+        # In a session of its own, so that signals to this script do not end it.
         step = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         while True:
             try:
@@ -76,28 +76,32 @@ class Job:
 
 
 def say(text: str) -> None:
-    """A line for the job's own log."""
+    """Print a line to the log of the job."""
     print(f"[{os.environ.get('SLURM_JOB_ID', '-')}] {text}", flush=True)
 
 
 def latest_step(run_dir: Path) -> int:
-    """The step of the latest whole checkpoint, 0 if there is none."""
-    return max((int(folder.name.rpartition("-")[2]) for folder in complete_checkpoints(run_dir)), default=0)
+    """The step of the latest complete checkpoint, 0 if there is none."""
+    from train.checkpoint.format import latest_checkpoint, step_of  # here, since it imports torch
+
+    latest = latest_checkpoint(run_dir)
+    return step_of(latest) if latest else 0
 
 
 def verdict(
     status: int, done: bool, warned: bool, restarts: int, most: int, began_at: int, reached: int
 ) -> tuple[bool, str]:
-    """Whether to requeue, and why; the exit status of launchers is not trusted to tell that a run is finished.
+    """Whether to requeue the job, and why.
 
-    began_at, reached: steps of the latest checkpoint before and now.
+    done: whether RUN_DIR/done exists, since the exit status of a launcher does not say reliably that a run is finished.
+    most: restarts at most.  began_at, reached: steps of the latest checkpoint before this start and now.
     """
     if done:
-        return False, "finished: RUN_DIR/done is there"
+        return False, "finished: RUN_DIR/done exists"
     if status == MISTAKE and not warned:
-        return False, "something must be mended, see the first node's log; not requeued"
+        return False, "a mistake must be corrected, see the log of the first node; not requeued"
     if restarts >= most:
-        return False, f"started again {restarts} times, MAX_RESTARTS={most}: look at the logs, then submit it again"
+        return False, f"requeued {restarts} times, MAX_RESTARTS={most}: look at the logs, then submit it again"
     if status == REQUEUE or warned:
         return True, f"stopped at step {reached} as asked: requeued"
     if reached > began_at:
@@ -108,31 +112,29 @@ def verdict(
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the job's exit status."""
-    overrides = sys.argv[1:] if argv is None else argv
-    try:
-        allocation = find_allocation()
-        check_commands(LAUNCHER)
-        config = compose_config(overrides)
-        accumulation(config, allocation.ranks)
-        run_dir = Path(config.run_dir)
-        logs = Path(os.environ.get("LOGS") or run_dir / "logs").absolute()
-        logs.mkdir(parents=True, exist_ok=True)
-        hostfile = Path(os.environ.get("HOSTFILE") or logs / f"hostfile-{allocation.job_id}")
-        if "HOSTFILE" not in os.environ:
-            hostfile.write_text(allocation.hostfile())
-        check_hostfile(hostfile, allocation)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+def batch(overrides: list[str]) -> None:
+    """Run the job. Exits with its status.
+
+    Raises: ValueError, OSError for what the user can mend.
+    """
+    allocation = find_allocation()
+    check_commands(LAUNCHER)
+    config = compose_config(overrides)
+    accumulation(config, allocation.ranks)
+    run_dir = Path(config.run_dir)
+    logs = Path(os.environ.get("LOGS") or run_dir / "logs").absolute()
+    logs.mkdir(parents=True, exist_ok=True)
+    hostfile = Path(os.environ.get("HOSTFILE") or logs / f"hostfile-{allocation.job_id}")
+    if "HOSTFILE" not in os.environ:
+        hostfile.write_text(allocation.hostfile())
+    check_hostfile(hostfile, allocation)
     job = Job(allocation, hostfile, logs)
-    job.listen()
+    job.install_signal_handlers()
     if os.environ.get("PREFLIGHT", "1") != "0" and not allocation.restarts:
         status = job.run("preflight", "--module", "launch.preflight", *overrides)
         if status or job.cancelled:
             say(f"the preflight ended with status {status}, so no training is started: {logs}/preflight-*.log say why")
-            return status
+            sys.exit(status)
     began_at, status = latest_step(run_dir), REQUEUE
     if not job.warned:
         status = job.run("train", "train/main.py", *overrides)
@@ -147,8 +149,17 @@ def main(argv: list[str] | None = None) -> int:
             say("it could not be requeued (only what sbatch submitted can be): start it again")
         elif not job.cancelled:
             signal.pause()
-    return 0 if (run_dir / "done").exists() else status or 1
+    sys.exit(0 if (run_dir / "done").exists() else status or 1)
+
+
+def help_page() -> str:
+    """This module's docstring, and the arguments of the training."""
+    return f"{__doc__}\nusage: python -m launch.slurm.batch +experiment=NAME [key=value ...]\n\n{training_help()}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_command(batch, help_page, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,6 @@
 """Does training with the few-bit GELU end where the exact one does? Several seeds each, on the demo scenes.
 
-python -m tests.benchmarks.fewbit_training [out=runs/fewbit steps=400 seeds=5 picture=docs/fewbit_training.png]
+python -m tests.benchmarks.fewbit_training [out=runs/fewbit steps=400 seeds=5 picture=docs/images/fewbit_training.png]
 makes the demo data where it's missing, skips runs that are done, prints a table in Markdown and draws the curves.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
-from data.cli import parse
+from data.cli import command, location
 from tests.benchmarks.commands import run
-from train.monitor.plots import save
+from train.monitor.plots import save_figure
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 # Smaller than the smoke run's net, so that the whole takes minutes on two cores.
@@ -25,12 +25,18 @@ LAST = 100  # the steps over which a run's end is judged
 
 @dataclass
 class Training:
-    """Trains the smoke experiment's net with each activation and seed."""
+    """Trains the smoke experiment's net with each activation and seed.
 
-    out: str = "runs/fewbit"
+    out: folder for the data and the runs.
+    steps: of each training.
+    seeds: trainings of each activation.
+    picture: a .png for the curves.
+    """
+
+    out: str = location("runs/fewbit")
     steps: int = 400
     seeds: int = 5
-    picture: str = "docs/fewbit_training.png"
+    picture: str = location("docs/images/fewbit_training.png")
 
 
 def curve(args: Training, activation: str, seed: int) -> np.ndarray:
@@ -55,12 +61,11 @@ def draw(curves: dict[str, list[np.ndarray]], path: str) -> None:
             )
     axes.set(xlabel="step", ylabel="mse, mean of 20 steps", yscale="log", title="Demo scenes: each line is one seed")
     axes.legend(frameon=False)
-    save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
-def main() -> None:
+def compare(args: Training) -> None:
     """Train what is missing, then print the table."""
-    args = parse(Training)
     demo = f"{args.out}/demo"
     run("-m", "data.demo", f"out={demo}/shards")
     run("-m", "data.tiny_t5", f"out={demo}/encoder")
@@ -78,6 +83,10 @@ def main() -> None:
             f"| {activation} | {statistics.mean(values):.4f} | {statistics.stdev(values):.4f} "
             f"| {statistics.mean(differences):+.4f} ± {error:.4f} |"
         )
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(compare, Training, argv)
 
 
 if __name__ == "__main__":

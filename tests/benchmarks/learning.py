@@ -1,15 +1,15 @@
 """What each choice is worth: short trainings on the demo scenes, several seeds of each, judged on held-out captions.
 
-python -m tests.benchmarks.learning arms=ablations picture=docs/ablations.png   [seeds=3 steps=500 jobs=2]
-python -m tests.benchmarks.learning arms=sizes picture=docs/sizes.png           nets of three sizes at the same compute
+python -m tests.benchmarks.learning arms=ablations picture=docs/images/ablations.png   [seeds=3 steps=500 jobs=2]
+python -m tests.benchmarks.learning arms=sizes picture=docs/images/sizes.png   nets of three sizes at the same compute
 trains what is missing, goes on where it was stopped, prints a table in Markdown and draws it. The data are those of
-+experiment=scenes, made as docs/results.md says.
++experiment=scenes, made as docs/measurements/results.md says.
 """
 
 import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,14 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from data.cli import parse
-from launch.compose import compose_config
+from data.checks import check_choice
+from data.cli import command, location
 from model.unet import UNet
 from tests.benchmarks.commands import run
+from train.compose import compose_config
+from train.inputs import resolve_text_shape
 from train.monitor.flops import training_flops
-from train.monitor.plots import save
+from train.monitor.plots import save_figure
 
 BATCH = 16
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
@@ -46,17 +48,28 @@ JUDGED = ("alignment", "kid_lite0")
 
 @dataclass
 class Learning:
-    """steps: of the recipe's net; another takes as many as cost the same. jobs: trainings at a time, a core each."""
+    """Trains nets that differ in one choice, and judges them on held-out captions.
+
+    arms: ablations or sizes.
+    out: folder for the runs.
+    held_out: folder with the shards and text of held-out scenes.
+    steps: of the recipe's net; another takes as many as cost the same.
+    seeds: trainings of each.
+    jobs: trainings at a time, a core each.
+    samples: pictures that each net draws.
+    guidance_scales: of the sampler.
+    picture: a .png for the table.
+    """
 
     arms: str = "ablations"
-    out: str = "runs/learning"
-    held_out: str = "datasets/held_out"
+    out: str = location("runs/learning")
+    held_out: str = location("datasets/held_out")
     steps: int = 500
     seeds: int = 3
     jobs: int = 2
     samples: int = 96
-    guidance_scales: tuple[float, ...] = (1.0, 3.0)
-    picture: str = ""
+    guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
+    picture: str = location("")
 
 
 @dataclass(slots=True)
@@ -71,9 +84,8 @@ class Arm:
 
 
 def find_arms(args: Learning) -> list[Arm]:
-    """Raises: SystemExit for arms that are not known."""
-    if args.arms not in ARMS:
-        raise SystemExit(f"arms={args.arms} must be one of {', '.join(ARMS)}")
+    """Raises: ValueError for arms that are not known."""
+    check_choice("arms", args.arms, ARMS)
     costs = {name: cost(changes) for name, changes in ARMS[args.arms].items()}
     of_base = costs[BASE][1]
     return [
@@ -85,9 +97,10 @@ def find_arms(args: Learning) -> list[Arm]:
 def cost(changes: tuple[str, ...]) -> tuple[float, float]:
     """Parameters of the net, and FLOP of a training image."""
     config = compose_config(["+experiment=scenes", *changes])
+    resolve_text_shape(config)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in UNet(config.model).parameters())
-    return float(parameters), training_flops(config.model, config.data.tokens)
+    return float(parameters), training_flops(config.model, config.data.tokens).total
 
 
 def make(args: Learning, arm: Arm, seed: int) -> dict:
@@ -131,12 +144,11 @@ def draw(arms: list[Arm], found: dict[str, list[dict]], path: str) -> None:
         axes.set_xticks(range(len(arms)), [arm.name for arm in arms], rotation=30, ha="right")
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3, axis="y")
-    save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
-def main() -> None:
+def compare(args: Learning) -> None:
     """Train and judge what is missing, then print the table."""
-    args = parse(Learning)
     arms = find_arms(args)
     # Seed by seed, so that what is there when it is stopped compares all arms.
     todo = [(arm, seed) for seed in range(args.seeds) for arm in arms]
@@ -166,6 +178,10 @@ def main() -> None:
             print(f"\n{arm.name} less {BASE}, seed by seed: " + ", ".join(told))
     if args.picture:
         draw(arms, found, args.picture)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(compare, Learning, argv)
 
 
 if __name__ == "__main__":

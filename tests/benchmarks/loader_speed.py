@@ -25,7 +25,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from data.cli import parse
+from data.cli import command, location
 from data.config import DataConfig
 from data.loader.dataset import find_datasets
 from data.loader.stream import MicroBatches, micro_batches
@@ -38,18 +38,26 @@ IMAGE_SIZE = 64
 TOKENS, DIM = 77, 4096
 
 
-@dataclass(slots=True)
+@dataclass
 class LoaderSpeed:
-    """pictures: a folder of shards; or photos: of large photographs, to be cut to `side` px and written to `work`.
+    """Measures the loader's images/s beside a bare loop and other pipelines.
 
-    count: photographs to cut.  embeddings: with stored float16 embeddings of 77 x 4096, else with tiny ones.
-    streams: a rank's, as in conf/experiment/if_i_xl.yaml; phases are as many as workers.
+    work: a scratch folder.
+    pictures: a folder of shards.
+    photos: a folder of large photographs, in place of pictures; they are cut and written to work.
+    side: pixels that photographs are cut to.
+    count: photographs to cut.
+    embeddings: store float16 embeddings of 77 x 4096 rather than tiny ones.
+    micro_batch: samples of one.
+    shuffle_block: as data.shuffle_block of a training.
+    streams: of a rank, as in conf/experiment/if_i_xl.yaml; there are as many phases as workers.
     opponents: measure webdataset and open_clip's recipe too.
+    rounds: turns of each.
     """
 
-    work: str
-    pictures: str = ""
-    photos: str = ""
+    work: str = location()
+    pictures: str = location("")
+    photos: str = location("")
     side: int = 512
     count: int = 512
     embeddings: bool = False
@@ -206,8 +214,9 @@ def contenders(args: LoaderSpeed, folder: Path, text: Path) -> dict[str, tuple[i
     def ours(urls: list[str], batch: int, workers: int) -> Iterator:
         config = replace(data, workers=workers, phases=max(workers, 1))
         stream = MicroBatches(
-            config, find_datasets(config), TextMeta.read(text), IMAGE_SIZE, 0, 8 * batch, batch, 0, 1, 0
-        )
+            config, find_datasets(config), TextMeta.read(text), image_size=IMAGE_SIZE, seed=0, global_batch=8 * batch,
+            micro_batch=batch,
+        )  # fmt: skip
         return micro_batches(stream, workers, pin_memory=False)
 
     loaders = {"ours": ours}
@@ -273,6 +282,10 @@ def measure(args: LoaderSpeed) -> None:
         )
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
-    measure(parse(LoaderSpeed))
+    command(measure, LoaderSpeed, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,32 +10,33 @@ from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from model.config import UNetConfig
 from model.convert import diffusers_config, to_diffusers
-from model.unet import UNet, UNetConfig
+from model.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {"M": "if_i_m", "L": "if_i_l", "XL": "if_i_xl"}
 FEW_BIT = "gelu_3bit"
 OURS = {
-    "ours, exact GELU": ("gelu", "keep"),
-    "ours, few-bit GELU": (FEW_BIT, "keep"),
-    "ours, few-bit, cheap recomputation": (FEW_BIT, "recompute_cheap"),
-    "ours, few-bit, block recomputation": (FEW_BIT, "recompute_blocks"),
+    "ours, exact GELU": ("gelu", "none"),
+    "ours, few-bit GELU": (FEW_BIT, "none"),
+    "ours, few-bit, cheap recomputation": (FEW_BIT, "cheap"),
+    "ours, few-bit, block recomputation": (FEW_BIT, "blocks"),
 }
 ORIGINAL, DIFFUSERS = "original (einsum attention)", "diffusers"
 
 
 def size(name: str) -> UNetConfig:
-    """The config of '34M', 'M', 'L' or 'XL', with the exact GELU and all kept.
+    """The config of '34M', 'M', 'L' or 'XL', with the exact GELU; the published sizes on T5-XXL's states.
 
     Raises: ValueError for another name.
     """
-    small = {"model_channels": 64, "encoder_dim": 64, "encoder_channels": 256, "att_pool_heads": 8}
+    small = {"model_channels": 64, "encoder_channels": 256, "att_pool_heads": 8}
     if name not in ("34M", *PUBLISHED):
         raise ValueError(f"size '{name}' is not known; there are 34M, {', '.join(PUBLISHED)}")
     values = small if name == "34M" else OmegaConf.load(ROOT / f"conf/model/{PUBLISHED[name]}.yaml")
     config: UNetConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(UNetConfig), values))  # type: ignore[assignment]
-    return replace(config, activation="gelu", memory="keep")
+    return replace(config, activation="gelu", encoder_dim=64 if name == "34M" else 4096)
 
 
 def build(name: str, config: UNetConfig, weights: dict[str, Tensor] | None = None) -> nn.Module:
@@ -50,8 +51,8 @@ def build(name: str, config: UNetConfig, weights: dict[str, Tensor] | None = Non
         net = _Diffusers(config)
         found = weights and {f"net.{key}": value for key, value in to_diffusers(weights, config).items()}
     else:
-        activation, memory = OURS[name]
-        net, found = UNet(replace(config, activation=activation, memory=memory)), weights
+        activation, recompute = OURS[name]
+        net, found = UNet(replace(config, activation=activation), recompute), weights
     if found:
         net.load_state_dict(found, strict=True)
     return net

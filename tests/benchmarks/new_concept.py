@@ -6,23 +6,23 @@ python -m tests.benchmarks.new_concept before=RUN_DIR after=[RUN_DIR,...] shards
     compares the net before with those after, each a run with a seed of its own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import MISSING
 from PIL import Image
 
-from data.cli import parse
+from data.cli import command, location
 from data.storage.shards import find_shards
 from data.text.encoder import load_encoder
 from data.text.meta import TextMeta
+from train.checkpoint.checkpoint import Checkpoint
 from train.evaluation.eval_set import EvalSet, Pictures
 from train.evaluation.scene_alignment import alignment
 from train.monitor.plots import plot_grid
 from train.sampling.sampler import make_scheduler, sample
-from train.weights.pretrained import Trained, read_trained
+from train.weights.trained_net import load_net
 
 ORANGE, SIDE = (250, 130, 20), 96
 # Of the pictures' pixels; less than a tenth is orange in a scene whose things are not.
@@ -31,19 +31,32 @@ MIN_ORANGE = 0.04
 
 @dataclass
 class NewConcept:
-    """draw: the folder for pictures and prompts; pictures_each: of the concept; captions: of scenes."""
+    """Draws the pictures of a new concept, or compares nets before and after they learned it.
 
-    shards: str = MISSING
-    draw: str = ""
-    before: str = ""
-    after: list[str] = field(default_factory=list)
-    text: str = ""
+    shards: the demo scenes.
+    draw: a folder to write the concept's pictures and class prompts to; nothing is compared then.
+    before: the run that the nets begin from.
+    after: the runs that learned the concept.
+    text: the scenes' embeddings.
+    prompt: caption of the concept.
+    pictures_each: pictures of the concept that each net draws.
+    captions: captions of scenes that each net draws.
+    guidance_scale: of the sampler.
+    steps: of the sampler.
+    grid: a .png for the pictures.
+    """
+
+    shards: str = location()
+    draw: str = location("")
+    before: str = location("")
+    after: list[str] = location([])
+    text: str = location("")
     prompt: str = "a zwx ring"
     pictures_each: int = 16
     captions: int = 96
     guidance_scale: float = 3.0
     steps: str = "20"
-    grid: str = "new_concept.png"
+    grid: str = location("new_concept.png")
 
 
 def draw_rings(folder: Path, captions: list[str]) -> None:
@@ -72,21 +85,20 @@ def orange_share(images: np.ndarray) -> np.ndarray:
     return (nearest == 0).mean((1, 2))
 
 
-def pictures_of(trained: Trained, text_emb: torch.Tensor, empty: torch.Tensor, args: NewConcept) -> np.ndarray:
+def pictures_of(checkpoint: Checkpoint, text_emb: torch.Tensor, empty: torch.Tensor, args: NewConcept) -> np.ndarray:
     """One for each embedding, by the same seeds for every net."""
-    unet = trained.load("ema", torch.device("cpu"))
-    scheduler = make_scheduler(trained.diffusion_steps, trained.model.learn_sigma)
+    unet = load_net(checkpoint, "ema", torch.device("cpu"))
+    scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma)
     return sample(unet, scheduler, text_emb, empty, args.guidance_scale, args.steps, range(len(text_emb))).numpy()
 
 
-def main() -> None:
+def compare(args: NewConcept) -> None:
     """Print the table and draw the grid."""
-    args = parse(NewConcept)
     if args.draw:
         scenes = Pictures(find_shards(args.shards), args.captions, seed=0)
         draw_rings(Path(args.draw), scenes.captions(0, args.captions))
         return
-    nets = {folder: read_trained(folder) for folder in (args.before, *args.after)}
+    nets = {folder: Checkpoint.open(folder) for folder in (args.before, *args.after)}
     encoder = load_encoder(nets[args.before].text)
     concept = torch.from_numpy(encoder([args.prompt] * args.pictures_each))
     kept = EvalSet(find_shards(args.shards), args.captions, 0, args.text, TextMeta.read(args.text))
@@ -96,8 +108,8 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|")
     shown: list[np.ndarray] = []
     of_before = None
-    for folder, trained in nets.items():
-        rings, others = (pictures_of(trained, emb, empty, args) for emb in (concept, scene_emb))
+    for folder, checkpoint in nets.items():
+        rings, others = (pictures_of(checkpoint, emb, empty, args) for emb in (concept, scene_emb))
         shares = orange_share(rings)
         scores = np.array(
             [alignment(image.transpose(1, 2, 0), c).score for image, c in zip(others, captions, strict=True)]
@@ -118,6 +130,10 @@ def main() -> None:
 def with_error(values: np.ndarray) -> str:
     """The mean and its standard error."""
     return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(compare, NewConcept, argv)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""The plan of 512 ranks x 4 workers over 120,000 shards, no pixels: `python -m tests.benchmarks.order_at_scale [full]`.
+"""The plan of 512 ranks x 4 workers over 120,000 shards, no pixels: `python -m tests.benchmarks.order_at_scale`.
 
-Prints how long planning takes and what memory a worker's plan needs. With `full` it also walks a whole epoch as all the
-workers together do, some minutes, and counts how often each of the samples comes.
+Prints how long planning takes and what memory a worker's plan needs. With full=true it also walks a whole epoch as all
+the workers together do, some minutes, and counts how often each of the samples comes.
 """
 
 import resource
-import sys
 import time
 import tracemalloc
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
+from data.cli import command
 from data.loader.order import Order
 from data.storage.shards import Shard
 from tests.benchmarks.places import samples_at
@@ -115,17 +116,32 @@ def walk_epoch(order: Order) -> None:
     assert walked == once == order.samples, "not every sample came exactly once"
 
 
-def main() -> None:
+@dataclass
+class OrderAtScale:
+    """Prints how long planning takes and what memory a worker's plan needs.
+
+    full: walk a whole epoch too, which takes minutes.
+    """
+
+    full: bool = False
+
+
+def plan_at_scale(args: OrderAtScale) -> None:
+    """Print times and memory."""
     counts = shard_counts()
     print(f"{RANKS} ranks x {WORKERS} workers, {SHARDS:,} shards, {sum(counts):,} samples")
     before = resident()
     measure(counts)
     print(f"{'the process: memory before and after':62} {before:10.0f} MB {resident():.0f} MB")
-    if "full" in sys.argv[1:]:
+    if args.full:
         order = Order(0, counts, GLOBAL_BATCH, STREAMS, PHASES, BLOCK)
         start = time.process_time()
         walk_epoch(order)
         print(f"walked in {time.process_time() - start:.0f} s of one core, {resident():.0f} MB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(plan_at_scale, OrderAtScale, argv)
 
 
 if __name__ == "__main__":

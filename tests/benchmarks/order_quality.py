@@ -1,4 +1,6 @@
-"""How well the order mixes: `python -m tests.benchmarks.order_quality [PICTURE.png]` prints docs/order.md's tables.
+"""How well the order mixes: the tables of docs/measurements/order.md.
+
+    python -m tests.benchmarks.order_quality picture=FILE.png
 
 Measured: how far two samples that lie next to each other in a shard come apart in the sequence, how often they share a
 batch, from how many shards a batch is taken, and how much of it comes together again in the next epoch. Beside it stand
@@ -6,13 +8,13 @@ an even shuffle of all samples, and webdataset's own buffer in each worker, with
 """
 
 import random
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from webdataset.filters import _shuffle
 
+from data.cli import command, location
 from data.loader.order import Order
 from tests.benchmarks.places import positions_of, samples_at
 
@@ -22,6 +24,16 @@ SAMPLE_MB = 0.03 + 0.63
 EVEN = "even shuffle"
 SHARDS, SHARD_SIZE = 120_000, 10_000
 GLOBAL_BATCH, RANKS, WORKERS = 3072, 512, 4
+
+
+@dataclass
+class OrderQuality:
+    """Prints how well the order mixes samples.
+
+    picture: a .png to draw the table at scale to.
+    """
+
+    picture: str = location("")
 
 
 @dataclass
@@ -162,13 +174,18 @@ def draw(rows: list[Mixing], path: Path) -> None:
     aside.rename(path)
 
 
-def main() -> None:
+def measure(args: OrderQuality) -> None:
+    """Print both tables."""
     rows = at_scale()
     table(rows, GLOBAL_BATCH, 8 * WORKERS)
     print()
     table(small(), 32)
-    if len(sys.argv) > 1:
-        draw(rows, Path(sys.argv[1]))
+    if args.picture:
+        draw(rows, Path(args.picture))
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(measure, OrderQuality, argv)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,36 @@
 r"""A run's scores over its training: `train.evaluate` on several of its checkpoints, a table in Markdown and a picture.
 
-python -m tests.benchmarks.over_training run=runs/scenes at=[250,500,1200] out=evals/scenes picture=FILE.png \
+python -m tests.benchmarks.over_training run=runs/scenes at=250,500,1200 out=evals/scenes picture=FILE.png \
     shards=... text=... scores=[alignment] ...
 Arguments that are not its own go to train.evaluate. What is evaluated already is not done again.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from matplotlib import pyplot as plt
-from omegaconf import MISSING
 from tqdm import tqdm
 
-from data.cli import parse
+from data.cli import help_text, location, parse, run_command
 from tests.benchmarks.commands import run
-from train.monitor.plots import save
+from train.monitor.plots import save_figure
 
 
 @dataclass
 class OverTraining:
-    """at: the steps of the checkpoints; out: evaluations go to out-STEP."""
+    """Evaluates several checkpoints of a run with train.evaluate; other arguments than its own go there.
 
-    run: str = MISSING
-    out: str = MISSING
+    run: the folder of the run.
+    out: evaluations go to out-STEP.
+    at: steps of the checkpoints, as in at=250,500.
+    picture: a .png for the scores.
+    """
+
+    run: str = location()
+    out: str = location()
     at: list[int] = field(default_factory=list)
-    picture: str = ""
+    picture: str = location("")
 
 
 def scores_at(args: OverTraining, step: int, rest: list[str]) -> list[dict[str, float]]:
@@ -51,14 +55,14 @@ def draw(found: dict[int, list[dict[str, float]]], path: str) -> None:
         axes.set(xlabel="step", ylabel=name, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
-def main() -> None:
+def evaluate(argv: list[str]) -> None:
     """Evaluate what is missing, then print the table."""
     own = {f.name for f in fields(OverTraining)}
-    args = parse(OverTraining, [arg for arg in sys.argv[1:] if arg.partition("=")[0] in own])
-    rest = [arg for arg in sys.argv[1:] if arg.partition("=")[0] not in own]
+    args = parse(OverTraining, [arg for arg in argv if arg.partition("=")[0] in own])
+    rest = [arg for arg in argv if arg.partition("=")[0] not in own]
     found = {step: scores_at(args, step, rest) for step in tqdm(sorted(args.at), args.run, unit="checkpoint")}
     names = list(next(iter(found.values()))[0])
     print(f"| step | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
@@ -67,6 +71,10 @@ def main() -> None:
             print(f"| {step} | {' | '.join(f'{line[name]:.4g}' for name in names)} |")
     if args.picture:
         draw(found, args.picture)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_command(evaluate, lambda: help_text(OverTraining), argv)
 
 
 if __name__ == "__main__":

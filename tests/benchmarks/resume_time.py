@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.cli import parse
+from data.cli import command, location
 from data.config import DataConfig
 from data.loader.dataset import find_datasets
 from data.loader.stream import MicroBatches, micro_batches
@@ -23,11 +23,17 @@ from data.text.meta import EMPTY, TextMeta
 TOKENS, DIM, BATCH = 4, 1024, 64
 
 
-@dataclass(slots=True)
+@dataclass
 class ResumeTime:
-    """shards: how many of `shard_size` samples to write to `work`.  repeats: resumes at each place."""
+    """Measures how long the first batch takes after a resume.
 
-    work: str
+    work: a scratch folder for the shards.
+    shards: number of shards.
+    shard_size: samples in a shard.
+    repeats: resumes at each place of the epoch.
+    """
+
+    work: str = location()
     shards: int = 4
     shard_size: int = 10_000
     repeats: int = 5
@@ -51,7 +57,9 @@ def first_batch(folder: str, step: int) -> float:
     config = DataConfig(shards=folder, text=f"{folder}/text", tokens=TOKENS, streams=1, phases=1)
     datasets, meta = find_datasets(config), TextMeta.read(config.text)
     began = time.perf_counter()
-    stream = MicroBatches(config, datasets, meta, 64, 0, BATCH, BATCH, 0, 1, step)
+    stream = MicroBatches(
+        config, datasets, meta, image_size=64, seed=0, global_batch=BATCH, micro_batch=BATCH, step=step
+    )  # fmt: skip
     next(iter(micro_batches(stream, 0, pin_memory=False)))
     return time.perf_counter() - began
 
@@ -69,5 +77,9 @@ def measure(args: ResumeTime) -> None:
         print(f"| {share:.0%} | {int(share * steps)} | {statistics.median(seconds):.3f} |", flush=True)
 
 
+def main(argv: list[str] | None = None) -> None:
+    command(measure, ResumeTime, argv)
+
+
 if __name__ == "__main__":
-    measure(parse(ResumeTime))
+    main()

@@ -6,7 +6,7 @@ python -m tests.benchmarks.sampling_speed [net=smoke images=8 steps=10 rounds=7]
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from diffusers import IFPipeline
@@ -14,16 +14,24 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.cli import parse
-from model.unet import UNet, UNetConfig
+from data.cli import command
+from model.config import UNetConfig
+from model.unet import UNet
 from tests.benchmarks.nets import ROOT, size
-from train.export import build_unet
 from train.sampling.sampler import make_scheduler, sample
+from train.weights.diffusers_folder import build_unet
 
 
 @dataclass
 class Speed:
-    """Times both samplers in turn.  images: drawn at a time, twice as many with guidance."""
+    """Times our sampler and diffusers' in turn.
+
+    net: smoke, small, 34M or M.
+    images: drawn at a time, twice as many with guidance.
+    steps: sampler steps.
+    rounds: turns of each.
+    guidance_scale: of both.
+    """
 
     net: str = "smoke"
     images: int = 8
@@ -36,8 +44,8 @@ def config_of(net: str) -> UNetConfig:
     """conf/model/small.yaml on embeddings of T5-XXL's width, the smoke run's net on narrow ones, or size(net)."""
     if net not in ("small", "smoke"):
         return size(net)
-    smoke = OmegaConf.load(ROOT / "conf/experiment/smoke.yaml").model if net == "smoke" else {}
-    parts = OmegaConf.load(ROOT / "conf/model/small.yaml"), smoke
+    smoke = {**OmegaConf.load(ROOT / "conf/experiment/smoke.yaml").model, "encoder_dim": 64}
+    parts = OmegaConf.load(ROOT / "conf/model/small.yaml"), smoke if net == "smoke" else {"encoder_dim": 4096}
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(UNetConfig), *parts))  # type: ignore[return-value]
 
 
@@ -60,11 +68,10 @@ def seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 @torch.no_grad()
-def main() -> None:
+def measure(args: Speed) -> None:
     """Print one row of the table."""
-    args = parse(Speed)
     torch.manual_seed(0)
-    config = replace(config_of(args.net), memory="keep")
+    config = config_of(args.net)
     unet = UNet(config).eval()
     for parameter in unet.parameters():
         parameter.normal_(std=0.02)
@@ -105,6 +112,10 @@ def main() -> None:
         f"| {rates[0]:.3f} | {rates[1]:.3f} | {statistics.median(ratios):.3f} ({min(ratios):.2f}, {max(ratios):.2f}) "
         f"| {text_share(config):.1%} | {apart:.0f}/255 |"
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(measure, Speed, argv)
 
 
 if __name__ == "__main__":

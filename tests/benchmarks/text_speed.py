@@ -17,12 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
+from data.cli import command
 from data.storage.claims import claim
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import ShardReader, write_shard
@@ -154,7 +156,7 @@ def memory(folder: Path) -> None:
         told = f"shards={folder}/of-{each} out={folder}/text-{each} encoder={folder}/wide dtype=float32 compute=float32"
         code = (
             "import resource, sys; from data.embed import Embed, embed; from data.cli import parse\n"
-            "embed(parse(Embed)); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            "embed(parse(Embed, sys.argv[1:])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         done = subprocess.run([sys.executable, "-c", code, *told.split()], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split()[-1]) / 1024)
@@ -165,7 +167,13 @@ def memory(folder: Path) -> None:
     )
 
 
-def main() -> None:
+@dataclass
+class TextSpeed:
+    """Measures data.embed against its bare encoder, and the reading of embeddings against the page cache."""
+
+
+def measure(_: TextSpeed) -> None:
+    """Print all figures."""
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -174,6 +182,10 @@ def main() -> None:
         error(encoder)
         memory(folder)
     print(f"peak memory of this benchmark: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(measure, TextSpeed, argv)
 
 
 if __name__ == "__main__":

@@ -11,26 +11,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from data.cli import parse
+from data.cli import command, location
 from model.unet import UNet
-from tests.trainings import SMALL, make_data, metrics, start
+from tests.support.trainings import SMALL, make_data, metrics, start
+from train.compose import compose_config
 from train.config import Config, accumulation
 from train.engine import build_engine, init_distributed
-from train.inputs import find_inputs
+from train.inputs import find_inputs, resolve_text_shape
 from train.loop import train
-from train.main import to_config
 
 REPO = Path(__file__).resolve().parent.parent.parent
 WARM, WINDOW = 10, 10
 
 
-@dataclass(slots=True)
+@dataclass
 class TrainerCost:
-    """work: a scratch folder.  rounds: turns of each.  steps: of a turn.  batch: of a rank, in two micro batches."""
+    """Measures what the trainer costs beside the net.
 
-    work: str
+    work: a scratch folder.
+    rounds: turns of each.
+    steps: of a turn.
+    batch: samples of a rank's batch, in two micro batches.
+    """
+
+    work: str = location()
     rounds: int = 3
     steps: int = 40
     batch: int = 8
@@ -55,7 +60,7 @@ def bare(config: Config) -> float:
     """Seconds a step of forward, backward and step on one batch."""
 
     torch.manual_seed(0)
-    engine = build_engine(UNet(config.model), config, 1)
+    engine = build_engine(UNet(config.model, config.recompute), config, 1)
     size, n = config.model.image_size, config.micro_batch
     x, t = torch.randn(n, 3, size, size), torch.randint(0, 1000, (n,))
     text = torch.randn(n, config.data.tokens, config.model.encoder_dim)
@@ -70,8 +75,8 @@ def bare(config: Config) -> float:
 
 def overhead(args: TrainerCost, data: Path) -> None:
     """Print the ratio of the whole trainer to the bare loop."""
-    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        config = to_config(compose("config", overrides(args, data)))
+    config = compose_config(overrides(args, data))
+    resolve_text_shape(config)
     rank, ranks, device = init_distributed()
     inputs, whole, alone = find_inputs(config, rank), [], []
     for number in range(args.rounds):
@@ -106,13 +111,16 @@ def scaling(args: TrainerCost, data: Path) -> None:
     print(f"two ranks / one: {middle['two ranks'] / middle['one']:.2f}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(TrainerCost, argv)
+def measure(args: TrainerCost) -> None:
     data = Path(args.work) / "data"
     if not data.exists():
         make_data(data)
     overhead(args, data)
     scaling(args, data)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(measure, TrainerCost, argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Bytes that autograd keeps of one image between forward and backward, without parameters: a table in Markdown.
 
-python -m tests.benchmarks.unet_memory [34M M XL]. Fake tensors have sizes and no contents, so any net fits.
+python -m tests.benchmarks.unet_memory sizes=34M,M,XL. Fake tensors have sizes and no contents, so any net fits.
 """
 
-import sys
+from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses import FakeTensorMode
 
+from data.cli import command
 from launch.cost.step_cost import kept_bytes
 from tests.benchmarks.nets import DIFFUSERS, ORIGINAL, OURS, build, inputs, size
 
@@ -25,9 +26,19 @@ def per_image(name: str, size_name: str, dtype: torch.dtype) -> float:
         torch.set_default_dtype(before)
 
 
-def main(sizes: list[str]) -> None:
+@dataclass
+class UNetMemory:
+    """Counts the bytes that autograd keeps of one image, in fp32 and bf16.
+
+    sizes: of the nets, of 34M, M, L and XL.
+    """
+
+    sizes: list[str] = field(default_factory=lambda: ["34M", "M", "XL"])
+
+
+def measure(args: UNetMemory) -> None:
     """Print a table for each size and precision."""
-    for size_name in sizes:
+    for size_name in args.sizes:
         for dtype in (torch.float32, torch.bfloat16):
             rows = [(name, per_image(name, size_name, dtype)) for name in (ORIGINAL, DIFFUSERS, *OURS)]
             peer = dict(rows)[DIFFUSERS]
@@ -38,5 +49,9 @@ def main(sizes: list[str]) -> None:
                 print(f"| {name} | {kept / 1e6:,.1f} | {kept / peer:.3f} |", flush=True)
 
 
+def main(argv: list[str] | None = None) -> None:
+    command(measure, UNetMemory, argv)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["34M", "M", "XL"])
+    main()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.cli import parse
+from data.cli import command
 from tests.benchmarks.nets import DIFFUSERS, ORIGINAL, OURS, build, inputs, size
 
 # The autograd nodes and operators of a profile, by what they do.
@@ -31,7 +31,12 @@ KINDS = {
 
 @dataclass
 class Speed:
-    """Times the nets of one size against each other."""
+    """Times the nets of one size against each other.
+
+    size: 34M, M, L or XL.
+    batch: images of a step.
+    rounds: turns of each.
+    """
 
     size: str = "34M"
     batch: int = 4
@@ -68,9 +73,8 @@ def shares(net: nn.Module, args: tuple[Tensor, ...]) -> dict[str, float]:
     return found
 
 
-def main() -> None:
+def measure(args: Speed) -> None:
     """Print both tables."""
-    args = parse(Speed)
     torch.manual_seed(0)
     config, names = size(args.size), [ORIGINAL, DIFFUSERS, *OURS]
     weights = {k: torch.randn_like(v) * 0.02 for k, v in build(next(iter(OURS)), config).state_dict().items()}
@@ -105,6 +109,10 @@ def main() -> None:
     profiles = [shares(net, batch) for net in nets.values()]
     for kind in profiles[0]:
         print(f"| {kind} | {' | '.join(f'{p[kind] * 1e3:,.0f}' for p in profiles)} |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(measure, Speed, argv)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python -m tests.gpu_check [parts=parity,speed] [shapes=512,XL] [out=gpu_check.json] [device=cpu size=tiny] [budget=600]
 
-docs/gpu_check.md says what each part proves and how to read the table. Exits with 0 if no part failed, 1 if one did,
-2 for a mistake in the arguments.
+docs/guide/gpu_check.md says what each part proves and how to read the table. Exits with 0 if no part failed, 1 if one
+did, 2 for a mistake in the arguments.
 """
 
 import contextlib

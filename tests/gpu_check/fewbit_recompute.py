@@ -18,6 +18,7 @@ from tests.gpu_check.nets import (
     RECOMPUTE,
     Images,
     all_gradients,
+    allow_many_compilations,
     backend,
     build,
     compile_whole,
@@ -41,6 +42,7 @@ def run(check: Check) -> Iterator[Row]:
     exact_arithmetic()
     torch.use_deterministic_algorithms(True, warn_only=True)  # else two equal backwards may differ
     warnings.simplefilter("ignore")
+    allow_many_compilations()  # at torch's limit it would run eagerly without a word
     bits = [(f"bits of {name}, {dtype}", name, dtype) for name, dtype in product(FEW_BIT_GELUS, DTYPES)]
     recomputed = [(f"{mode}, {dtype}", mode, dtype) for mode, dtype in product(RECOMPUTE[1:], DTYPES)]
     kinds = [*((FEW_BIT, mode) for mode in RECOMPUTE), ("gelu", KEEP)]
@@ -84,14 +86,16 @@ def packed_bits(check: Check, name: str, bits: int, dtype: torch.dtype) -> Row:
     def gradient(x: Tensor, run: bool) -> Tensor:
         gelu = FewBitGELU(bits).to(x.device)
         x = x.clone().requires_grad_()
-        (torch.compile(gelu, backend=backend(check)) if run else gelu)(x).backward(torch.linspace(-1, 1, len(x)).to(x))
+        (torch.compile(gelu, fullgraph=True, dynamic=False, backend=backend(check)) if run else gelu)(x).backward(
+            torch.linspace(-1, 1, len(x)).to(x)
+        )
         assert x.grad is not None
         return x.grad
 
     codes, packed = codes_and_bytes(x)
     on_device = x.to(check.device)
     eager = codes_and_bytes(on_device)
-    compiled = torch.compile(codes_and_bytes, backend=backend(check), dynamic=False)(on_device)
+    compiled = torch.compile(codes_and_bytes, fullgraph=True, dynamic=False, backend=backend(check))(on_device)
     wrong = []
     if not (torch.equal(eager[0].cpu(), codes) and all(map(torch.equal, [p.cpu() for p in eager[1]], packed))):
         wrong.append("the device's bits are not the CPU's")

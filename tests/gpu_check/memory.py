@@ -35,9 +35,9 @@ def net_row(name: str, check: Check, size: str, mode: str) -> Row:
     """Weights, and the most that forward and backward take beside them."""
     config, micro_batch = shape(check, size), 2 if check.tiny else CONFIGURED[size]
     plan = BF16_BYTES * parameters(config) + net_bytes(config, micro_batch, FEW_BIT, mode).peak
+    batch = images(config, micro_batch, check.device)
     before = start_count(check)
     net = build(config, check.device, torch.bfloat16, FEW_BIT, mode)
-    batch = images(config, micro_batch, check.device)
     if check.on_gpu:
         step = Step(net, batch)
         for _ in range(2):

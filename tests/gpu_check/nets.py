@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from model.config import RECOMPUTE, UNetConfig
 from model.diffusion import Diffusion
 from model.losses import training_losses
-from model.recompute import MEMORY as RECOMPUTE
-from model.unet import Stage, UNet, UNetConfig
+from model.unet import Stage, UNet
 from tests.gpu_check.check import Check
 
 TIMESTEPS, TOKENS = 1000, 77
@@ -34,7 +34,11 @@ def shape(check: Check, name: str) -> UNetConfig:
     """The net of a name of WIDTHS, or 'small'; with the exact GELU."""
     if check.tiny:
         return TINY
-    return SMALL if name == "small" else UNetConfig(model_channels=WIDTHS[name], encoder_channels=4 * WIDTHS[name])
+    return (
+        SMALL
+        if name == "small"
+        else UNetConfig(model_channels=WIDTHS[name], encoder_channels=4 * WIDTHS[name], encoder_dim=4096)
+    )
 
 
 def build(
@@ -46,7 +50,7 @@ def build(
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta" if like else device):
-            net = UNet(replace(config, activation=activation, memory=recompute))
+            net = UNet(replace(config, activation=activation), recompute)
     finally:
         torch.set_default_dtype(before)
     if like:

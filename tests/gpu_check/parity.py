@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from model.activations import FEW_BIT
+from model.config import UNetConfig
 from model.convert import to_diffusers
-from model.unet import UNet, UNetConfig
+from model.unet import UNet
 from tests.gpu_check.check import Check, Row, attempt, planned, verdict
 from tests.gpu_check.nets import (
     Images,

@@ -6,7 +6,8 @@ import torch
 
 from launch.cost.memory import peak, states
 from launch.cost.step_cost import Bytes, step_bytes
-from model.unet import UNet, UNetConfig
+from model.config import UNetConfig
+from model.unet import UNet
 from tests.gpu_check.nets import KEEP, TOKENS
 from train.monitor.flops import peak_flops, training_flops
 
@@ -27,8 +28,8 @@ def net_bytes(
     config: UNetConfig, micro_batch: int, activation: str, recompute: str = KEEP, accumulated: bool = False
 ) -> Bytes:
     """Of a bf16 net's forward and backward, without the weights; accumulated: with gradients there already."""
-    config = replace(config, activation=activation, memory=recompute)
-    return step_bytes(config, micro_batch, "bf16", accumulated, TOKENS)
+    config = replace(config, activation=activation)
+    return step_bytes(config, micro_batch, "bf16", accumulated, TOKENS, recompute=recompute)
 
 
 def training_bytes(config: UNetConfig, micro_batch: int, activation: str, recompute: str) -> int:
@@ -53,7 +54,7 @@ def largest_micro_batch(config: UNetConfig, memory: float, activation: str, besi
 
 def flops_per_image(config: UNetConfig) -> float:
     """Of the forward and backward, recomputation not counted."""
-    return training_flops(config, TOKENS)
+    return training_flops(config, TOKENS).total
 
 
 def card_peak(device: str) -> float | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.unet import UNetConfig
+from model.config import UNetConfig
 from tests.gpu_check.check import MEASURED, PLANNED, Check, Row, of_error
 from tests.gpu_check.nets import (
     CONFIGURED,
@@ -64,11 +64,12 @@ def run(check: Check) -> Iterator[Row]:
         if name == TO_BEAT[0]:
             text += f"; {TO_BEAT[1]}"
         yield Row(name, MEASURED, text, {"largest": found[name], "configured": CONFIGURED[name]})
+    flops = {name: flops_per_image(shape(check, name)) for name in found}
     todo = bouts(check, found)
     done: set[str] = set()
     yield from (Row(bout.cell(way), PLANNED) for bout in todo for way in bout.ways)
     for bout in todo:
-        for row in fight(bout, check):
+        for row in fight(bout, check, flops[bout.shape]):
             if row.name not in done:  # ours, eager, is in every bout
                 done.add(row.name)
                 yield row
@@ -102,7 +103,7 @@ def bouts(check: Check, largest: dict[str, int]) -> list[Bout]:
     return found
 
 
-def fight(bout: Bout, check: Check) -> Iterator[Row]:
+def fight(bout: Bout, check: Check, flops: float) -> Iterator[Row]:
     """Warm all ways of a bout up, time them in turn, and give the rows."""
     config = shape(check, bout.shape)
     batch = images(config, bout.micro_batch, check.device, dtype=torch.bfloat16)
@@ -132,7 +133,7 @@ def fight(bout: Bout, check: Check) -> Iterator[Row]:
         for way, step in steps.items():
             times[way].append(seconds(step, check))
     medians = {way: statistics.median(values) for way, values in times.items()}
-    flops, peak = flops_per_image(config), card_peak(check.device)
+    peak = card_peak(check.device)
     for way, value in medians.items():
         rate = bout.micro_batch / value
         figures = {

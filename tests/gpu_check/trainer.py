@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from data.loader.batch import Batch
+from model.config import UNetConfig
 from model.diffusion import Diffusion
 from model.losses import training_losses
-from model.unet import UNetConfig
 from tests.gpu_check.check import Check, missing
 from tests.gpu_check.nets import KEEP, TIMESTEPS, TOKENS, build, compile_whole
 
@@ -137,6 +137,7 @@ class EngineTrainer(Trainer):
             steps=STEPS,
             global_batch=self.spec.micro_batch * ACCUMULATE,
             micro_batch=self.spec.micro_batch,
+            recompute=self.spec.recompute,
             model=self.net.config,
             optim=OptimConfig(lr_start=1e-4, lr_peak=1e-3, warmup_steps=10),
         )

@@ -1,9 +1,9 @@
-"""Checkpoints: RUN_DIR/checkpoints/step-NNNNNNNN, one file a rank and a manifest, whole or not there at all.
+"""How a checkpoint lies on disk: RUN_DIR/checkpoints/step-NNNNNNNN with one file per rank and a manifest.
 
-A rank's file holds its part of the fp32 masters, of their average and of the optimizer's moments. The masters of all
-ranks, one after another, are the parameters in the manifest's order, flat, with some padding at the end: so any number
-of ranks can cut them anew. There is nothing else to keep: every random draw and the place in the data follow from the
-step. train/checkpoint/writer.py writes them.
+A rank's file holds its part of the fp32 master weights, of their moving average and of the optimizer's moments. The
+master weights of all ranks, one after another, are the parameters in the manifest's order, flat, with some padding at
+the end. So any number of ranks can divide them again. Nothing else is kept: every random draw and the position in the
+data follow from the step.
 """
 
 import hashlib
@@ -12,62 +12,91 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
+# The two sets of weights in a checkpoint: their moving average, and the fp32 masters that the optimizer steps.
+WEIGHTS = ("ema", "master")
 
 
 class CheckpointFailed(RuntimeError):
-    """None could be written, or none read; raised by all ranks alike."""
+    """A checkpoint could not be written, or no checkpoint could be read; all ranks raise it together."""
+
+
+def part_file(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def step_folders(run_dir: Path) -> list[Path]:
+    """The folders of a run's checkpoints, newest first, complete or not."""
+    return sorted((run_dir / "checkpoints").glob("step-????????"), reverse=True)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first: those whose manifest and files are all there."""
-    return [path for path in sorted((run_dir / "checkpoints").glob("step-????????")) if _is_whole(path)]
+    """The complete checkpoints of a run, oldest first: the manifest is undamaged, and every file has its size."""
+    return [folder for folder in reversed(step_folders(run_dir)) if complete_manifest(folder)]
 
 
-def _is_whole(folder: Path) -> bool:
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if there is one."""
+    return next(filter(complete_manifest, step_folders(run_dir)), None)
+
+
+def complete_manifest(folder: Path) -> dict | None:
+    """The manifest of a complete checkpoint; None if it is damaged, or a file is missing or has another size."""
     try:
-        files = read_manifest(folder)["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        manifest = read_manifest(folder)
+        return None if size_fault(folder, manifest) else manifest
+    except ValueError:
+        return None
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint.
+    """The manifest of a checkpoint's folder.
 
-    Raises: OSError or ValueError if it is not there or damaged.
+    Raises: ValueError if it is missing or damaged.
     """
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if (SEAL in manifest or "sha256" in manifest) and manifest != sealed(manifest):
-        raise ValueError(f"'{folder / MANIFEST}' is damaged: its checksum is another")
-    return manifest
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest != sealed(manifest):
+            raise ValueError("its checksum does not fit")
+        return manifest
+    except (OSError, ValueError, AttributeError) as error:  # the last if it holds no JSON object
+        raise ValueError(f"'{path}' is missing or damaged ({error}): name another checkpoint of the run") from None
 
 
 def sealed(manifest: dict) -> dict:
     """The manifest with a checksum of itself."""
     rest = {name: value for name, value in manifest.items() if name != SEAL}
-    text = json.dumps(rest)  # in its order, for that of the parameters matters
+    text = json.dumps(rest)  # keys are not sorted, because the order of the parameters matters
     return {**json.loads(text), SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
+def size_fault(folder: Path, manifest: dict) -> str:
+    """Which file of a checkpoint is missing or has another size than its manifest says; '' if none."""
+    for name, size in manifest["files"].items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            return str(error)
+        if found != size:
+            return f"{name} has {found} bytes, not {size}"
+    return ""
+
+
 def file_sha256(path: Path) -> str:
-    """As sha256sum prints it."""
+    """The SHA-256 of a file, as sha256sum prints it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def find_fault(folder: Path, rank: int = 0, ranks: int = 1) -> str:
-    """What is wrong with a checkpoint, '' for nothing; of several ranks each reads its share of the files."""
-    try:
-        manifest = read_manifest(folder)
-        for name, size in manifest["files"].items():
-            if (there := (folder / name).stat().st_size) != size:
-                return f"{name} has {there} bytes, not {size}"
-        for name in sorted(manifest["files"])[rank::ranks]:
-            if name in manifest.get("sha256", {}) and file_sha256(folder / name) != manifest["sha256"][name]:
-                return f"the contents of {name} are not those that were written (sha256)"
-    except (OSError, ValueError, KeyError) as error:
-        return str(error) or repr(error)
-    return ""

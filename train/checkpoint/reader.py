@@ -1,25 +1,17 @@
 """The flat tensors of a checkpoint, as if the parts that its ranks wrote lay one after another in one file."""
 
-from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from train.checkpoint.format import find_fault, read_manifest
-
-# bitsandbytes scales its 8-bit states in blocks of so many elements, counted from the beginning of each rank's part.
-BLOCK = 256
-
-
-def part_file(rank: int) -> str:
-    """The file that a rank writes."""
-    return f"rank-{rank:05d}.safetensors"
+from train import adam_state
+from train.checkpoint.format import part_file
 
 
 class CheckpointReader:
-    """Reads what is asked for and no more, so that ranks of any number share the work of reading."""
+    """Reads the elements that are asked for and no others, so that any number of ranks share the reading."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._files = [folder / part_file(rank) for rank in range(ranks)]
@@ -28,54 +20,43 @@ class CheckpointReader:
             self._names = list(file.keys())
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the masters or their average, fp32; zeros beyond the end."""
+        """Elements [start, stop) of 'master' or 'ema' in fp32; zeros beyond the end."""
         pieces = []
         for number, first, last in self._overlaps(start, stop):
             with safe_open(self._files[number], framework="pt") as file:
                 pieces.append(file.get_slice(name)[first:last])
         return _joined(pieces, stop - start)
 
-    def own(self, rank: int) -> dict[str, Tensor]:
+    def moments_of_rank(self, rank: int) -> dict[str, Tensor]:
         """The optimizer's state as a rank wrote it; empty before the first step."""
         with safe_open(self._files[rank], framework="pt") as file:
             return {name.removeprefix("moments."): file.get_tensor(name) for name in self._moments}
 
     def moments(self, start: int, stop: int) -> tuple[Tensor, Tensor, int] | None:
-        """Elements [start, stop) of Adam's two moments in fp32, whatever they were kept in, and its step."""
+        """Elements [start, stop) of Adam's two moments in fp32, also if they were stored in 8 bits, and Adam's step."""
         if not self._moments:
             return None
         pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
         for number, first, last in self._overlaps(start, stop):
             with safe_open(self._files[number], framework="pt") as file:
+                state = {name.removeprefix("moments."): file.get_slice(name) for name in self._moments}
                 for which in (1, 2):
-                    pieces[which - 1].append(self._moment(file, which, first, last))
+                    pieces[which - 1].append(adam_state.decode(state, which, first, last))
         with safe_open(self._files[0], framework="pt") as file:
             step = int(file.get_tensor("moments.step"))
         return _joined(pieces[0], stop - start), _joined(pieces[1], stop - start), step
-
-    def _moment(self, file: safe_open, which: int, first: int, last: int) -> Tensor:
-        if "moments.exp_avg" in self._names:  # torch's AdamW
-            return file.get_slice(("moments.exp_avg", "moments.exp_avg_sq")[which - 1])[first:last]
-        state = file.get_slice(f"moments.state{which}")
-        if f"moments.absmax{which}" not in self._names:  # bitsandbytes keeps fewer than 4096 elements in fp32
-            return state[first:last]
-        block, end = first // BLOCK, -(-last // BLOCK)
-        codes = state[block * BLOCK : min(end * BLOCK, self.size)]
-        scales = file.get_slice(f"moments.absmax{which}")[block:end].repeat_interleave(BLOCK)[: len(codes)]
-        values = file.get_tensor(f"moments.qmap{which}")[codes.int()] * scales
-        return values[first - block * BLOCK : last - block * BLOCK]
 
     @property
     def _moments(self) -> list[str]:
         return [name for name in self._names if name.startswith("moments.")]
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Which elements of which files these are: number, first, last."""
-        found = []
+        """The files that hold elements [start, stop): (file number, first element in it, last + 1)."""
+        overlaps = []
         for number in range(start // self.size, min(-(-stop // self.size), len(self._files))):
             base = number * self.size
-            found.append((number, max(start - base, 0), min(stop - base, self.size)))
-        return found
+            overlaps.append((number, max(start - base, 0), min(stop - base, self.size)))
+        return overlaps
 
 
 def _joined(pieces: list[Tensor], length: int) -> Tensor:
@@ -83,18 +64,3 @@ def _joined(pieces: list[Tensor], length: int) -> Tensor:
     if missing:
         pieces = [*pieces, torch.zeros(missing)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def load_weights(folder: Path, name: str = "ema") -> dict[str, Tensor]:
-    """The whole fp32 state dict from the parts of all ranks, in the memory of one copy; name: 'ema' or 'master'.
-
-    Raises: ValueError if the checkpoint isn't whole and undamaged.
-    """
-    if fault := find_fault(folder):
-        raise ValueError(f"'{folder}' is not a whole checkpoint ({fault}): name a step-NNNNNNNN folder of a run")
-    manifest = read_manifest(folder)
-    parts, weights, start = CheckpointReader(folder, manifest["ranks"]), {}, 0
-    for parameter, shape in manifest["parameters"].items():
-        weights[parameter] = parts.read(name, start, start + prod(shape)).view(shape)
-        start += prod(shape)
-    return weights

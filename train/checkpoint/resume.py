@@ -1,7 +1,6 @@
-"""Going on from the latest undamaged checkpoint, on any number of ranks."""
+"""Resuming from the newest undamaged checkpoint, on any number of ranks."""
 
 import hashlib
-import json
 import shutil
 import sys
 from contextlib import suppress
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from data.loader.dataset import Dataset
-from train.checkpoint.format import CheckpointFailed, complete_checkpoints, find_fault, read_manifest
-from train.checkpoint.reader import CheckpointReader
+from train.checkpoint.checkpoint import Checkpoint
+from train.checkpoint.format import CheckpointFailed, latest_checkpoint, step_folders
 from train.config import Config
 
 if TYPE_CHECKING:  # the engine takes seconds to import, and check_resumable has no need of it
@@ -21,42 +20,45 @@ if TYPE_CHECKING:  # the engine takes seconds to import, and check_resumable has
     from train.engine import Engine
 
 
-# What decides the order of the samples and the layout of the files; a run can't change these on its way.
-IDENTITY = (
-    "seed",
-    "global_batch",
-    "diffusion_steps",
-    "model",
-    "lora",
-    "data.streams",
-    "data.phases",
-    "data.shuffle_block",
-    "data.mixture",
-)
+def identity(config: dict) -> dict[str, object]:
+    """What a run may not change on its way, by key: the order of its samples and the layout of its files depend on it.
+
+    config: as the manifest of a checkpoint holds it.
+    """
+    kept = {key: config[key] for key in ("seed", "global_batch", "diffusion_steps")}
+    kept |= {f"model.{key}": value for key, value in config["model"].items()}
+    # Without a rank there is no LoRA, and alpha changes nothing.
+    kept["lora"] = config["lora"] if config["lora"]["rank"] else None
+    kept |= {f"data.{key}": config["data"][key] for key in ("streams", "phases", "shuffle_block")}
+    # The datasets may be moved.
+    kept["data.mixture"] = {name: dataset["weight"] for name, dataset in config["data"]["mixture"].items()}
+    return kept
 
 
 def check_resumable(config: Config, samples: list[int]) -> None:
     """Make sure that the run can go on from its latest checkpoint, if it has one.
 
-    Raises: ValueError if that belongs to another run or other data. The number of ranks may be another, and the
-    optimizer 8-bit or not.
+    The number of ranks may be another, and the optimizer 8-bit or not.
+    Raises: ValueError if the checkpoint belongs to another run or other data.
     """
-    for folder in complete_checkpoints(Path(config.run_dir))[-1:]:
-        manifest, now = read_manifest(folder), json.loads(json.dumps(asdict(config)))
-        if manifest["samples"] != samples:
+    checkpoint = Checkpoint.latest(Path(config.run_dir))
+    if checkpoint is None:
+        return
+    folder = checkpoint.folder
+    if checkpoint.manifest["samples"] != samples:
+        raise ValueError(
+            f"'{folder}' was trained on {checkpoint.manifest['samples']} samples, data.shards now has {samples}: "
+            "give it the same shards, or begin anew in another run_dir"
+        )
+    if checkpoint.step > config.steps:
+        raise ValueError(f"'{folder}' is beyond steps={config.steps}: raise steps, or choose another run_dir")
+    there = identity(checkpoint.config)
+    for key, here in identity(asdict(config)).items():
+        if there.get(key) != here:
             raise ValueError(
-                f"'{folder}' was trained on {manifest['samples']} samples, data.shards now has {samples}: "
-                "give it the same shards, or begin anew in another run_dir"
+                f"'{folder}' was trained with {key}={there.get(key)}, now it is {here}: "
+                "set it back, or choose another run_dir"
             )
-        if manifest["step"] > config.steps:
-            raise ValueError(f"'{folder}' is beyond steps={config.steps}: raise steps, or choose another run_dir")
-        for key in IDENTITY:
-            there, here = _get(manifest["config"], key), _get(now, key)
-            if there != here:
-                raise ValueError(
-                    f"'{folder}' was trained with {key}={there}, now it is {here}: "
-                    "set it back, or choose another run_dir"
-                )
 
 
 def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
@@ -64,8 +66,9 @@ def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
 
     Raises: ValueError on all ranks if run_dir or data.shards is not shared between the nodes.
     """
+    latest = latest_checkpoint(Path(config.run_dir))
     seen = (
-        [folder.name for folder in complete_checkpoints(Path(config.run_dir))[-1:]],
+        latest and latest.name,
         hashlib.sha256(
             repr([(shard.name, shard.count) for dataset in datasets for shard in dataset.shards]).encode()
         ).hexdigest(),
@@ -79,63 +82,61 @@ def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
 
 
 def resume(run_dir: Path, engine: "Engine", ema: "EMA") -> int:
-    """Go on from the latest undamaged checkpoint; returns its step, 0 if there is none. A collective call.
+    """Restore the newest undamaged checkpoint and return its step, 0 if there is none; a collective call.
 
-    Every rank checks its share of the files, then reads the part that is its own: of each byte, two reads in all.
+    Every rank checks its share of the files, then reads its own part of them: each byte is read twice in all. A damaged
+    checkpoint is renamed to step-NNNNNNNN.damaged.
     Raises: CheckpointFailed if there are checkpoints, and all of them are damaged.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    folders = sorted((run_dir / "checkpoints").glob("step-????????"), reverse=True)
+    folders = step_folders(run_dir)
     if rank == 0:
-        for left in (run_dir / "checkpoints").glob("*.part"):  # of a start that was killed as it saved
-            shutil.rmtree(left, ignore_errors=True)
-        (run_dir / "done").unlink(missing_ok=True)  # of a start with fewer steps
+        for unfinished in (run_dir / "checkpoints").glob("*.part"):  # left by a start that was killed as it saved
+            shutil.rmtree(unfinished, ignore_errors=True)
+        (run_dir / "done").unlink(missing_ok=True)  # left by a start with fewer steps
     faults: list[str] = [""] * ranks
-    for folder in _from_first(folders):
-        dist.all_gather_object(faults, find_fault(folder, rank, ranks))
+    for folder in _of_first_rank(folders):
+        try:
+            checkpoint = Checkpoint.read(folder)
+            fault = checkpoint.verify(rank, ranks)
+        except ValueError as error:
+            fault = str(error)
+        dist.all_gather_object(faults, fault)
         if not any(faults):
-            return _restore(folder, engine, ema)
+            return _restore(checkpoint, engine, ema)
         if rank == 0:
             aside = folder.with_suffix(".damaged")
-            told = f"DAMAGED CHECKPOINT '{folder}': {next(filter(None, faults))}"
-            print(f"\n{told}. It becomes '{aside.name}', and the run goes on from the one before.\n", file=sys.stderr)
+            print(
+                f"\nDAMAGED CHECKPOINT '{folder}': {next(filter(None, faults))}. "
+                f"It is renamed to '{aside.name}', and the run resumes from the checkpoint before it.\n",
+                file=sys.stderr,
+            )
             with suppress(OSError):
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
     if any(faults):
         raise CheckpointFailed(
-            f"none of the checkpoints in '{run_dir / 'checkpoints'}' is undamaged: choose another run_dir to begin anew"
+            f"every checkpoint in '{run_dir / 'checkpoints'}' is damaged: choose another run_dir to begin anew"
         )
     return 0
 
 
-def _from_first(folders: list[Path]) -> list[Path]:
-    """The first rank's, for all: the others may list a shared folder a moment older."""
+def _of_first_rank(folders: list[Path]) -> list[Path]:
+    """The first rank's list, on all ranks: the others may see an older state of a shared folder."""
     lists = [folders]
     dist.broadcast_object_list(lists, src=0)
     return lists[0]
 
 
-def _restore(folder: Path, engine: "Engine", ema: "EMA") -> int:
-    manifest, rank = read_manifest(folder), dist.get_rank()
-    parts, size = CheckpointReader(folder, manifest["ranks"]), engine.master.numel()
-    own = slice(rank * size, (rank + 1) * size)
-    moments = parts.own(rank) if (parts.size, manifest["ranks"]) == (size, dist.get_world_size()) else {}
-    if not engine.fits(moments):  # other ranks, or another optimizer
-        flat = parts.moments(own.start, own.stop)
+def _restore(checkpoint: Checkpoint, engine: "Engine", ema: "EMA") -> int:
+    rank, reader, size = dist.get_rank(), checkpoint.reader(), engine.master.numel()
+    start, stop = rank * size, (rank + 1) * size
+    same_parts = (reader.size, checkpoint.ranks) == (size, dist.get_world_size())
+    moments = reader.moments_of_rank(rank) if same_parts else {}
+    if not engine.fits(moments):  # another number of ranks, or another optimizer
+        flat = reader.moments(start, stop)
         moments = engine.as_moments(*flat) if flat else {}
-    engine.restore(manifest["step"], manifest["schedule_step"], parts.read("master", own.start, own.stop), moments)
-    ema.average.copy_(parts.read("ema", own.start, own.stop))
-    return manifest["step"]
-
-
-def _get(config: dict, key: str) -> object:
-    if key == "model":  # how its memory is spent changes nothing that is kept
-        return {name: value for name, value in config["model"].items() if name != "memory"}
-    if key == "lora":  # manifests from before there was any have none
-        return (config.get("lora") or {}).get("rank", 0) and config["lora"]
-    if key == "data.mixture":  # where the datasets lie may change
-        return {name: dataset["weight"] for name, dataset in config["data"]["mixture"].items()}
-    for part in key.split("."):
-        config = config[part]
-    return config
+    schedule_step = checkpoint.manifest["schedule_step"]
+    engine.restore(checkpoint.step, schedule_step, reader.read("master", start, stop), moments)
+    ema.average.copy_(reader.read("ema", start, stop))
+    return checkpoint.step

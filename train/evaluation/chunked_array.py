@@ -1,55 +1,53 @@
-"""Arrays made piece by piece, by several processes in any order."""
+"""Arrays that several processes make piece by piece, in any order; what is already made is kept."""
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
+
+from data.storage.atomic import atomic_file
 
 RANGE = re.compile(r"(\d{6})-(\d{6})")
 
 
 class ChunkedArray:
-    """An array [n, ...] made in pieces, in any order and by several processes, each a file FIRST-STOP.KIND.npy."""
+    """An array [n, ...] in pieces, each a file FIRST-STOP.KIND.npy with the rows from first to stop."""
 
     def __init__(self, folder: Path, kind: str, n: int) -> None:
         self.folder, self.kind, self.n = folder, kind, n
         folder.mkdir(parents=True, exist_ok=True)
 
     def missing(self, size: int) -> list[tuple[int, int]]:
-        """(first, stop) of pieces of at most `size` for all that is not there yet."""
-        there = [int(i) for path in self._paths() for i in path.name.split(".")[0].split("-")]
-        bounds = [0, *there, self.n]
+        """(first, stop) of pieces of at most `size` rows that cover all that is not made yet."""
+        made = [row for path in self._paths() for row in _rows(path)]
+        bounds = [0, *made, self.n]
         gaps = zip(bounds[::2], bounds[1::2], strict=True)
         return [(first, min(first + size, stop)) for start, stop in gaps for first in range(start, stop, size)]
 
     def write(self, first: int, values: np.ndarray) -> None:
-        """Aside, then renamed."""
-        path = self.folder / f"{first:06d}-{first + len(values):06d}.{self.kind}.npy"
-        aside = path.with_suffix(".part")
-        with open(aside, "wb") as file:
+        """Write the piece that begins at row `first`."""
+        name = f"{first:06d}-{first + len(values):06d}.{self.kind}.npy"
+        with atomic_file(self.folder / name) as aside, open(aside, "wb") as file:
             np.save(file, values, allow_pickle=False)
-        os.replace(aside, path)
 
     def read(self, first: int = 0, stop: int | None = None) -> np.ndarray:
-        """What is there of the array from first to stop.
+        """The rows from first to stop that are made.
 
         Raises: ValueError if a file is damaged.
         """
-        stop, found = self.n if stop is None else stop, []
+        stop, pieces = self.n if stop is None else stop, []
         for path in self._paths():
-            start, end = (int(i) for i in path.name.split(".")[0].split("-"))
+            start, end = _rows(path)
             if start < stop and end > first:
                 try:
                     values = np.load(path, allow_pickle=False)
                 except (ValueError, EOFError) as error:
                     raise ValueError(f"'{path}' cannot be read ({error}): delete it and run this again") from None
-                found.append(values[max(first - start, 0) : stop - start])
-        return np.concatenate(found)
+                pieces.append(values[max(first - start, 0) : stop - start])
+        return np.concatenate(pieces)
 
     def _paths(self) -> list[Path]:
         return [
@@ -59,18 +57,29 @@ class ChunkedArray:
         ]
 
 
-@dataclass(slots=True)
-class Work:
-    """How the ranks share what is to be made, `size` pictures at a time."""
+def _rows(path: Path) -> tuple[int, int]:
+    first, _, stop = path.name.partition(".")[0].partition("-")
+    return int(first), int(stop)
 
-    size: int
+
+@dataclass(slots=True)
+class ArrayFiller:
+    """Shares the making of arrays among the ranks, `batch_size` rows at a time."""
+
+    batch_size: int
     rank: int
     ranks: int
 
-    def fill(self, pieces: ChunkedArray, make: Callable[[int, int], np.ndarray], told: str) -> None:
-        """Make this rank's share of what is missing; done when all have made theirs; a collective call."""
-        todo = pieces.missing(self.size)
-        dist.barrier()  # nobody writes before all have looked
-        for first, stop in tqdm(todo[self.rank :: self.ranks], told, unit="batch", disable=bool(self.rank) or not todo):
-            pieces.write(first, make(first, stop))
+    def fill(self, array: ChunkedArray, make: Callable[[int, int], np.ndarray], description: str) -> None:
+        """Make this rank's share of the missing rows, and wait for the other ranks; a collective call.
+
+        make: (first, stop) -> the rows between.  description: for the bar.
+        """
+        import torch.distributed as dist  # imported here: --help of the commands that import this file needs no torch
+
+        missing = array.missing(self.batch_size)
+        dist.barrier()  # no rank writes before all have listed what is missing
+        own = missing[self.rank :: self.ranks]
+        for first, stop in tqdm(own, description, unit="batch", disable=bool(self.rank) or not missing):
+            array.write(first, make(first, stop))
         dist.barrier()

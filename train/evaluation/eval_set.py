@@ -1,4 +1,4 @@
-"""The captioned pictures that an evaluation draws prompts from and compares with; arrays kept piece by piece."""
+"""The captioned pictures that an evaluation takes its prompts from and compares with."""
 
 import hashlib
 import json
@@ -9,14 +9,15 @@ import numpy as np
 
 from data.images import preprocess
 from data.loader.cursor import RawSample, ShardCursor
-from data.storage.shards import Shard
+from data.storage.shards import Shard, find_shards
 from data.text.embeddings import read_empty, read_into
-from data.text.meta import TextMeta
+from data.text.meta import TextMeta, check_sidecars
+from train.evaluation.evaluated_net import EvaluatedNet
 
 
 @dataclass
 class Pictures:
-    """`samples` captioned pictures, drawn without replacement from shards.
+    """`samples` captioned pictures, chosen at random without replacement from shards.
 
     Raises: ValueError if there are fewer.
     """
@@ -37,34 +38,35 @@ class Pictures:
 
     @property
     def digest(self) -> str:
-        """Which pictures these are, in which order, as far as names and counts tell."""
-        told = [[(shard.name, shard.count) for shard in self.shards], self.samples, self.seed]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        """A hash of which pictures these are, and in which order, by the names and counts of the shards."""
+        choice = [[(shard.name, shard.count) for shard in self.shards], self.samples, self.seed]
+        return hashlib.sha256(json.dumps(choice).encode()).hexdigest()
 
     def captions(self, first: int, stop: int) -> list[str]:
-        """Of the pictures from first to stop."""
+        """The captions of the pictures from first to stop."""
         return [raw.caption.decode("utf-8", "replace") for raw in self._read(first, stop, "")]
 
     def pictures(self, first: int, stop: int, image_size: int) -> np.ndarray:
-        """From first to stop, uint8 [n, 3, H, W], by the recipe's preprocessing without a shift of the crop.
+        """The pictures from first to stop, uint8 [n, 3, H, W], preprocessed as in training, but with a central crop.
 
         Raises: ValueError if one cannot be read.
         """
-        unused, made = np.random.default_rng(0), []
+        unused, pictures = np.random.default_rng(0), []
         for raw in self._read(first, stop, ""):
             try:
-                made.append(preprocess(raw.image, image_size, 0.0, unused))
+                pictures.append(preprocess(raw.image, image_size, 0.0, unused))
             except ValueError as error:
                 raise ValueError(_unusable(raw, error)) from None
-        return np.stack(made)
+        return np.stack(pictures)
 
     def _read(self, first: int, stop: int, text: str) -> Iterator[RawSample]:
-        drawn = np.sort(np.random.default_rng(self.seed).permutation(self.total)[: self.samples])[first:stop]
+        chosen = np.sort(np.random.default_rng(self.seed).permutation(self.total)[: self.samples])[first:stop]
         ends = np.cumsum([shard.count for shard in self.shards])
-        number = np.searchsorted(ends, drawn, side="right")
-        for at in np.unique(number).tolist():
-            cursor = ShardCursor(self.shards[at], text, "fail")
-            for row in (drawn[number == at] - (ends[at] - self.shards[at].count)).tolist():
+        shard_of = np.searchsorted(ends, chosen, side="right")
+        for number in np.unique(shard_of).tolist():
+            shard = self.shards[number]
+            cursor = ShardCursor(shard, text, "fail")
+            for row in (chosen[shard_of == number] - (ends[number] - shard.count)).tolist():
                 raw = cursor.read(row)
                 if raw.problem:
                     raise ValueError(_unusable(raw, raw.problem))
@@ -74,7 +76,7 @@ class Pictures:
 
 @dataclass
 class EvalSet(Pictures):
-    """Pictures whose captions are embedded; prompt i is the caption of the i-th."""
+    """Pictures with embedded captions; prompt i is the caption of picture i."""
 
     text: str
     meta: TextMeta
@@ -85,21 +87,37 @@ class EvalSet(Pictures):
         return read_empty(self.text, self.meta)
 
     def embeddings(self, first: int, stop: int) -> np.ndarray:
-        """[n, tokens, dim], of the captions from first to stop.
+        """The embeddings of the captions from first to stop, [n, tokens, dim].
 
         Raises: ValueError if one cannot be read.
         """
         raws = list(self._read(first, stop, self.text))
-        made = np.empty((len(raws), *self.meta.shape), self.meta.array_dtype)
-        for raw, out in zip(raws, made, strict=True):
+        embeddings = np.empty((len(raws), *self.meta.shape), self.meta.array_dtype)
+        for raw, out in zip(raws, embeddings, strict=True):
             try:
                 read_into(out, raw.embedding, self.meta)
             except (ValueError, OSError) as error:
                 raise ValueError(_unusable(raw, error)) from None
-        return made
+        return embeddings
+
+
+def find_eval_set(shards: str, text: str, samples: int, seed: int, net: EvaluatedNet) -> EvalSet:
+    """`samples` pictures of the shards, with the embeddings of their captions in the folder `text`.
+
+    Raises: ValueError if these embeddings are missing, or are not of the encoder that the net was trained with.
+    """
+    found = find_shards(shards)
+    meta = check_sidecars(found, text, net.tokens, net.config.encoder_dim)
+    encoder = (meta.weights_sha256, meta.tokenizer_sha256)
+    if net.encoder and net.encoder != encoder:
+        raise ValueError(
+            f"the captions in '{text}' were embedded by {meta.encoder}, which is not the encoder that the net was "
+            "trained with: embed them with that one"
+        )
+    return EvalSet(found, samples, seed, text, meta)
 
 
 def _unusable(raw: RawSample, problem: object) -> str:
     return (
-        f"{raw.name} cannot be used ({problem}), and without it the score would be of other pictures: mend the shards"
+        f"{raw.name} cannot be used ({problem}), and without it the score would be of other pictures: repair the shards"
     )

@@ -1,7 +1,7 @@
-"""Pictures to the features that scores are computed on: those of Inception, for FID, or of EfficientNet-Lite0."""
+"""Features of pictures, which the scores are computed on: of Inception for FID, or of EfficientNet-Lite0."""
 
 import os
-import shutil
+import tempfile
 import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.evaluation.scores import DIM
+
 INCEPTION_FILE = "inception-2015-12-05.pt"
-DIM = {"inception": 2048, "lite0": 1280}
 LITE0_SIZE = 224
 
 
@@ -33,9 +34,9 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> np.ndarray:
-        """uint8 [N, 3, H, W] to float32 [N, dim].
+        """The features of pictures: uint8 [N, 3, H, W] -> float32 [N, dim].
 
-        Raises: ValueError if the net is not the one that its name promises.
+        Raises: ValueError if the weights are of another net.
         """
         try:
             features = self.run(images.to(self.device).float())
@@ -53,10 +54,10 @@ class Extractor:
 
 
 def load_extractor(name: str, inception: str, device: torch.device) -> Extractor:
-    """'inception' or 'lite0'.
+    """The extractor of a name, 'inception' or 'lite0'.
 
-    inception: the file inception-2015-12-05.pt or its folder; '' has clean-fid download it once.
-    Raises: ValueError with the remedy if the net or its weights are not to be had.
+    inception: the file inception-2015-12-05.pt or its folder; '' lets clean-fid download it once.
+    Raises: ValueError with the remedy if the net or its weights cannot be found.
     """
     net = _load_inception(inception) if name == "inception" else _load_lite0()
     net = net.to(device).eval().requires_grad_(False)
@@ -64,18 +65,18 @@ def load_extractor(name: str, inception: str, device: torch.device) -> Extractor
     return Extractor(name, DIM[name], run, device)
 
 
-def _load_inception(where: str) -> nn.Module:
-    """The graph of 2015 that every published FID is of; it resizes to 299 px inside, as TensorFlow 1 did."""
+def _load_inception(file: str) -> nn.Module:
+    """The graph of 2015 that published FIDs are computed with; it resizes to 299 px inside, as TensorFlow 1 did."""
     try:
         from cleanfid.inception_torchscript import InceptionV3W
     except ImportError:
         raise ValueError(
-            "FID needs clean-fid: pip install --no-deps clean-fid==0.1.35 (its other needs are here already)"
+            "FID needs clean-fid: pip install --no-deps clean-fid==0.1.35 (its dependencies are installed already)"
         ) from None
-    path = Path(where) if where else _download()
+    path = Path(file) if file else _download()
     folder = path.parent if path.is_file() else path
     if not (folder / INCEPTION_FILE).is_file() or (path.is_file() and path.name != INCEPTION_FILE):
-        raise ValueError(f"no {INCEPTION_FILE} at '{where}': name the file itself, or the folder that it lies in")
+        raise ValueError(f"no {INCEPTION_FILE} at '{path.absolute()}': name the file itself, or its folder")
     try:
         return InceptionV3W(str(folder), download=False, resize_inside=True)
     except (RuntimeError, AttributeError) as error:
@@ -86,22 +87,20 @@ def _load_inception(where: str) -> nn.Module:
 
 
 def _download() -> Path:
-    """clean-fid's own download, into torch's cache, aside and renamed."""
+    """The folder of the weights, in torch's cache; clean-fid downloads them if they are missing."""
     from cleanfid.downloads_helper import check_download_inception, inception_url
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     if not (folder / INCEPTION_FILE).exists():
-        aside = folder / f"inception.{os.getpid()}.part"
-        aside.mkdir(parents=True, exist_ok=True)
         try:
-            os.replace(check_download_inception(str(aside)), folder / INCEPTION_FILE)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as aside:
+                os.replace(check_download_inception(aside), folder / INCEPTION_FILE)
         except (urllib.error.URLError, OSError) as error:
             raise ValueError(
                 f"Inception's weights cannot be downloaded ({error}): fetch {inception_url} elsewhere and give "
                 "inception=FILE, or choose scores=[kid_lite0], which is no FID but needs no network"
             ) from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -118,6 +117,6 @@ def _load_lite0() -> nn.Module:
 
 
 def _lite0_features(net: Any, images: Tensor) -> Tensor:
-    """The pooled last layer before the classes, for pictures as the net was trained on: 224 px in [-1, 1]."""
+    """The pooled last layer before the classes, of pictures as in the net's training: 224 px in [-1, 1]."""
     images = F.interpolate(images, (LITE0_SIZE, LITE0_SIZE), mode="bicubic", align_corners=False, antialias=True)
     return net.extract_features((images - 127) / 128).mean((2, 3))

@@ -1,6 +1,6 @@
-"""Does a picture show what its caption says? Read from the pixels, for the captions of data/prepare/scenes.py.
+"""Does a picture show what its caption says? Measured in the pixels, for the captions of data/prepare/scenes.py.
 
-Nothing is learnt here, so it judges generated pictures as well as drawn ones.
+No part of it is learned, so it judges generated pictures as well as drawn ones.
 """
 
 import re
@@ -15,7 +15,7 @@ _THING = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _ONE = re.compile(rf"{_THING} on a ({'|'.join(TONES)}) (?:{'|'.join(TEXTURES)}) ground")
 _TWO = re.compile(rf"{_THING} ({'|'.join(RELATIONS)}) {_THING}")
 
-# A pixel is of a colour that covers more than half of it; a spot below this share of the picture is no thing.
+# A pixel has a colour that covers more than half of it; a region below this share of the picture is ignored.
 MIN_COVER = 0.5
 MIN_AREA = 0.004
 SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2
@@ -26,8 +26,8 @@ _STRENGTH = np.linalg.norm(_CHROMA, axis=1)
 
 
 @dataclass(frozen=True)
-class Found:
-    """A shape seen in a picture; centre and width in units of the picture's side."""
+class Detection:
+    """A shape detected in a picture; centre and width in units of the picture's side."""
 
     shape: str
     colour: str
@@ -39,10 +39,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Alignment:
-    """What of a caption is true of a picture, each in [0, 1]; None for what the caption does not speak of.
+    """How much of a caption is true of a picture, each in [0, 1]; None for what the caption does not mention.
 
-    colour, shape, size: the share of the caption's things; a thing whose colour is missing has none of them right.
-    count: 1.0 if there are exactly as many things as the caption names. The ground's texture is not looked at.
+    colour, shape, size: the share of the caption's things that have it right; a thing whose colour is missing has all
+    three wrong.  count: 1.0 if there are exactly as many things as the caption names. The ground's texture is ignored.
     """
 
     colour: float
@@ -54,7 +54,7 @@ class Alignment:
 
     @property
     def score(self) -> float:
-        """The mean of all that the caption speaks of."""
+        """The mean of all that the caption mentions."""
         return float(np.mean([v for v in self._parts() if v is not None]))
 
     @property
@@ -67,46 +67,46 @@ class Alignment:
 
 
 def matches(image: np.ndarray, caption: str) -> bool:
-    """Whether all that the caption says of things, places and tone is true of the picture (uint8 [H, W, 3])."""
+    """Whether all that the caption says of things, positions and tone is true of the picture (uint8 [H, W, 3])."""
     return alignment(image, caption).exact
 
 
 def alignment(image: np.ndarray, caption: str) -> Alignment:
-    """The caption held against the pixels (uint8 [H, W, 3], square, of 32 px or more).
+    """Compare a caption with a picture (uint8 [H, W, 3], square, of 32 px or more).
 
     Raises: ValueError if the caption is not one of data/prepare/scenes.py, or the image has another shape or dtype.
     """
     wanted, relation, tone = _parse(caption)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image is {image.dtype} {list(image.shape)}; wanted uint8 [H, W, 3]")
-    things = find(image)
-    largest = {found.colour: found for found in sorted(things, key=lambda found: found.width)}
+        raise ValueError(f"image is {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3]")
+    things = detect(image)
+    largest = {thing.colour: thing for thing in sorted(things, key=lambda thing: thing.width)}
     seen = [largest.get(colour) for _, colour, _ in wanted]
-    pairs = [(found, want) for found, want in zip(seen, wanted, strict=True) if found is not None]
+    pairs = [(thing, want) for thing, want in zip(seen, wanted, strict=True) if thing is not None]
     share = 1 / len(wanted)
     return Alignment(
         colour=share * len(pairs),
-        shape=share * sum(found.shape == shape for found, (_, _, shape) in pairs),
-        size=share * sum(found.size == size for found, (size, _, _) in pairs),
+        shape=share * sum(thing.shape == shape for thing, (_, _, shape) in pairs),
+        size=share * sum(thing.size == size for thing, (size, _, _) in pairs),
         count=float(len(things) == len(wanted)),
         relation=None if relation is None else float(_related(*seen) == relation),
         tone=None if tone is None else float(_tone(image) == tone),
     )
 
 
-def find(image: np.ndarray) -> list[Found]:
+def detect(image: np.ndarray) -> list[Detection]:
     """The coloured shapes of a picture (uint8 [H, W, 3])."""
     pixels = image.astype(np.float32)
     deviation = pixels - pixels.mean(axis=2, keepdims=True)
     along = deviation @ (_CHROMA / _STRENGTH[:, None]).T
     nearest = along.argmax(axis=2)
-    found = []
+    things = []
     for number, colour in enumerate(COLOURS):
         cover = np.clip(along[..., number] / _STRENGTH[number], 0, 1)
         for region in _regions((nearest == number) & (cover > MIN_COVER)):
             if region.mean() >= MIN_AREA:
-                found.append(_recognise(np.where(_grown(region), cover, 0), colour))
-    return found
+                things.append(_recognise(np.where(_grown(region), cover, 0), colour))
+    return things
 
 
 def _parse(caption: str) -> tuple[list[tuple[str, str, str]], str | None, str | None]:
@@ -119,7 +119,7 @@ def _parse(caption: str) -> tuple[list[tuple[str, str, str]], str | None, str | 
     raise ValueError(f"'{caption}' is not a caption of data.demo: its pixels can't be checked")
 
 
-def _related(first: Found | None, second: Found | None) -> str | None:
+def _related(first: Detection | None, second: Detection | None) -> str | None:
     if first is None or second is None:
         return None
     dx, dy = second.x - first.x, second.y - first.y
@@ -129,7 +129,7 @@ def _related(first: Found | None, second: Found | None) -> str | None:
 
 
 def _tone(image: np.ndarray) -> str:
-    """The tone nearest to the median of the pixels, of which no thing covers as many as half."""
+    """The tone nearest to the median of the pixels; things cover less than half of them."""
     level = float(np.median(image.mean(axis=2)))
     return min(TONES, key=lambda name: abs(TONES[name] - level))
 
@@ -138,7 +138,7 @@ def _regions(mask: np.ndarray) -> list[np.ndarray]:
     """The 4-connected regions of a mask, each as a mask."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
-        # Every pixel takes the highest number around it until none changes.
+        # Every pixel takes the highest label around it until none changes.
         spread = np.where(mask, _neighbourhood(labels).max(axis=0), 0)
         if (spread == labels).all():
             return [labels == label for label in np.unique(labels) if label]
@@ -155,8 +155,8 @@ def _neighbourhood(values: np.ndarray) -> np.ndarray:
     return np.stack([values, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
 
 
-def _recognise(cover: np.ndarray, colour: str) -> Found:
-    """The shape that, laid over with the same area and centroid, differs least.
+def _recognise(cover: np.ndarray, colour: str) -> Detection:
+    """The shape that differs least from the region when drawn with the same area and centroid.
 
     cover: the share of each pixel that the region's colour takes, 0 outside the region.
     """
@@ -173,7 +173,7 @@ def _recognise(cover: np.ndarray, colour: str) -> Found:
     _, shape, centre, width = min(fits)
     side = min(cover.shape)
     size = "small" if width / side < SIZE_BORDER else "large"
-    return Found(shape, colour, size, float(x / side), float(centre / side), float(width / side))
+    return Detection(shape, colour, size, float(x / side), float(centre / side), float(width / side))
 
 
 @lru_cache

@@ -1,15 +1,22 @@
-"""Distances between two sets of features: Frechet's, of the Gaussians fitted to them, and the kernel distance."""
+"""The scores: the Frechet distance and the kernel distance of two sets of features, and the alignment with captions."""
 
 import numpy as np
 
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.scene_alignment import alignment
 
+# The features that each score is computed on; alignment reads the pixels.
+FEATURES = {"fid": "inception", "fd_lite0": "lite0", "kid_lite0": "lite0", "alignment": ""}
+# Features per picture.
+DIM = {"inception": 2048, "lite0": 1280}
+# Of the kernel distance: random subsets, and pictures in each.
 SUBSETS, SUBSET_SIZE = 100, 1000
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2), with A and B the covariances.
+    """The Frechet distance of two Gaussians with the features' means and covariances A and B.
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2)
 
     Shapes: a [N, D], b [M, D], N and M more than D.
     Raises: ValueError if the features don't fit each other, are not finite, or are too few for the covariance.
@@ -19,12 +26,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     for features in (a, b):
         if len(features) <= features.shape[1]:
             raise ValueError(
-                f"{len(features)} pictures for {features.shape[1]} features: their covariance has no full rank, and "
-                f"the Frechet distance would be of something else; take samples={features.shape[1] + 1} or more"
+                f"{len(features)} pictures for {features.shape[1]} features: their covariance has no full rank, so "
+                f"their Frechet distance is not comparable; take samples={features.shape[1] + 1} or more"
             )
     a, b = a.astype(np.float64), b.astype(np.float64)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # A B has the eigenvalues of A^1/2 B A^1/2, which is symmetric: they are real, and none is negative but by rounding.
+    # A B has the eigenvalues of A^1/2 B A^1/2, which is symmetric: they are real, and negative only by rounding.
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     product = np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)
@@ -33,25 +40,25 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The unbiased squared MMD under the kernel (x.y / D + 1)^3: its mean over random subsets and their deviation.
+    """The unbiased squared MMD under the kernel (x.y / D + 1)^3: its mean and deviation over random subsets.
 
-    Shapes: a [N, D], b [M, D]; subsets of 1,000 or, if there are fewer, of as many as both have.
+    Shapes: a [N, D], b [M, D]; subsets of 1,000, or of the smaller of N and M if that is less.
     Raises: ValueError if the features don't fit each other or are not finite.
     Source: Binkowski et al. 2018, section 4.
     """
     _check(a, b)
     rng, size = np.random.default_rng(seed), min(len(a), len(b), SUBSET_SIZE)
-    found = []
+    distances = []
     for _ in range(SUBSETS):
         x, y = (v[rng.choice(len(v), size, replace=False)].astype(np.float64) for v in (a, b))
         within = _off_diagonal_mean(_kernel(x, x)) + _off_diagonal_mean(_kernel(y, y))
-        found.append(within - 2 * _kernel(x, y).mean())
-    return float(np.mean(found)), float(np.std(found))
+        distances.append(within - 2 * _kernel(x, y).mean())
+    return float(np.mean(distances)), float(np.std(distances))
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     base = x @ y.T / x.shape[1] + 1
-    return base * base * base  # a tenth of the time of ** 3
+    return base * base * base  # takes a tenth of the time of ** 3
 
 
 def _off_diagonal_mean(kernel: np.ndarray) -> float:
@@ -67,31 +74,30 @@ def _check(a: np.ndarray, b: np.ndarray) -> None:
         raise ValueError("some features are not finite: the extractor's weights, or the pictures, are damaged")
 
 
-# Which features each score is computed on; alignment reads the pixels.
-FEATURES = {"fid": "inception", "fd_lite0": "lite0", "kid_lite0": "lite0", "alignment": ""}
-
-
 def score(
-    scores: list[str], scale: float, found: dict[tuple[str, float], np.ndarray], references: dict[str, np.ndarray],
-    images: ChunkedArray, captions: list[str],
+    scores: list[str], features: dict[str, np.ndarray], references: dict[str, np.ndarray], images: ChunkedArray,
+    captions: list[str],
 ) -> dict[str, float]:  # fmt: skip
-    """The scores at one guidance scale, by name; *_std and alignment_chance beside them."""
+    """The scores of the drawn images by name, with NAME_std and alignment_chance beside them.
+
+    features, references: of the drawn images and of the captions' own pictures, by the extractor's name.
+    """
     line: dict[str, float] = {}
     for name in scores:
-        features = FEATURES[name]
+        kind = FEATURES[name]
         if name == "alignment":
             line |= align(images.read(), captions)
         elif name == "kid_lite0":
-            line[name], deviation = kernel_distance(found[features, scale], references[features])
-            if len(references[features]) > SUBSET_SIZE:  # of fewer every subset is the same
+            line[name], deviation = kernel_distance(features[kind], references[kind])
+            if len(references[kind]) > SUBSET_SIZE:  # of fewer pictures every subset is the same
                 line[f"{name}_std"] = deviation
         else:
-            line[name] = frechet_distance(found[features, scale], references[features])
+            line[name] = frechet_distance(features[kind], references[kind])
     return line
 
 
 def align(images: np.ndarray, captions: list[str]) -> dict[str, float]:
-    """How much of the captions the pictures show, how many show all, and how much they show of one another's.
+    """The mean alignment of pictures with their captions, the share that is exact, and the mean with others' captions.
 
     images: uint8 [N, 3, H, W].
     """

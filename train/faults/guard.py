@@ -1,4 +1,4 @@
-"""What keeps a run from training on nonsense or hanging: bad samples, steps that are not finite, and a watchdog."""
+"""Ends a run that would train on nonsense: too many unreadable samples, too many steps without a finite loss."""
 
 from pathlib import Path
 
@@ -11,82 +11,92 @@ from train.config import Config
 from train.faults.preempt import RankConsensus
 from train.faults.quarantine import Quarantine
 
-SHOWN = 8
-# A share is judged over no fewer samples than this, so that a few bad ones in a small run do not end it.
-MIN_SEEN = 500
+# An error names at most this many samples.
+MAX_NAMED = 8
+# The share of bad samples is judged over at least this many, so that a few bad ones do not end a small run.
+MIN_SAMPLES = 500
 
 
 class TooManyBad(RuntimeError):
-    """So many samples could not be read that going on would train on something else; raised by all ranks alike."""
+    """More samples are unreadable than data.max_bad_share allows; all ranks raise it together."""
 
 
 class NotFinite(RuntimeError):
-    """So many steps in a row were not finite that the run has left its way; raised by all ranks alike."""
+    """config.max_skipped steps in a row had no finite loss and gradient; all ranks raise it together."""
 
 
 class Guard:
-    """Counts and lists samples that could not be read and steps that the engine skipped; too many end the run.
+    """Counts and lists unreadable samples and skipped steps, and ends the run when there are too many.
 
-    That a step is skipped all ranks know from the norm of the gradient, which they share (train/engine.py).
+    The engine skips a step when the norm of its gradient is not finite. All ranks share that norm, so all skip it.
     """
 
-    def __init__(self, config: Config, rank: int, stream: MicroBatches, consent: RankConsensus) -> None:
-        self._most, self._share = config.max_skipped, config.data.max_bad_share
-        self._stream, self._consent = stream, consent
+    def __init__(self, config: Config, rank: int, stream: MicroBatches, consensus: RankConsensus) -> None:
+        self._max_skipped, self._max_bad_share = config.max_skipped, config.data.max_bad_share
+        self._stream, self._consensus = stream, consensus
         self._quarantine = Quarantine(Path(config.run_dir), rank)
-        self._number = stream.first
+        self._next_micro_batch = stream.first
         self._losses: list[tuple[int, Tensor]] = []
-        self._in_a_row = self._skipped = 0
-        self._seen = self._bad = 0.0
+        self._skipped_in_a_row = self._skipped = 0
+        self._samples = self._bad = 0.0
 
-    def note(self, step: int, batch: Batch, losses: Tensor) -> None:
-        """List the bad samples of the next micro batch, and remember its losses [N] without looking at them."""
+    def record(self, step: int, batch: Batch, losses: Tensor) -> None:
+        """List the bad samples of the next micro batch, and keep its losses [N] without reading their values."""
         self._quarantine.add(step, batch.bad)
-        self._losses.append((self._number, losses.detach()))
-        self._number += 1
+        self._losses.append((self._next_micro_batch, losses.detach()))
+        self._next_micro_batch += 1
 
-    def judge(self, step: int, applied: bool) -> None:
-        """A step was made, or skipped; a collective call in the latter case.
+    def check_step(self, step: int, stepped: bool) -> None:
+        """Count a step that was made or skipped; list the samples of a skipped one whose loss is not finite.
 
+        A collective call when the step was skipped, since all ranks skip it.
         Raises: NotFinite.
         """
         losses, self._losses = self._losses, []
-        if applied:
-            self._in_a_row = 0
+        if stepped:
+            self._skipped_in_a_row = 0
             return
-        self._in_a_row, self._skipped = self._in_a_row + 1, self._skipped + 1
+        self._skipped_in_a_row, self._skipped = self._skipped_in_a_row + 1, self._skipped + 1
         culprits = [
-            (self._stream.key(number, i), f"loss {values[i].item()}")
+            (self._stream.sample_name(number, i), f"loss {values[i].item()}")
             for number, values in losses
             for i in (~torch.isfinite(values)).nonzero().flatten().tolist()
         ]
         self._quarantine.add(step, culprits)
-        if self._in_a_row < self._most:
+        if self._skipped_in_a_row < self._max_skipped:
             return
-        everywhere = [f"{key} ({what})" for found in self._consent.gather(culprits[:SHOWN]) for key, what in found]
-        samples = f"of {', '.join(everywhere[:SHOWN])}" if everywhere else "of no sample, but the gradient of all,"
+        all_culprits = [
+            f"{key} ({loss})" for found in self._consensus.gather(culprits[:MAX_NAMED]) for key, loss in found
+        ]
+        cause = (
+            f"the loss was not finite for {', '.join(all_culprits[:MAX_NAMED])}"
+            if all_culprits
+            else "every loss was finite, but the gradient was not"
+        )
         raise NotFinite(
-            f"step {step}: {self._in_a_row} steps in a row had no finite loss and gradient and were skipped; in the "
-            f"last one the loss {samples} was not. The weights are those of step {step - self._in_a_row}. Look at the "
-            "samples, listed in RUN_DIR/quarantine; lower optim.lr_peak or optim.grad_clip; or move the latest "
-            "checkpoints away, so that the run goes on from an earlier one"
+            f"step {step}: {self._skipped_in_a_row} steps in a row had no finite loss and gradient and were skipped. "
+            f"In the last one {cause}. The weights are those of step {step - self._skipped_in_a_row}. Look at the "
+            "samples listed in RUN_DIR/quarantine; lower optim.lr_peak or optim.grad_clip; or move the latest "
+            "checkpoints away, and the run resumes from an earlier one"
         )
 
-    def judge_share(self, step: int, metrics: dict[str, float], reasons: dict[str, int]) -> None:
-        """Take in the samples that all ranks counted since the last call.
+    def check_bad_share(self, step: int, values: dict[str, float], bad_counts: dict[str, int]) -> None:
+        """Judge the share of bad samples over the logged values, which are the same on all ranks.
 
+        bad_counts: the bad samples of this rank by reason, for the error.
         Raises: TooManyBad.
         """
-        self._seen, self._bad = self._seen + metrics["samples"], self._bad + metrics["bad_samples"]
-        if self._bad > self._share * max(self._seen, MIN_SEEN):
+        self._samples, self._bad = self._samples + values["samples"], self._bad + values["bad_samples"]
+        if self._bad > self._max_bad_share * max(self._samples, MIN_SAMPLES):
             raise TooManyBad(
-                f"step {step}: {self._bad:.0f} of the last {self._seen:.0f} samples could not be read "
-                f"(here: {reasons}), more than data.max_bad_share={self._share}: mend the shards, or raise the limit"
+                f"step {step}: {self._bad:.0f} of the last {self._samples:.0f} samples could not be read (on this "
+                f"rank: {bad_counts}), more than data.max_bad_share={self._max_bad_share}: repair the shards, or raise "
+                "the limit"
             )
-        if self._seen >= MIN_SEEN:
-            self._seen = self._bad = 0.0
+        if self._samples >= MIN_SAMPLES:
+            self._samples = self._bad = 0.0
 
-    def read(self) -> int:
-        """Steps skipped since the last read."""
+    def pop_skipped(self) -> int:
+        """Steps skipped since the last call."""
         skipped, self._skipped = self._skipped, 0
         return skipped

@@ -1,4 +1,4 @@
-"""A signal to one rank becomes a decision of all: finish the step, save, leave with a status that says `requeue`."""
+"""A signal to one rank stops all ranks together: they finish the step, save, and exit with a status to requeue."""
 
 import os
 import signal
@@ -8,21 +8,19 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from data.cli import REQUEUE
 from data.storage.tars import write_json
 
-# The exit status of a run that was asked to leave and is to be started again: EX_TEMPFAIL of sysexits.h.
-REQUEUE = 75
-# Slurm's warning before the time limit or a preemption, what launchers pass on when they are ended, and Ctrl-C.
+# Slurm's warning before the time limit or a preemption; what launchers send when they are ended; Ctrl-C.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-_state = {"asked": False, "training": False}
+_state = {"stop_requested": False, "training": False}
 
 
 def install_signal_handlers() -> None:
-    """From now on the signals ask for leaving; until training begins there is nothing to save, and it is left at once.
+    """Handle SIGNALS: before training begins the process exits at once, during training the signal requests a stop.
 
-    Ranks are told apart from their launcher here: deepspeed's ignores nothing that it was not started ignoring, while a
-    handler set in this process takes the place of whatever was inherited.
+    A signal that the launcher ignores is handled here all the same: a handler replaces an inherited disposition.
     """
     for number in SIGNALS:
         signal.signal(number, _on_signal)
@@ -31,16 +29,16 @@ def install_signal_handlers() -> None:
 def _on_signal(number: int, frame: FrameType | None) -> None:
     if not _state["training"]:
         os._exit(REQUEUE)
-    _state["asked"] = True
-    if number == signal.SIGINT:  # whoever presses Ctrl-C again does not want to wait
+    _state["stop_requested"] = True
+    if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class RankConsensus:
-    """What is true on one rank becomes known to all, once a step.
+    """Tells all ranks what is true on one of them, between two steps.
 
-    By a group of its own over the hosts' network: it costs no wait for the device, and nothing is allocated there.
-    Constructed by all ranks when training begins.
+    It has a process group of its own over the hosts' network, so it does not wait for the device and allocates nothing
+    there. All ranks construct it when training begins; from then on a signal requests a stop instead of an exit.
     """
 
     def __init__(self) -> None:
@@ -48,22 +46,22 @@ class RankConsensus:
         _state["training"] = True
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is up on some rank; a collective call."""
+        """For each flag, whether it is true on any rank; a collective call."""
         raised = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
         return [bool(flag) for flag in raised.tolist()]
 
     def gather(self, value: object) -> list:
-        """The small values of all ranks; a collective call."""
+        """The values of all ranks, by rank; a collective call, for small values."""
         values: list = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def stop(self) -> bool:
-        """Whether some rank was asked to leave; a collective call."""
-        return self.any(_state["asked"])[0]
+    def stop_requested(self) -> bool:
+        """Whether a signal asked any rank to stop; a collective call."""
+        return self.any(_state["stop_requested"])[0]
 
 
 def mark_done(run_dir: Path, step: int) -> None:
-    """Leave RUN_DIR/done: all steps are made. Launchers' exit statuses can't be trusted to tell."""
+    """Write RUN_DIR/done: all steps are made. The exit status of a launcher does not say that reliably."""
     write_json(run_dir / "done", {"step": step})

@@ -1,4 +1,4 @@
-"""Ends a rank that hangs, after it has printed its stacks."""
+"""Ends a rank that hangs, after printing the stacks of its threads."""
 
 import faulthandler
 import os
@@ -7,38 +7,39 @@ import tempfile
 import threading
 import time
 
-# What the interpreter's own timer, which needs no lock of Python's, waits longer than the thread that can say more.
+# Seconds that the interpreter's own timer waits longer than the watchdog's thread. The thread prints more; the timer
+# also works while another thread holds the interpreter's lock.
 GRACE = 30.0
 
 
 class Watchdog:
-    """Ends this process, after printing the stack of each of its threads, when it was not fed for so many seconds.
+    """Ends this process, after printing the stack of each of its threads, when it was not reset for `seconds`.
 
-    A rank that hangs holds up all others, so each of them prints its own, and the one that differs is the culprit.
+    A rank that hangs makes all others wait, so each of them prints its stacks; the one that differs is the culprit.
     """
 
     def __init__(self, rank: int, seconds: float) -> None:
-        self._rank, self._seconds, self._armed = rank, seconds, 0.0
+        self._rank, self._seconds, self._timer_started = rank, seconds, 0.0
         self._stopped = threading.Event()
-        self.feed(3 * seconds)  # the first step may compile the net
+        self.reset(3 * seconds)  # the first step may compile the net
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def feed(self, seconds: float = 0.0) -> None:
-        """All is well for so many seconds from now on."""
+    def reset(self, seconds: float = 0.0) -> None:
+        """Start the countdown anew, from its usual length or, once, from another one."""
         now, wanted = time.monotonic(), seconds or self._seconds
-        self._until = now + wanted
-        if seconds or now - self._armed > GRACE / 3:  # not each time, for it starts a thread
+        self._deadline = now + wanted
+        if seconds or now - self._timer_started > GRACE / 3:  # not every time, since it starts a thread
             faulthandler.dump_traceback_later(wanted + GRACE, exit=True)
-            self._armed = now
+            self._timer_started = now
 
     def stop(self) -> None:
-        """The training is over."""
+        """End the countdown: the training is over."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(self._seconds / 4, 5.0)):
-            if time.monotonic() > self._until:
+            if time.monotonic() > self._deadline:
                 self._end()
 
     def _end(self) -> None:
@@ -46,7 +47,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             stacks = "".join(f"rank {self._rank} | {line}" for line in file)
-        # In one piece, for other ranks write to the same place.
+        # In one write, since other ranks write to the same stream.
         sys.stderr.write(f"rank {self._rank}: HANGS, no progress for {self._seconds:g} s. Its threads:\n{stacks}")
         sys.stderr.flush()
         os._exit(1)

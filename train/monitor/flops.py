@@ -1,43 +1,44 @@
-"""What a training image costs in floating-point operations, and how many of them a card can do."""
+"""What training on one image takes in floating-point operations (FLOP), and how many a card can do in a second."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.unet import UNet, UNetConfig
+from model.config import UNetConfig
 from train.config import LoRAConfig
-from train.weights.lora import add_lora
-
-# Dense bfloat16 peak, FLOP/s, from the makers' data sheets; the longer name before the one it begins with.
-PEAK = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-}
+from train.monitor.gpus import find_device
+from train.weights.lora import unet_on_meta
 
 
-def training_flops(config: UNetConfig, tokens: int, lora: LoRAConfig | None = None) -> float:
-    """FLOP of the forward and backward of one image, recomputation not counted; no memory is taken for the net.
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """FLOP of the convolutions, matrix products and attention for one image; a multiplication and an addition are two.
 
-    lora: where it alone is trained, the gradients of the frozen weights are not computed.
+    forward: of the forward.  total: of forward and backward, with what the backward computes again.
     """
+
+    forward: int
+    total: int
+
+
+def training_flops(config: UNetConfig, tokens: int, lora: LoRAConfig | None = None, recompute: str = "none") -> Flops:
+    """Count the FLOP of one image's forward and backward on a net without contents, of any size, in seconds.
+
+    lora: if its rank is above 0, it alone is trained: no gradient of a frozen weight is computed, and none of an
+    activation that lies before the first LoRA matrix.
+    recompute: one of model.config.RECOMPUTE; without recomputation the total is what MFU counts.
+    """
+    unet = unet_on_meta(config, lora, recompute)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        unet = UNet(replace(config, memory="keep"))
-        if lora and lora.rank:
-            add_lora(unet, lora, on_meta=True)
         x = torch.empty(1, config.in_channels, config.image_size, config.image_size)
-        unet(x, torch.zeros(1, dtype=torch.int64), torch.empty(1, tokens, config.encoder_dim)).sum().backward()
-    return float(counter.get_total_flops())
+        out = unet(x, torch.zeros(1, dtype=torch.int64), torch.empty(1, tokens, config.encoder_dim))
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    return Flops(forward, counter.get_total_flops())
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of this card, FLOP/s; None on a CPU, or for a card that PEAK does not know."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((value for card, value in PEAK.items() if card in name), None)
+    """Dense bf16 FLOP/s of this card; None on a CPU, or for a card that the table of GPUs does not have."""
+    gpu = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.tflops * 1e12 if gpu else None

@@ -1,6 +1,5 @@
-"""Pictures of a run: the loss and the learning rate over its steps, and grids of samples."""
+"""Figures of a run: curves over its steps, grids of samples, scores over the guidance scale."""
 
-import os
 import textwrap
 from pathlib import Path
 
@@ -11,9 +10,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from data.storage.atomic import atomic_file
+
 
 def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
-    """loss.png and lr.png, as the two pictures of the model card."""
+    """Draw loss.png and lr.png into a folder: the same two curves as on the model card."""
     paths = [folder / "loss.png", folder / "lr.png"]
     for path, names, log_scale in zip(paths, (["loss", "mse", "vb"], ["lr"]), (True, False), strict=True):
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -27,12 +28,12 @@ def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
         axes.set(xlabel="step", ylabel=" / ".join(names), yscale="log" if log_scale else "linear")
         axes.grid(alpha=0.3)
         axes.legend()
-        save(figure, path)
+        save_figure(figure, path)
     return paths
 
 
 def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path, columns: int = 8) -> None:
-    """Samples with their captions below. images: [N, 3, H, W] uint8."""
+    """Draw images with their captions below them.  images: [N, 3, H, W] uint8."""
     columns = min(len(images), columns)
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.5 * rows), squeeze=False, layout="constrained")
@@ -42,11 +43,11 @@ def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path, c
         ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
         ax.set_title("\n".join(textwrap.wrap(caption, 22)[:4]), fontsize=7, y=-0.05, va="top", parse_math=False)
     figure.suptitle(title, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
-    """Each score against guidance scale; what a score has beside it, NAME_std or NAME_chance, is drawn with it."""
+    """Draw each score over the guidance scale, with NAME_std as its error bars and NAME_chance as a line."""
     names = [name for name in lines[0] if name != "guidance_scale" and not name.endswith(("_std", "_chance"))]
     figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False, layout="constrained")
     scales = [line["guidance_scale"] for line in lines]
@@ -59,11 +60,11 @@ def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
         axes.set(xlabel="guidance scale", ylabel=name)
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """An exponential average over about a fiftieth of the curve, without the bias of its start."""
+    """An exponential average over about a fiftieth of the curve, corrected for the bias of its start."""
     keep = 1 - 50 / max(len(values), 51)
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
@@ -72,10 +73,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array(smoothed)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """As PNG, aside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    figure.savefig(aside, dpi=120, format="png")
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
+    with atomic_file(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
     plt.close(figure)
-    os.replace(aside, path)

@@ -1,4 +1,4 @@
-"""What the user sees of a run: the bar, the metrics, the sample grids and, at the end, where everything lies."""
+"""What the user sees of a run: the progress bar, the metrics, the sample grids and, at the end, where the files are."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data.loader.prompts import stored_prompts
 from data.text.embeddings import read_empty
 from model.unet import UNet
-from train.checkpoint.format import complete_checkpoints
+from train.checkpoint.format import latest_checkpoint
 from train.config import Config
 from train.inputs import Inputs
 from train.monitor.alerts import Alerts
@@ -20,12 +20,12 @@ from train.monitor.run_log import read_metrics
 from train.monitor.tracker import Tracker
 from train.sampling.sampler import make_scheduler, sample
 
-# Of log lines, over which the loss is smoothed.
+# Decay of the exponential average that smooths the loss, a log line at a time.
 SMOOTH = 0.98
 
 
 class RunProgress:
-    """Rank 0's side of a run that people look at."""
+    """Shows a run to its user; only rank 0 has one.  step: the step that the run resumes from."""
 
     def __init__(self, config: Config, inputs: Inputs, run_dir: Path, step: int, device: torch.device) -> None:
         self.config, self.run_dir = config, run_dir
@@ -36,31 +36,34 @@ class RunProgress:
         self.empty = torch.from_numpy(read_empty(inputs.datasets[0].text, inputs.meta)).to(device)
         self.bar = tqdm(total=config.steps, initial=step, unit="step", desc=run_dir.name, smoothing=0.05)
         self.alerts = Alerts(self._alert)
-        self._smooth = self._weight = 0.0
-        for line in self.tracker.kept:
-            self._smoothed(line["loss"])
+        self._sum = self._weight = 0.0
+        for line in self.tracker.lines:
+            self._smooth(line["loss"])
 
-    def log(self, step: int, metrics: dict[str, float], bad: dict[str, int]) -> None:
-        """A line of metrics: means since the last one."""
-        metrics = metrics | {"loss_smoothed": self._smoothed(metrics["loss"])}
-        self.tracker.log(step, metrics)
-        self.alerts.line(step, metrics)
+    def log(self, step: int, values: dict[str, float], bad_counts: dict[str, int]) -> None:
+        """Log a line of metrics and show the most important ones beside the bar.
+
+        bad_counts: the bad samples of this rank since the start, by reason.
+        """
+        values = values | {"loss_smoothed": self._smooth(values["loss"])}
+        self.tracker.log(step, values)
+        self.alerts.check(step, values)
         self.bar.update(step - self.bar.n)
         shown = {
-            "loss": f"{metrics['loss']:.4f}",
-            "lr": f"{metrics['lr']:.2e}",
-            "img/s": f"{metrics['images_per_second']:.1f}",
-            "data": f"{metrics['data_wait_share']:.0%}",
+            "loss": f"{values['loss']:.4f}",
+            "lr": f"{values['lr']:.2e}",
+            "img/s": f"{values['images_per_second']:.1f}",
+            "data": f"{values['data_wait_share']:.0%}",
         }
-        self.bar.set_postfix(shown | ({"bad": sum(bad.values())} if bad else {}))
-        if bad and metrics["bad_samples"]:
+        self.bar.set_postfix(shown | ({"bad": sum(bad_counts.values())} if bad_counts else {}))
+        if bad_counts and values["bad_samples"]:
             self.bar.write(
-                f"step {step}: {metrics['bad_samples']:.0f} samples skipped on all ranks; "
-                f"on rank 0 since the start: {bad}; named in {self.run_dir / 'quarantine'}"
+                f"step {step}: {values['bad_samples']:.0f} samples skipped on all ranks; "
+                f"on rank 0 since the start: {bad_counts}; listed in {self.run_dir / 'quarantine'}"
             )
 
-    def samples(self, step: int, unet: UNet) -> None:
-        """A grid for the fixed prompts and seeds, a row for each guidance scale."""
+    def draw_samples(self, step: int, unet: UNet) -> None:
+        """Draw the grid of a step: the same prompts and seeds each time, a row for each guidance scale."""
         c, n = self.config, len(self.captions)
         scales = c.sample.guidance_scales
         scheduler = make_scheduler(c.diffusion_steps, c.model.learn_sigma)
@@ -69,24 +72,26 @@ class RunProgress:
             sample(unet, scheduler, self.text_emb, self.empty, scale, c.sample.steps, seeds) for scale in scales
         ]
         path = self.run_dir / "samples" / f"step-{step:08d}.png"
-        listed = ", ".join(f"{scale:g}" for scale in scales)
-        title = f"step {step}, guidance {listed} from above, {c.sample.steps} sampler steps, EMA {c.ema_decay:g}"
+        guidance = ", ".join(f"{scale:g}" for scale in scales)
+        title = (
+            f"step {step}, guidance {guidance} from top to bottom, {c.sample.steps} sampler steps, EMA {c.ema_decay:g}"
+        )
         plot_grid(torch.cat(rows).numpy(), self.captions * len(scales), title, path, n if len(scales) > 1 else 8)
         self.tracker.image(step, "samples", path)
 
-    def _smoothed(self, loss: float) -> float:
-        """The exponential average of the losses so far, without the bias of its start; what is not finite is let be."""
+    def _smooth(self, loss: float) -> float:
+        """Add a loss to the exponential average, unless it is not finite; returns the average, without initial bias."""
         if math.isfinite(loss):
-            self._smooth = SMOOTH * self._smooth + (1 - SMOOTH) * loss
+            self._sum = SMOOTH * self._sum + (1 - SMOOTH) * loss
             self._weight = SMOOTH * self._weight + (1 - SMOOTH)
-        return self._smooth / self._weight if self._weight else loss
+        return self._sum / self._weight if self._weight else loss
 
     def _alert(self, title: str, text: str) -> None:
         self.bar.write(f"ALERT {title}: {text}", file=sys.stderr)
         self.tracker.alert(title, text)
 
     def close(self) -> None:
-        """Draw the curves and say where everything lies."""
+        """Draw the curves and print where the files are."""
         self.alerts.close()
         self.bar.close()
         curves = plot_curves(read_metrics(self.tracker.path), self.run_dir)
@@ -94,5 +99,5 @@ class RunProgress:
         print(f"curves      {curves[0]}  {curves[1]}  ({self.tracker.path})")
         for path in sorted((self.run_dir / "samples").glob("*.png"))[-1:]:
             print(f"samples     {path}")
-        for path in complete_checkpoints(self.run_dir)[-1:]:
-            print(f"checkpoint  {path}")
+        if latest := latest_checkpoint(self.run_dir):
+            print(f"checkpoint  {latest}")

@@ -1,4 +1,4 @@
-"""What a start of a run was: its configuration, launch line, code and machine, for those who ask a month later."""
+"""Where a run comes from: the configuration, command line, code and machine of each start."""
 
 import os
 import platform
@@ -15,13 +15,13 @@ import torch.distributed as dist
 from train.config import Config
 
 PACKAGES = ("torch", "deepspeed", "bitsandbytes", "diffusers", "transformers", "numpy", "pillow", "webdataset")
-# What decides how a job runs; none of them holds a secret.
+# Environment variables that decide how a job runs; none of them holds a secret.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HOSTNAME")
 PREFIXES = ("NCCL_", "SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART", "DS_", "PYTORCH_", "TORCH_NCCL_")
 
 
 def describe_start(config: Config, step: int) -> dict:
-    """As plain values for JSON.  step: that the run goes on from."""
+    """A start of a run in plain values for JSON.  step: the step that it resumes from."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -41,10 +41,10 @@ def describe_start(config: Config, step: int) -> dict:
 
 
 def git_revision() -> str:
-    """Of this checkout, with -dirty after it where tracked files were changed; '' outside a repository."""
+    """The revision of this checkout, with -dirty appended if tracked files were changed; '' outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return told.stdout.strip()
+    return done.stdout.strip()

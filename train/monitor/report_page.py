@@ -1,4 +1,4 @@
-"""The page of train.report: curves by plotly, whose script is in the page; grids under a slider; the recipes."""
+"""The HTML page of train.report: curves drawn by plotly, sample grids with a slider, configurations, starts."""
 
 import base64
 import json
@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from train.monitor.run_log import Run
 
-# Title, metrics, whether the axis is logarithmic.
+# Title, metrics, and whether the axis is logarithmic.
 CURVES = (
     ("Loss", ("loss", "loss_smoothed"), True),
     ("Loss by part", ("mse", "vb"), True),
@@ -33,9 +33,9 @@ CURVES = (
     ("Bad samples and skipped steps of each line", ("bad_samples", "skipped_steps"), False),
 )
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-# Points of a curve at most; a run of 2,420,000 steps has 48,400 lines.
+# Most points of a curve: a run of 2,420,000 steps has 48,400 lines.
 POINTS = 4000
-# Sample grids of a run at most, taken evenly: each is some hundred kilobytes of the page.
+# Most sample grids of a run, spread evenly over its steps: each adds some hundred kilobytes to the page.
 GRIDS = 60
 
 STYLE = """
@@ -49,7 +49,7 @@ table { border-collapse: collapse; } td, th { padding: .15rem 1rem .15rem 0; tex
 tr + tr > * { border-top: 1px solid #8884; } .differs { background: #fff3cd; } .quiet { color: #777; }
 td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; } pre { font-size: 12px; white-space: pre-wrap; }
 """
-# Draws the figures that stand as JSON in the page, and lets the sliders choose the picture.
+# Draws the figures, which the page holds as JSON, and lets the sliders choose a grid.
 SCRIPT = """
 for (const figure of JSON.parse(document.getElementById("figures").textContent))
   Plotly.newPlot(figure.id, figure.data, figure.layout, {responsive: true, displayModeBar: false});
@@ -63,30 +63,30 @@ for (const box of document.querySelectorAll(".grids")) {
 
 
 def page(runs: list[Run]) -> str:
-    """All of it. Every string that comes from a run is escaped."""
+    """The page of some runs, as HTML. Every string that comes from a run is escaped."""
     figures = [figure for i, curve in enumerate(CURVES) if (figure := _figure(f"curve-{i}", *curve, runs))]
-    places = "".join(f'<div class="plot" id="{figure["id"]}"></div>' for figure in figures)
+    plots = "".join(f'<div class="plot" id="{figure["id"]}"></div>' for figure in figures)
     title = ", ".join(run.name for run in runs)
     warnings = "".join(f'<p class="warn">{escape(w)}</p>' for run in runs for w in run.warnings)
     # "<" as an escape, so that nothing in the data can end the script's element.
     data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        # What the page needs is in it: nothing can be fetched, by it or by what a caption manages to say.
+        # The page holds all that it needs. The policy forbids any fetch, also by a hostile caption.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data: blob:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
         f"<h1>{escape(title)}</h1>{warnings}{_summary(runs)}\n<h2>Curves</h2>"
         '<p class="quiet">Dashed lines across are starts of the run. A click on a name in a legend hides it, a '
         "double click all others; drag to zoom, double click to see all.</p>"
-        f'<div class="plots">{places}</div>\n{_grids(runs)}\n{_recipes(runs)}\n{_starts(runs)}\n'
+        f'<div class="plots">{plots}</div>\n{_grids(runs)}\n{_recipes(runs)}\n{_starts(runs)}\n'
         f'<script type="application/json" id="figures">{data}</script>\n'
         f"<script>{get_plotlyjs()}</script>\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
 
 
 def _figure(name: str, title: str, metrics: tuple[str, ...], log: bool, runs: list[Run]) -> dict | None:
-    """A curve for each metric and run, and where the runs were started anew; None if nobody logged any of them."""
+    """A curve for each metric and run, and a line at each later start; None if no run logged any of the metrics."""
     figure = go.Figure()
     colours = qualitative.Plotly
     for r, run in enumerate(runs):
@@ -95,7 +95,7 @@ def _figure(name: str, title: str, metrics: tuple[str, ...], log: bool, runs: li
             if not steps:
                 continue
             label = metric if len(runs) == 1 else f"{run.name}: {metric}" if len(metrics) > 1 else run.name
-            # Runs differ by colour, metrics by dash; of one run alone the metrics take the colours.
+            # Colours tell runs apart and dashes metrics; with one run alone, colours tell the metrics apart.
             line = {"color": colours[(m if len(runs) == 1 else r) % len(colours)], "width": 1.6,
                     "dash": "solid" if len(runs) == 1 else DASHES[m % len(DASHES)]}  # fmt: skip
             faint = 0.4 if metric == "loss" and "loss_smoothed" in metrics else 1.0
@@ -109,12 +109,12 @@ def _figure(name: str, title: str, metrics: tuple[str, ...], log: bool, runs: li
         legend={"orientation": "h", "y": -0.28, "font": {"size": 11}}, xaxis_title="step",
         yaxis={"type": "log" if log else "linear", "exponentformat": "e"},
     )  # fmt: skip
-    told = json.loads(figure.to_json(remove_uids=True, engine="json"))
-    return {"id": name, "data": told["data"], "layout": told["layout"]}
+    plain = json.loads(figure.to_json(remove_uids=True, engine="json"))
+    return {"id": name, "data": plain["data"], "layout": plain["layout"]}
 
 
 def _curve(lines: list[dict], metric: str) -> tuple[list[int], list[float | None]]:
-    """Steps and values, None where a value is not finite, thinned to POINTS by taking means."""
+    """Steps and values, thinned to POINTS by taking means; a value is None where none of those is finite."""
     found = [(line["step"], line[metric]) for line in lines if isinstance(line.get(metric), (int, float))]
     size = max(1, math.ceil(len(found) / POINTS))
     steps, values = [], []
@@ -126,7 +126,7 @@ def _curve(lines: list[dict], metric: str) -> tuple[list[int], list[float | None
 
 
 def _summary(runs: list[Run]) -> str:
-    """How far each run is, side by side."""
+    """The state of the runs, side by side."""
 
     def total(run: Run, name: str) -> str:
         return f"{sum(line.get(name) or 0 for line in run.lines):,.0f}"
@@ -157,7 +157,7 @@ def _number(line: dict, *names: str) -> str:
 
 
 def _table(heads: list[str], rows: dict[str, list[str]], mark: bool = False) -> str:
-    """mark: rows whose cells differ stand out."""
+    """mark: highlight rows whose cells differ."""
     body = "".join(
         f"<tr{' class=differs' if mark and len(set(cells)) > 1 else ''}><th>{escape(name)}</th>"
         + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
@@ -168,7 +168,7 @@ def _table(heads: list[str], rows: dict[str, list[str]], mark: bool = False) -> 
 
 
 def _grids(runs: list[Run]) -> str:
-    """The sample grids of each run over time, one shown at a time."""
+    """The sample grids of each run; a slider chooses the one that is shown."""
     boxes = []
     for run in runs:
         if not run.grids:
@@ -189,37 +189,39 @@ def _grids(runs: list[Run]) -> str:
 
 
 def _recipes(runs: list[Run]) -> str:
-    """The configuration of each run's last start; of several runs what differs stands out and comes first."""
+    """The configuration of each run's last start; with several runs, what differs comes first and is highlighted."""
     flat = [_flatten(run.starts[-1].get("config", {})) if run.starts else {} for run in runs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     rows = {key: [one.get(key, "-") for one in flat] for key in keys}
     differing = {key: cells for key, cells in rows.items() if len(set(cells)) > 1}
     names = [run.name for run in runs]
     first = f"<p>What differs:</p>{_table(names, differing, mark=True)}" if differing else ""
-    told = f"<details{'' if first else ' open'}><summary>All of it</summary>{_table(names, rows, mark=True)}</details>"
-    return f"<h2>Recipe, as run</h2>{first}{told if rows else '<p>Not recorded.</p>'}"
+    all_keys = (
+        f"<details{'' if first else ' open'}><summary>All of it</summary>{_table(names, rows, mark=True)}</details>"
+    )
+    return f"<h2>Recipe, as run</h2>{first}{all_keys if rows else '<p>Not recorded.</p>'}"
 
 
-def _flatten(config: dict, before: str = "") -> dict[str, str]:
+def _flatten(config: dict, prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{before}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[before + key] = str(value)
+            flat[prefix + key] = str(value)
     return flat
 
 
 def _starts(runs: list[Run]) -> str:
-    """When, from which step, with which line, code and machine each start was made."""
+    """The time, first step, command line, code and machine of each start."""
     parts = []
     for run in runs:
         for start in run.starts:
-            told = {key: value for key, value in start.items() if key not in ("config", "launch", "step", "time")}
+            rest = {key: value for key, value in start.items() if key not in ("config", "launch", "step", "time")}
             head = f"{run.name}: {start.get('time')}, from step {start.get('step')}: "
             line = " ".join(map(str, start.get("launch", [])))
             parts.append(
                 f"<details><summary>{escape(head)}<code>{escape(line)}</code></summary>"
-                f"<pre>{escape(json.dumps(told, indent=1))}</pre></details>"
+                f"<pre>{escape(json.dumps(rest, indent=1))}</pre></details>"
             )
     return f"<h2>Starts</h2>{''.join(parts) or '<p>Not recorded.</p>'}"

@@ -1,15 +1,17 @@
-"""A run as it lies on disk: the lines of its metrics, its starts, its sample grids."""
+"""Reads what a run has logged: its metrics, its starts, its sample grids."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
+
 
 @dataclass(slots=True)
 class Run:
-    """A run as it lies on disk.
+    """What the folder of a run holds.
 
-    lines: of metrics.jsonl, steps rising.  starts: of starts.jsonl.  grids: step and PNG of each sample grid.
+    lines: of metrics.jsonl, by rising step.  starts: of starts.jsonl.  grids: step and PNG of each sample grid.
     warnings: what could not be read.
     """
 
@@ -21,20 +23,22 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises: ValueError if the folder is not a run's, or it has logged nothing yet."""
+    """Read the folder of a run; of a step that is logged twice the later line counts.
+
+    Raises: ValueError if it is not the folder of a run, or the run has logged nothing yet.
+    """
     path = folder / METRICS
     if not path.is_file():
         raise ValueError(f"'{folder}' is not the folder of a run (no {METRICS}): name one that train/main.py wrote")
-    found, broken = read_lines(path)
-    by_step = {line["step"]: line for line in found if isinstance(line.get("step"), int)}
+    (lines, broken), (starts, broken_starts) = read_lines(path), read_lines(folder / STARTS)
+    by_step = {line["step"]: line for line in lines if isinstance(line.get("step"), int)}
     if not by_step:
         raise ValueError(f"'{path}' has no line that can be read: the run has logged nothing yet")
-    warnings = []
-    if broken:
-        warnings.append(f"{path}: {broken} lines cannot be read and are left out; one cut by a crash is usual")
-    starts, torn = read_lines(folder / STARTS)
-    if torn:
-        warnings.append(f"{folder / STARTS}: {torn} lines cannot be read and are left out")
+    warnings = [
+        f"{file}: {count} lines cannot be read and are left out; a crash may cut off the last one"
+        for file, count in ((path, broken), (folder / STARTS, broken_starts))
+        if count
+    ]
     grids = [
         (int(file.stem.removeprefix("step-")), file)
         for file in sorted((folder / "samples").glob("step-*.png"))
@@ -43,16 +47,13 @@ def read_run(folder: Path) -> Run:
     return Run(folder.resolve().name, [by_step[step] for step in sorted(by_step)], starts, grids, warnings)
 
 
-METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
-
-
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; one that was cut short by a crash is left out."""
+    """The lines of a metrics.jsonl that have a step; a line that a crash cut off is left out."""
     return [line for line in read_lines(path)[0] if isinstance(line.get("step"), int)]
 
 
 def read_lines(path: Path) -> tuple[list[dict], int]:
-    """The objects of a .jsonl, and how many lines hold none; no file is an empty one."""
+    """The objects of a .jsonl file, and how many of its lines are none; a missing file counts as empty."""
     lines, broken = [], 0
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:

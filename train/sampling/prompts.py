@@ -1,4 +1,4 @@
-"""What to draw: prompts by the encoder of the training, or stored embeddings."""
+"""What to sample: a prompt, embedded by the encoder of the training, or stored embeddings."""
 
 import sys
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from data.loader.prompts import stored_prompts
 from data.text.embeddings import read_empty
 from data.text.encoder import TextEncoder, load_encoder
 from data.text.meta import TextMeta
-from train.weights.pretrained import Trained
+from train.checkpoint.checkpoint import Checkpoint
 
 
 @dataclass
@@ -28,40 +28,43 @@ class Prompts:
 
 
 def find_prompts(
-    trained: Trained, device: torch.device, prompt: str | None, embeddings: str, encoder_at: str, guided: bool
+    checkpoint: Checkpoint, device: torch.device, prompt: str | None, embeddings: str, encoder: str, guided: bool
 ) -> Prompts:
-    """What to draw, by the encoder of the training or from stored embeddings.
+    """The prompt, or the embeddings of a file, or without either captions of the training's data.
 
-    Raises: ValueError if neither is to be had, or they don't fit the training.
+    encoder: its folder or name on the hub, '' for what the checkpoint names.
+    Raises: ValueError if what is needed is missing, or does not fit the training.
     """
-    if prompt is not None and (prompt.strip() or encoder_at):
-        encoder = load_encoder(trained.text, encoder_at, device)
-        warn_of_cut(encoder, prompt)
-        text_emb, empty = torch.from_numpy(encoder([prompt, ""])).split(1)
+    meta = checkpoint.text
+    if prompt is not None and (prompt.strip() or encoder):
+        text_encoder = load_encoder(meta, encoder, device)
+        warn_of_cut(text_encoder, prompt)
+        text_emb, empty = torch.from_numpy(text_encoder([prompt, ""])).split(1)
         return Prompts([prompt], text_emb, empty[0])
     if embeddings:
-        text_emb = read_embeddings(Path(embeddings), trained.text)
-        empty = text_emb[0] if not guided else stored_empty(trained, device, encoder_at)
+        text_emb = read_embeddings(Path(embeddings), meta)
+        empty = text_emb[0] if not guided else find_empty(checkpoint, device, encoder)
         return Prompts([f"{Path(embeddings).name} {i}" for i in range(len(text_emb))], text_emb, empty)
     if prompt is not None:
-        empty = stored_empty(trained, device, encoder_at)
+        empty = find_empty(checkpoint, device, encoder)
         return Prompts([""], empty[None], empty)
-    datasets = find_data(trained)
-    if trained.run.get("text", {}).get("mode") == "online":
-        encoder = load_encoder(trained.text, encoder_at, device)
+    datasets = find_data(checkpoint)
+    if checkpoint.config["text"]["mode"] == "online":
+        text_encoder = load_encoder(meta, encoder, device)
         for dataset in datasets:
-            dataset.encoder = encoder
-    stored = stored_prompts(datasets, trained.text, trained.run["sample"]["prompts"])
+            dataset.encoder = text_encoder
+    stored = stored_prompts(datasets, meta, checkpoint.config["sample"]["prompts"])
     text_emb = torch.stack([torch.from_numpy(embedding) for _, embedding in stored])
-    return Prompts([caption for caption, _ in stored], text_emb, stored_empty(trained, device, encoder_at))
+    return Prompts([caption for caption, _ in stored], text_emb, find_empty(checkpoint, device, encoder))
 
 
-def find_data(trained: Trained) -> list[Dataset]:
+def find_data(checkpoint: Checkpoint) -> list[Dataset]:
     """The datasets of the training.
 
-    Raises: ValueError if they are not here, or embedded otherwise by now.
+    Raises: ValueError if they are missing here, or their embeddings are not those of the training.
     """
-    data: DataConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), trained.run["data"]))  # type: ignore[assignment]
+    schema = OmegaConf.structured(DataConfig)
+    data: DataConfig = OmegaConf.to_object(OmegaConf.merge(schema, checkpoint.config["data"]))  # type: ignore[assignment]
     try:
         datasets = find_datasets(data)
         metas = [TextMeta.read(dataset.text) for dataset in datasets]
@@ -70,23 +73,23 @@ def find_data(trained: Trained) -> list[Dataset]:
             f"the data of the training, with its captions, is not here ({error}): give a prompt=, or embeddings="
         ) from None
     for dataset, meta in zip(datasets, metas, strict=True):
-        if meta != trained.text:
+        if meta != checkpoint.text:
             raise ValueError(
-                f"the embeddings in '{dataset.text}' are others than those of the training, made by "
-                f"{meta.encoder}: give a prompt=, or embeddings="
+                f"the embeddings in '{dataset.text}' are not those of the training, but made by {meta.encoder}: "
+                "give a prompt=, or embeddings="
             )
     return datasets
 
 
-def stored_empty(trained: Trained, device: torch.device, encoder_at: str) -> Tensor:
-    """[L, D], the empty caption, from beside the embeddings of the training, or by its encoder where that is named.
+def find_empty(checkpoint: Checkpoint, device: torch.device, encoder: str) -> Tensor:
+    """[L, D], the embedding of the empty caption: by the encoder if one is named, else as stored for the training.
 
     Raises: ValueError.
     """
-    if encoder_at:
-        return torch.from_numpy(load_encoder(trained.text, encoder_at, device)([""])[0])
+    if encoder:
+        return torch.from_numpy(load_encoder(checkpoint.text, encoder, device)([""])[0])
     try:
-        return torch.from_numpy(read_empty(find_data(trained)[0].text, trained.text).copy())
+        return torch.from_numpy(read_empty(find_data(checkpoint)[0].text, checkpoint.text).copy())
     except ValueError as error:
         raise ValueError(
             f"no embedding of the empty caption, which guidance needs ({error}): "
@@ -97,7 +100,7 @@ def stored_empty(trained: Trained, device: torch.device, encoder_at: str) -> Ten
 def read_embeddings(path: Path, meta: TextMeta) -> Tensor:
     """[P, L, D] from a .npy file; nothing is unpickled.
 
-    Raises: ValueError if it holds anything but such embeddings as the net was trained on.
+    Raises: ValueError if it holds anything but embeddings of the shape that the net was trained on.
     """
     try:
         values = np.load(path, allow_pickle=False)
@@ -116,13 +119,13 @@ def read_embeddings(path: Path, meta: TextMeta) -> Tensor:
 
 
 def warn_of_cut(encoder: TextEncoder, prompt: str) -> None:
-    """Say what of a prompt is beyond the tokens that the net was trained with."""
+    """Print the part of a prompt that lies beyond the tokens that the net was trained with."""
     ids = encoder.tokenizer(encoder.clean(prompt), add_special_tokens=False, verbose=False).input_ids
-    room = encoder.tokens - encoder.tokenizer.num_special_tokens_to_add()
-    if len(ids) > room:
-        kept, cut = encoder.tokenizer.decode(ids[:room]), encoder.tokenizer.decode(ids[room:])
+    limit = encoder.tokens - encoder.tokenizer.num_special_tokens_to_add()
+    if len(ids) > limit:
+        kept, cut = encoder.tokenizer.decode(ids[:limit]), encoder.tokenizer.decode(ids[limit:])
         print(
-            f"warning: the prompt has {len(ids)} tokens, of which the net takes {room}; left out: {cut!r}; "
+            f"warning: the prompt has {len(ids)} tokens, of which the net takes {limit}; left out: {cut!r}; "
             f"kept: {kept!r}",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Text embeddings to images: guidance around a scheduler of diffusers. The command is train.sample."""
+"""Text embeddings to images: classifier-free guidance with a scheduler of diffusers. The command is train.sample."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.pipelines.deepfloyd_if import timesteps as if_timesteps
 from torch import Tensor
+from tqdm import tqdm
 
+from data.checks import check_choice, did_you_mean
 from model.unet import TextState, UNet
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
-# IF's own respacings of its 1000 timesteps, by the names of its authors: fast27, smart50, ...
+# The timesteps that IF's authors chose out of the 1000, under their names: fast27, smart50, ...
 PRESETS: dict[str, list[int]] = {
     name.removesuffix("_timesteps"): values
     for name, values in vars(if_timesteps).items()
@@ -20,37 +22,39 @@ PRESET_TIMESTEPS = 1000
 
 
 def make_scheduler(timesteps: int, learn_sigma: bool, name: str = "ddpm") -> SchedulerMixin:
-    """Cosine betas and dynamic thresholding at 0.95, at most 1.5, as released; 'ddpm' uses the learned variance.
+    """A scheduler with cosine betas and dynamic thresholding (0.95, at most 1.5), as IF was released with.
 
-    name: 'ddpm', 'ddim' (eta 0) or 'dpm++' (DPM-Solver++, second order, multistep).
+    name: 'ddpm', the only one that uses a learned variance; 'ddim' (eta 0); 'dpm++' (DPM-Solver++, second order,
+    multistep).
     Raises: ValueError for another name.
     """
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler={name} must be one of {', '.join(SCHEDULERS)}")
+    check_choice("scheduler", name, SCHEDULERS)
     config = {
         "num_train_timesteps": timesteps, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon",
         "thresholding": True, "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5,
-        # Of the others only its place in the config counts: IFPipeline looks there, and throws the variance away.
+        # The other schedulers ignore it, but IFPipeline reads it from their config and then drops the variance.
         "variance_type": "learned_range" if learn_sigma and name == "ddpm" else "fixed_small",
     }  # fmt: skip
     if name == "dpm++":
-        # Before this the cosine schedule has hardly any signal, and the solver's steps in log-SNR have no bound.
+        # Below this log-SNR the cosine schedule has hardly any signal, and the solver's steps grow without bound.
         config["lambda_min_clipped"] = -5.1
-    # From the last timestep to the first, as IF's authors space them. diffusers' default, "leading", begins in the
-    # middle where the number of steps is no divisor: of 1000 timesteps 600 steps would be the first 600.
+    # From the last timestep to the first, as IF's authors space them. diffusers' default, "leading", starts too late
+    # where the number of steps does not divide that of the timesteps: 600 steps of 1000 would be the first 600.
     config["timestep_spacing"] = "trailing" if name == "ddim" else "linspace"
     return SCHEDULERS[name].from_config(config)
 
 
 def set_steps(scheduler: SchedulerMixin, steps: int | str) -> None:
-    """Choose the timesteps to sample at: their number, evenly spaced, or the name of one of IF's presets.
+    """Choose the timesteps to sample at: a number of evenly spaced ones, or one of IF's presets by name.
 
-    Raises: ValueError for what the scheduler or its training does not have.
+    Raises: ValueError if the scheduler cannot take these steps.
     """
     trained = scheduler.config.num_train_timesteps
     if isinstance(steps, str) and not steps.isdecimal():
         if steps not in PRESETS:
-            raise ValueError(f"steps={steps} must be a number or one of {', '.join(PRESETS)}")
+            raise ValueError(
+                f"steps={steps} must be a number or one of {', '.join(PRESETS)}{did_you_mean(steps, PRESETS)}"
+            )
         if trained != PRESET_TIMESTEPS or not isinstance(scheduler, DDPMScheduler):
             raise ValueError(
                 f"steps={steps} is made for ddpm and {PRESET_TIMESTEPS} diffusion steps, this is "
@@ -64,7 +68,7 @@ def set_steps(scheduler: SchedulerMixin, steps: int | str) -> None:
     if isinstance(scheduler, DDIMScheduler) and trained % steps:
         near = min((n for n in range(2, trained + 1) if trained % n == 0), key=lambda n: abs(n - steps))
         raise ValueError(
-            f"steps={steps}: diffusers' DDIM is exact for divisors of the {trained} diffusion steps alone: "
+            f"steps={steps}: diffusers' DDIM is exact only for divisors of the {trained} diffusion steps: "
             f"steps={near} is the nearest"
         )
     scheduler.set_timesteps(steps)
@@ -72,19 +76,20 @@ def set_steps(scheduler: SchedulerMixin, steps: int | str) -> None:
         raise ValueError(f"steps={steps} are more than {type(scheduler).__name__} can tell apart: take fewer")
 
 
-# A compiled net would be compiled anew for these shapes, longer than the sampling takes.
+# A compiled net would be compiled again for these shapes, which takes longer than the sampling.
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def sample(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
     steps: int | str, seeds: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """One image a caption and seed: [N, 3, H, W] uint8 on the CPU, each drawn from a generator of its own.
+    """Sample one image per caption and seed: [N, 3, H, W] uint8 on the CPU.
 
-    So an image doesn't depend, beyond rounding, on which others are drawn with it.
-    Shapes: text_emb [N, L, D], or what unet.encode_text made of it; empty [L, D], the embedding of the empty caption.
-    guidance_scale: 1 follows the prompt as trained, above it exaggerates (Ho & Salimans 2022, with their 1 + w).
+    Each image has a generator of its own, so it does not depend, beyond rounding, on the others in its batch.
+    Shapes: text_emb [N, L, D], or unet.encode_text of it; empty [L, D], the embedding of the empty caption.
+    guidance_scale: 1 samples as trained, more exaggerates the prompt.
     Raises: ValueError, as set_steps.
+    Source: Ho & Salimans 2022, equation 6, where guidance_scale is 1 + w.
     """
     config, n, device = unet.config, len(seeds), next(unet.parameters()).device
     shape = (config.in_channels, config.image_size, config.image_size)
@@ -95,7 +100,7 @@ def sample(
         unguided = unet.encode_text(empty[None].to(device))
         text = TextState(*(torch.cat([a, b.expand_as(a)]) for a, b in zip(text, unguided, strict=True)))
     learned = scheduler.config.variance_type == "learned_range"
-    # A CPU's convolutions are faster so, though not its backward; on a GPU the norms turn the layout back.
+    # A CPU's forward convolutions are faster in channels_last; on a GPU the norms would undo the layout.
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     set_steps(scheduler, steps)
     for t in scheduler.timesteps.tolist():
@@ -107,3 +112,24 @@ def sample(
         model_output = torch.cat([eps, variance], dim=1) if learned else eps
         x_t = scheduler.step(model_output, t, x_t, generator=generators).prev_sample
     return ((x_t.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def sample_batches(
+    unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor, empty: Tensor, guidance_scale: float, steps: int | str,
+    seeds: Sequence[int], micro_batch: int,
+) -> Tensor:  # fmt: skip
+    """As sample, `micro_batch` images at a time, with a bar; consecutive seeds share a prompt.
+
+    Shapes: text_emb [P, L, D], empty [L, D], seeds P x n, of which the first n are for the first prompt.
+    """
+    with torch.no_grad():
+        of_prompts = unet.encode_text(text_emb.to(next(unet.parameters()).device))
+    text = TextState(*(value.repeat_interleave(len(seeds) // len(text_emb), 0) for value in of_prompts))
+    images = []
+    with tqdm(total=len(seeds), unit="image", disable=None) as bar:
+        for start in range(0, len(seeds), micro_batch):
+            part = slice(start, start + micro_batch)
+            batch = TextState(*(value[part] for value in text))
+            images.append(sample(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part]))
+            bar.update(len(images[-1]))
+    return torch.cat(images)

@@ -2,15 +2,17 @@
 
 import copy
 import re
+from functools import reduce
+from operator import getitem
 
 from huggingface_hub import ModelCard, ModelCardData
 from omegaconf import OmegaConf
 
 from data.text.captions import cleaner, lower_strip
-from train.weights.pretrained import Trained
+from data.text.meta import TextMeta
+from train.checkpoint.checkpoint import Checkpoint
 
-UNKNOWN = "not stated"
-# What a reader of a card asks for, and where in the run's configuration it stands.
+# What a reader of a card looks for, and the keys of the run's configuration that hold it.
 RECIPE: dict[str, str | tuple[str, ...]] = {
     "images of a batch": "global_batch",
     "optimizer": "optim.name",
@@ -22,14 +24,13 @@ RECIPE: dict[str, str | tuple[str, ...]] = {
     "decay of the average": "ema_decay",
     "diffusion steps": "diffusion_steps",
     "captions dropped to the empty one": "data.cond_drop_prob",
-    "text tokens": "data.tokens",
     "seed": "seed",
 }
 TEXT = """
 # {name}
 
 A text-to-image diffusion model of {pixels} px images: the first stage of DeepFloyd IF, trained from {origin}.
-{weights} of step {step}{of_steps}.
+{weights} of step {step}.
 
 ## Use
 
@@ -51,7 +52,7 @@ Images of a further stage, such as IF-II, are made from `images` (with `output_t
 |---|---|
 {recipe}
 
-The whole configuration, without the places on the machines of the training:
+The whole configuration, without paths:
 
 ```yaml
 {config}```
@@ -77,18 +78,9 @@ BY_EMBEDDING = (
 )
 
 
-def check_license(name: str) -> None:
-    """Raises: ValueError for what the hub does not take for the name of a licence."""
-    if not re.fullmatch(r"[a-z0-9]+([-.][a-z0-9]+)*", name):
-        raise ValueError(
-            f"license={name!r} is no identifier of a licence: such as apache-2.0, mit, openrail, or other "
-            "(https://huggingface.co/docs/hub/repositories-licenses)"
-        )
-
-
-def model_card(trained: Trained, name: str, weights: str, license: str, has_encoder: bool) -> ModelCard:
-    """The card of a checkpoint's export.  name: of its folder."""
-    run = trained.run
+def model_card(checkpoint: Checkpoint, name: str, weights: str, license: str, has_encoder: bool) -> ModelCard:
+    """The card of a checkpoint's export.  name: of the exported folder.  weights: 'ema' or 'master'."""
+    config = checkpoint.config
     front = ModelCardData(
         license=license,
         license_name="see-the-card" if license == "other" else None,
@@ -96,97 +88,84 @@ def model_card(trained: Trained, name: str, weights: str, license: str, has_enco
         pipeline_tag="text-to-image",
         tags=["deepfloyd-if", "pixel-diffusion", "if-stage-1"],
     )
-    rows = [f"| {what} | {_told(run, where)} |" for what, where in RECIPE.items()]
-    rows.append(f"| images seen | {_images(trained)} |")
-    rows.append(f"| GPUs, or ranks | {trained.manifest.get('ranks', UNKNOWN)} |")
+    rows = {label: _setting(config, keys) for label, keys in RECIPE.items()} | {
+        "text tokens": checkpoint.text.tokens,
+        "images seen": f"{checkpoint.step * config['global_batch']:,}",
+        "GPUs, or ranks": checkpoint.ranks,
+    }
     text = TEXT.format(
         name=name,
-        pixels=trained.model.image_size,
-        origin=f"the weights of `{_last(run['init_from'])}`" if run.get("init_from") else "random weights",
+        pixels=checkpoint.model.image_size,
+        origin=f"the weights of `{_public_name(config['init_from'])}`" if config["init_from"] else "random weights",
         weights="The moving average of the weights" if weights == "ema" else "The weights",
-        step=f"{trained.step:,}",
-        of_steps=f" of {run['steps']:,}" if "steps" in run else "",
-        call=BY_PROMPT.format(clean=_cleans(trained)) if has_encoder else BY_EMBEDDING,
-        conditions=_conditions(trained, has_encoder),
-        recipe="\n".join(rows),
-        config=OmegaConf.to_yaml(OmegaConf.create(_without_places(run))),
-        data=_data(trained),
-        license=_license(run, license),
+        step=f"{checkpoint.step:,} of {config['steps']:,}",
+        call=BY_PROMPT.format(clean=_cleans(checkpoint.text)) if has_encoder else BY_EMBEDDING,
+        conditions=_conditions(checkpoint.text, has_encoder),
+        recipe="\n".join(f"| {label} | {value} |" for label, value in rows.items()),
+        config=OmegaConf.to_yaml(OmegaConf.create(_without_paths(config))),
+        data=_data(checkpoint),
+        license=_license(config, license),
     )
     return ModelCard(f"---\n{front.to_yaml()}\n---\n{text}")
 
 
-def _told(run: dict, where: str | tuple[str, ...]) -> str:
-    if isinstance(where, tuple):
-        return ", ".join(_told(run, one) for one in where)
-    value: object = run
-    for part in where.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return UNKNOWN if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+def _setting(config: dict, keys: str | tuple[str, ...]) -> str:
+    """The value of a dotted key, or those of several."""
+    if isinstance(keys, tuple):
+        return ", ".join(_setting(config, key) for key in keys)
+    value = reduce(getitem, keys.split("."), config)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _images(trained: Trained) -> str:
-    batch = trained.run.get("global_batch")
-    return f"{trained.step * batch:,}" if batch else UNKNOWN
-
-
-def _conditions(trained: Trained, has_encoder: bool) -> str:
-    told = _text_meta(trained)
+def _conditions(text: TextMeta, has_encoder: bool) -> str:
     if has_encoder:
         return (
-            f"The text encoder ({told}) comes along. Say `clean_caption={_cleans(trained)}`, since the captions of the "
-            f"training were cleaned so ({trained.text.cleaning}).\n"
+            f"The text encoder ({_encoder(text)}) is included. Pass `clean_caption={_cleans(text)}`, because the "
+            f"captions of the training were cleaned so ({text.cleaning}).\n"
         )
     return (
-        f"The text encoder is not in here. `prompt_embeds` are [N, tokens, width] of {told}; `negative_prompt_embeds` "
-        "as many copies of the empty caption's, never zeros.\n"
+        f"The text encoder is not included. `prompt_embeds` are [N, tokens, width] of {_encoder(text)}; "
+        "`negative_prompt_embeds` are as many copies of the empty caption's, never zeros.\n"
     )
 
 
-def _cleans(trained: Trained) -> bool:
-    """Whether IFPipeline's own cleaning is that of the training, or only its lower case is."""
-    return cleaner(trained.text.cleaning) is not lower_strip
+def _cleans(text: TextMeta) -> bool:
+    """Whether IFPipeline's own cleaning was that of the training; otherwise it only made captions lower case."""
+    return cleaner(text.cleaning) is not lower_strip
 
 
-def _text_meta(trained: Trained) -> str:
-    try:
-        meta = trained.text
-    except ValueError:
-        return f"an encoder {UNKNOWN}"
-    return f"`{_last(meta.encoder)}`, {meta.tokens} tokens x {meta.dim}"
+def _encoder(text: TextMeta) -> str:
+    return f"`{_public_name(text.encoder)}`, {text.tokens} tokens x {text.dim}"
 
 
-def _data(trained: Trained) -> str:
-    data = trained.run.get("data", {})
-    names = list(data.get("mixture") or []) or ([_last(data["shards"])] if data.get("shards") else [])
-    counts = trained.manifest.get("samples") or []
-    lines = [
-        f"- `{name}`: {f'{counts[i]:,}' if i < len(counts) else 'an unstated number of'} captioned images"
-        for i, name in enumerate(names)
-    ]
-    return "\n".join(lines or [f"- {UNKNOWN}"]) + f"\n- captions embedded by {_text_meta(trained)}"
+def _data(checkpoint: Checkpoint) -> str:
+    data = checkpoint.config["data"]
+    names = list(data["mixture"]) or [_public_name(data["shards"])]
+    samples = zip(names, checkpoint.manifest["samples"], strict=True)
+    lines = [f"- `{name}`: {count:,} captioned images" for name, count in samples]
+    return "\n".join(lines) + f"\n- captions embedded by {_encoder(checkpoint.text)}"
 
 
-def _license(run: dict, license: str) -> str:
-    told = f"{license}." if license != "other" else "Not stated by who exported it; ask before use."
-    if run.get("init_from"):
-        told += f" The training began from `{_last(run['init_from'])}`, whose licence goes with what was made of it."
-    return told + " The licence of the data is its owners'."
+def _license(config: dict, license: str) -> str:
+    text = f"{license}." if license != "other" else "Not stated by who exported it; ask before use."
+    if config["init_from"]:
+        name = _public_name(config["init_from"])
+        text += f" The training began from `{name}`, whose licence applies to these weights too."
+    return text + " The licence of the data is its owners'."
 
 
-def _last(place: str) -> str:
-    """A name on the hub as it is; of a path or an address its end, which tells nothing of a machine."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not place.startswith("."):
-        return place
-    return re.split(r"[/\\]", place.rstrip("/\\").partition("?")[0])[-1]
+def _public_name(location: str) -> str:
+    """A name on the hub as it is; of a path or URL its last part, which reveals nothing about a machine."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", location) and not location.startswith("."):
+        return location
+    return re.split(r"[/\\]", location.rstrip("/\\").partition("?")[0])[-1]
 
 
-def _without_places(run: dict) -> dict:
-    run = copy.deepcopy(run)
+def _without_paths(config: dict) -> dict:
+    config = copy.deepcopy(config)
     for key in ("run_dir", "init_from", "wandb"):
-        run.pop(key, None)
-    data = run.get("data", {})
-    for dataset in (data, *data.get("mixture", {}).values()):
-        dataset.pop("shards", None)
-        dataset.pop("text", None)
-    return run
+        del config[key]
+    del config["text"]["encoder"]
+    for dataset in (config["data"], *config["data"]["mixture"].values()):
+        del dataset["shards"], dataset["text"]
+    return config

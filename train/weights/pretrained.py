@@ -1,111 +1,46 @@
-"""Weights to begin from, under our names: a released file, a diffusers folder, or a checkpoint of this repository."""
+"""Weights to start from, under our names: a released file, a diffusers folder, or a checkpoint of this repository."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.text.meta import TextMeta
+from model.config import UNetConfig
 from model.convert import from_diffusers, merge_lora, to_diffusers
-from model.unet import UNet, UNetConfig, check
-from train.checkpoint.format import MANIFEST, complete_checkpoints, read_manifest
-from train.checkpoint.reader import load_weights
+from model.unet import UNet
+from train.checkpoint.checkpoint import Checkpoint
 from train.weights.lora import trained_adapter
 
+# An error names at most this many weights or files.
 SHOWN = 3
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The step's folder itself, or a run's latest whole checkpoint.
+def net_weights(checkpoint: Checkpoint, name: str = "ema") -> dict[str, Tensor]:
+    """The state dict of a checkpoint's net; a LoRA that the run trained is merged into the net it started from.
 
-    Raises: ValueError if there is none.
+    name: 'ema' or 'master'.
+    Raises: ValueError if the files are not intact, are of another net, or the net that the run started from is missing.
     """
-    path = Path(path)
-    if (path / MANIFEST).is_file():
-        return path
-    for folder in complete_checkpoints(path)[-1:]:
-        return folder
-    raise ValueError(
-        f"'{path}' has no whole checkpoint: name the folder of a run, or a step-NNNNNNNN folder in its checkpoints"
-    )
-
-
-@dataclass(slots=True)
-class Trained:
-    """What a checkpoint says of itself; run: the configuration it was trained with, as plain dicts."""
-
-    folder: Path
-    manifest: dict
-    step: int
-    model: UNetConfig
-    diffusion_steps: int
-
-    @property
-    def run(self) -> dict:
-        return self.manifest["config"]
-
-    @property
-    def text(self) -> TextMeta:
-        """Of the embeddings it was trained on.  Raises: ValueError if neither it nor the run's data.text says it."""
-        if "text" not in self.manifest:  # of a version that did not write it
-            return TextMeta.read(self.run["data"]["text"])
-        try:
-            return TextMeta(**self.manifest["text"])
-        except TypeError as error:
-            raise ValueError(f"what the manifest says of the text encoder is not of this version ({error})") from None
-
-    def load(self, weights: str, device: torch.device, dtype: torch.dtype = torch.float32) -> UNet:
-        """The net with its 'ema' or 'master' weights, for sampling.
-
-        Raises: ValueError if the checkpoint isn't whole, or its weights are of another net than it says.
-        """
-        with torch.device("meta"):
-            unet = UNet(self.model)
-        state = load_whole(self.folder, weights)
-        _check_fit(state, unet.state_dict(), self.folder)
-        unet.load_state_dict(state, strict=True, assign=True)
-        return unet.to(device, dtype).eval().requires_grad_(False)
-
-
-def read_trained(path: str | Path) -> Trained:
-    """A run's latest whole checkpoint, or the step's folder itself.
-
-    Raises: ValueError if there is none, or it is not of this version.
-    """
-    folder = find_checkpoint(path)
-    try:
-        manifest = read_manifest(folder)
-        run = manifest["config"]
-        model = UNetConfig(**run["model"])
-        check(model)
-        return Trained(folder, manifest, int(manifest["step"]), model, int(run["diffusion_steps"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the manifest in '{folder}' is not one of this version ({error!r})") from None
-
-
-def load_whole(folder: Path, name: str = "ema") -> dict[str, Tensor]:
-    """The net's weights of a checkpoint; of one that was fine-tuned by LoRA, that merged into what it began from.
-
-    Raises: ValueError if it isn't whole, or the net that it began from isn't there.
-    """
-    run = read_manifest(folder)["config"]
-    if not run.get("lora", {}).get("rank"):
-        return load_weights(folder, name)
-    model = UNetConfig(**run["model"])
-    adapter = trained_adapter(folder, name, run, model)
-    return merge_lora(load_pretrained(run["init_from"], model), adapter.lora, adapter.scale, model)
+    if checkpoint.config["lora"]["rank"]:
+        adapter = trained_adapter(checkpoint, name)
+        weights = load_pretrained(checkpoint.config["init_from"], checkpoint.model)
+        return merge_lora(weights, adapter.lora, adapter.scale, checkpoint.model)
+    with torch.device("meta"):
+        net = UNet(checkpoint.model).state_dict()
+    weights = checkpoint.weights(name)
+    _check_fit(weights, net, checkpoint.folder)
+    return weights
 
 
 def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
-    """The state dict of the config's net from what lies at the path, on the CPU, in the dtype it is stored in.
+    """Read weights from a path as a state dict of the config's net, on the CPU, in the dtype they are stored in.
 
-    path: a .safetensors, .pt or .bin file or an .index.json of shards, under the released names or diffusers';
-    the folder of a diffusers pipeline or UNet, of whose copies the fullest precision is read; a run or one of its
-    checkpoints, whose average is read.
-    Raises: ValueError if nothing can be read there, or names the first weights that don't fit.
+    path: a .safetensors, .pt or .bin file or an .index.json of shards, under the released names or diffusers'; the
+    folder of a diffusers pipeline or UNet, where the copy of the highest precision is read; a run or one of its
+    checkpoints, where the moving average is read.
+    Raises: ValueError if nothing can be read there, or the weights don't fit the net; it names the first of them.
     """
     path = Path(path)
     state = _read(path)
@@ -120,14 +55,14 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.exists():
-        raise ValueError(f"no weights at '{path}': name a file or folder on this machine, downloaded before")
+        raise ValueError(f"no weights at '{path.absolute()}': download them first, and name the file or folder")
     if path.is_file():
         return _read_shards(path) if path.suffix == ".json" else _read_file(path)
     for folder in (path / "unet", path):
         for file in _diffusers_files(folder):
             return _read(file)
     try:
-        return load_whole(find_checkpoint(path))
+        return net_weights(Checkpoint.open(path))
     except ValueError as error:
         raise ValueError(
             f"'{path}' holds no diffusion_pytorch_model.*, no unet/ with one, and no checkpoint ({error}): "
@@ -136,7 +71,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _diffusers_files(folder: Path) -> list[Path]:
-    """The files or indices that diffusers may have saved a net in, the fullest precision first."""
+    """The files or indices that diffusers may have saved a net in, the highest precision first."""
     name = "diffusion_pytorch_model"
     candidates = [
         folder / file
@@ -165,12 +100,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    """Nothing but tensors is unpickled."""
+    """The tensors of a file; nothing else is unpickled."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere in its reader
+    except Exception as error:  # a damaged file can fail anywhere in the library that reads it
         raise ValueError(
             f"'{path}' cannot be read as weights ({repr(error)[:200]}): it is damaged, or holds more than tensors; "
             "fetch it again, or save its tensors by name as .safetensors"
@@ -178,19 +113,19 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     odd = [key for key, value in state.items() if not isinstance(value, Tensor)] if isinstance(state, dict) else ["-"]
     if odd:
         raise ValueError(
-            f"'{path}' is not a dict of names and tensors (first that is none: {odd[0]!r}): "
+            f"'{path}' is not a dict of names and tensors (first entry that is no tensor: {odd[0]!r}): "
             "save the net's state dict alone"
         )
     return state
 
 
 def _without_idle_variance(state: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Undo what train.export adds to a net without a learned variance: output channels that are all zero."""
+    """The weights without the output channels, all zero, that train.export adds to a net without a learned variance."""
     parts = [f"{layer}.{kind}" for layer in ("out.2", "conv_out") for kind in ("weight", "bias")]
-    there = {name: state[name].split(config.in_channels) for name in parts if name in state}
-    if config.learn_sigma or not all(len(values) == 2 and not values[1].any() for values in there.values()):
+    outputs = {name: state[name].split(config.in_channels) for name in parts if name in state}
+    if config.learn_sigma or not all(len(values) == 2 and not values[1].any() for values in outputs.values()):
         return state
-    return state | {name: values[0] for name, values in there.items()}
+    return state | {name: values[0] for name, values in outputs.items()}
 
 
 def _check_fit(state: dict[str, Tensor], net: dict[str, Tensor], path: Path) -> None:
@@ -203,9 +138,9 @@ def _check_fit(state: dict[str, Tensor], net: dict[str, Tensor], path: Path) -> 
             if name in state and state[name].shape != net[name].shape
         ],
     }
-    told = [f"{len(names)} {kind} ({', '.join(names[:SHOWN])})" for kind, names in faults.items() if names]
-    if told:
+    problems = [f"{len(names)} {kind} ({', '.join(names[:SHOWN])})" for kind, names in faults.items() if names]
+    if problems:
         raise ValueError(
-            f"the weights in '{path}' don't fit the net: {'; '.join(told)}: "
-            "set model to the net that they are of, or name other weights"
+            f"the weights in '{path}' don't fit the net: {'; '.join(problems)}: "
+            "set model to the net that they are of and embed the captions with its encoder, or name other weights"
         )

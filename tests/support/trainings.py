@@ -1,0 +1,79 @@
+"""Real trainings for tests: demo scenes, a small net, the deepspeed launcher, ZeRO-1 and AdamW8bit."""
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from data import demo
+from data.embed import Embed, embed
+from data.tiny_t5 import TinyT5, write_tiny_t5
+
+STEPS, SAVE_EVERY = 6, 3
+SMALL = f"""
+    +experiment=smoke steps={STEPS} global_batch=8 micro_batch=4 save_every={SAVE_EVERY} log_every=1
+    optim.lr_peak=1e-3 optim.warmup_steps=2 data.workers=1 sample.every=0 sample.steps=2 sample.prompts=4
+    model.image_size=32 model.channel_mult=[1,2] model.attention_resolutions=[16]
+""".split()
+
+
+def make_data(folder: Path) -> Path:
+    """96 scenes in four shards, and their embeddings."""
+    demo.main([f"out={folder / 'shards'}", "samples=96", "shard_size=24"])
+    write_tiny_t5(TinyT5(out=str(folder / "t5")))
+    embed(Embed(str(folder / "shards"), str(folder / "text"), str(folder / "t5"), 16, "float32", "float32"))
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(
+    repo: Path, data: Path, run_dir: Path, *overrides: str, ranks: int = 1, file_size: tuple[int, int] | None = None,
+    **popen,
+) -> subprocess.Popen:  # fmt: skip
+    """Start train/main.py from another folder, as a user might, through the launcher when there are several ranks."""
+    script = str(repo / "train" / "main.py")
+    launcher = Path(sys.executable).with_name("deepspeed")
+    program = [sys.executable, script]
+    if ranks > 1:
+        program = [sys.executable, str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()), script]
+    given = {o.split("=")[0] for o in overrides}
+    program += [o for o in SMALL if o.split("=")[0] not in given]
+    command = [*program, f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
+    command = [o for o in command if o.split("=")[0] not in given] + list(overrides)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}",
+        "NETRC": os.devnull,
+    }
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+
+    def limit() -> None:
+        if file_size:
+            resource.setrlimit(resource.RLIMIT_FSIZE, file_size)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
+    return subprocess.Popen(command, cwd=run_dir.parent, env=environment, text=True, preexec_fn=limit, **pipes)
+
+
+def launch(*args, **kwargs) -> subprocess.CompletedProcess:
+    """start(), and wait for the end."""
+    process = start(*args, **kwargs)
+    try:
+        out, err = process.communicate(timeout=420)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
