@@ -12,7 +12,7 @@ from torch import nn
 
 from model.unet import UNet
 from tests.gpu_check import memory, nets, overlap, parity, resume, speed, syncs
-from tests.gpu_check.__main__ import GPUCheck, check_arguments, main, settle
+from tests.gpu_check.__main__ import NEVER_PROVEN, GPUCheck, check_arguments, main, settle
 from tests.gpu_check.check import (
     FAILED,
     HOLDS,
@@ -26,6 +26,7 @@ from tests.gpu_check.check import (
     attempt,
     run_part,
 )  # fmt: skip
+from tests.gpu_check.speed import EAGER, NHWC, PEER, WHOLE
 from tests.gpu_check.trainer import Trainer
 
 # What a bare machine lacks; the folder must be imported without them.
@@ -52,7 +53,7 @@ def command(folder: Path, *arguments: str, without: tuple[str, ...] = ()) -> sub
     hidden.mkdir(exist_ok=True)
     (hidden / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({without!r}))\n")
     return subprocess.run(
-        [sys.executable, "-m", "tests.gpu_check", *arguments], cwd=folder, capture_output=True, text=True, timeout=600,
+        [sys.executable, "-m", "tests.gpu_check", *arguments], cwd=folder, capture_output=True, text=True, timeout=1800,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(hidden), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -62,6 +63,50 @@ def copy_of_project(repo: Path, folder: Path) -> Path:
     for name in ("model", "data", "train", "launch", "tests/gpu_check"):
         shutil.copytree(repo / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def everything(repo, tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
+    """All parts on a CPU, and the JSON that they wrote."""
+    folder = copy_of_project(repo, tmp_path_factory.mktemp("everything") / "project")
+    done = command(folder, "device=cpu", "size=tiny", "budget=1800", "out=found/it.json")
+    return done, json.loads((folder / "found" / "it.json").read_text())
+
+
+def of_part(everything: tuple[subprocess.CompletedProcess, dict], part: str) -> dict[str, dict]:
+    return {row["name"]: row for row in everything[1]["rows"] if row["part"] == part}
+
+
+def test_every_part_runs_on_a_cpu(everything):
+    done, found = everything
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(found["seconds"]) == list(PARTS) == list(dict.fromkeys(row["part"] for row in found["rows"]))
+    assert found["failed"] == [] and {row["result"] for row in found["rows"]} == {HOLDS, MEASURED, LEFT_OUT}
+    assert len(found["not_proven"]) == sum(row["result"] == LEFT_OUT for row in found["rows"]) + len(NEVER_PROVEN)
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == 1 + len(found["rows"]) and table[0] == "| part | what | result | in words |"
+    assert all(line.count(" | ") == 3 for line in table)
+    assert done.stdout.endswith("\nNothing failed.\n")
+
+
+def test_what_the_parts_find_on_a_cpu(everything):
+    assert of_part(everything, "environment")["card"]["text"].startswith("needs a GPU")
+    parity = of_part(everything, "parity")
+    assert parity["bfloat16"]["figures"]["gradients"] > 1e-3 > 1e-5 > parity["float32"]["figures"]["gradients"] > 0
+    assert parity["float64"]["figures"]["output_std"] > 0.1
+    compiled = of_part(everything, "fewbit_recompute")["compiled gelu_3bit, cheap"]["figures"]
+    assert 0.2 > compiled["gradients_bfloat16_eager"] > 1e-4
+    assert "ZeRO-1, AdamW8bit: two runs are equal" in of_part(everything, "resume")["eager"]["text"]
+    assert of_part(everything, "syncs")["whole step"]["text"].startswith("ZeRO-1, AdamW8bit, 2 micro batches a step")
+    assert [row["result"] for row in of_part(everything, "memory").values()] == [HOLDS] * 2 + [LEFT_OUT] * 2
+    # Compiled whole, the backward is one node of autograd: nothing is ready before its end.
+    overlap = of_part(everything, "overlap")
+    assert overlap["compiled whole"]["figures"]["shares"]["75%"] < 0.1
+    assert 0 < overlap["eager"]["figures"]["shares"]["25%"] < overlap["eager"]["figures"]["shares"]["75%"]
+    speed = of_part(everything, "speed")
+    assert set(speed) == {"512", *(f"512, micro batch 2, {way}" for way in (EAGER, NHWC, PEER, WHOLE))}
+    assert speed[f"512, micro batch 2, {PEER}"]["figures"]["of_ours_eager"] > 0
+    assert "need a GPU" in speed[f"512, micro batch 2, {EAGER}"]["text"]
 
 
 def test_a_bare_machine_runs_what_it_can_and_says_what_it_cannot(repo, tmp_path):
@@ -152,12 +197,6 @@ def test_every_part_can_be_run():
     assert {path.stem for path in folder.glob("*.py")} >= set(PARTS)
 
 
-def test_fewbit_and_recompute():
-    rows = rows_of("fewbit_recompute")
-    assert {row.result for row in rows.values()} == {HOLDS} and len(rows) == 6, rows
-    assert rows["compiled gelu_3bit, cheap"].figures["gradients_bfloat16_eager"] > 1e-4
-
-
 def test_a_recomputation_that_changes_something_is_found(monkeypatch):
     from model import blocks
 
@@ -196,9 +235,6 @@ def test_a_number_read_in_the_loss_is_found(monkeypatch):
 
 
 def test_memory_against_a_plan_that_is_a_tenth_too_small(monkeypatch):
-    rows = rows_of("memory")
-    assert [row.result for row in rows.values()] == [HOLDS] * 2 + [LEFT_OUT] * 2
-    assert "needs a GPU" in list(rows.values())[-1].text
     plan = memory.net_bytes
     monkeypatch.setattr(memory, "parameters", lambda config: 0)  # so that the step alone is compared
 
@@ -211,21 +247,8 @@ def test_memory_against_a_plan_that_is_a_tenth_too_small(monkeypatch):
     assert row.result == FAILED and "+11.1%" in row.text
 
 
-def test_overlap():
-    rows = rows_of("overlap")
-    assert {row.result for row in rows.values()} == {MEASURED}
-    # Compiled whole, the backward is one node of autograd: nothing is ready before its end.
-    assert rows["compiled whole"].figures["shares"]["75%"] < 0.1
-    assert rows["eager"].figures["shares"]["75%"] > rows["eager"].figures["shares"]["25%"] > 0
+def test_share_of_the_bytes_that_are_ready():
     assert overlap.share([(1.0, 30), (3.0, 50), (4.0, 20), (4.0, 0)], 0.75) == 0.8
-
-
-def test_speed():
-    rows = rows_of("speed", shapes=("XL", "M"))
-    assert {row.result for row in rows.values()} == {MEASURED}
-    ours = rows["XL, micro batch 2, ours, eager"]
-    assert ours.figures["images_per_second"] > 0 and "need a GPU" in ours.text
-    assert "XL, micro batch 2, ours, compiled by stage" in rows and "XL, micro batch 2, diffusers, eager" in rows
 
 
 def test_bouts_come_once_with_ours_and_every_shape_first():
@@ -235,6 +258,17 @@ def test_bouts_come_once_with_ours_and_every_shape_first():
     assert len(set(cells)) == len(cells)
     assert bouts[0].cell(speed.PEER) == "512, micro batch 50, diffusers, eager" and bouts[1].shape == "XL"
     assert {bout.micro_batch for bout in bouts if bout.shape == "XL"} == {20, 6, 41, 10}
+
+
+def test_without_diffusers_ours_is_timed_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(speed, "fight", lambda bout, check, flops: [Row(bout.cell(way), MEASURED) for way in bout.ways])
+    rows = rows_of("speed")
+    assert rows["diffusers"].result == LEFT_OUT
+    assert set(rows) == {"512", "diffusers", *(f"512, micro batch 2, {way}" for way in (EAGER, NHWC, WHOLE))}
+    full = speed.without_peer(speed.bouts(Check(tiny=False), {"M": 100}))
+    assert not [way for bout in full for way in bout.ways if way.startswith("diffusers")]
+    assert all(len(bout.ways) > 1 for bout in full)
 
 
 def test_nets_of_one_bout_share_their_parameters():

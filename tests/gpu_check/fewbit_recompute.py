@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
@@ -84,11 +84,11 @@ def packed_bits(check: Check, name: str, bits: int, dtype: torch.dtype) -> Row:
         return codes, pack(codes, bits)
 
     def gradient(x: Tensor, run: bool) -> Tensor:
-        gelu = FewBitGELU(bits).to(x.device)
+        gelu: Callable[[Tensor], Tensor] = FewBitGELU(bits).to(x.device)
+        if run:
+            gelu = torch.compile(gelu, fullgraph=True, dynamic=False, backend=backend(check))
         x = x.clone().requires_grad_()
-        (torch.compile(gelu, fullgraph=True, dynamic=False, backend=backend(check)) if run else gelu)(x).backward(
-            torch.linspace(-1, 1, len(x)).to(x)
-        )
+        gelu(x).backward(torch.linspace(-1, 1, len(x)).to(x))
         assert x.grad is not None
         return x.grad
 

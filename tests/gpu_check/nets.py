@@ -34,11 +34,9 @@ def shape(check: Check, name: str) -> UNetConfig:
     """The net of a name of WIDTHS, or 'small'; with the exact GELU."""
     if check.tiny:
         return TINY
-    return (
-        SMALL
-        if name == "small"
-        else UNetConfig(model_channels=WIDTHS[name], encoder_channels=4 * WIDTHS[name], encoder_dim=4096)
-    )
+    if name == "small":
+        return SMALL
+    return UNetConfig(model_channels=WIDTHS[name], encoder_channels=4 * WIDTHS[name], encoder_dim=4096)
 
 
 def build(

@@ -78,12 +78,11 @@ class Trainer:
         (loss / ACCUMULATE).backward()
 
     def micro_batch(self, batch: Batch) -> None:
-        """What train/loop.py does with a micro batch, without the meters' sums."""
+        """What train/loop.py does with a micro batch, without the sums of the metrics."""
         from train.noise import draw_t_and_noise
 
-        x_start = batch.x_start(self.device)
-        t, noise = (v.to(self.device) for v in draw_t_and_noise(0, batch.visit, x_start.shape, TIMESTEPS))
-        weight = batch.weight.to(self.device)
+        x_start, weight = batch.x_start(self.device), batch.weight.to(self.device)
+        t, noise = draw_t_and_noise(0, batch.visit, x_start, TIMESTEPS)
         x_t = self.diffusion.q_sample(x_start, t, noise)
         output = self.forward(x_t, t, batch.text_emb.to(self.device, non_blocking=True))
         losses = training_losses(self.diffusion, output, x_start, x_t, t, noise)
@@ -127,6 +126,7 @@ class EngineTrainer(Trainer):
 
     def start(self) -> None:
         """Join the group of one rank, if that is not done, and wrap the net."""
+        from data.config import DataConfig
         from train.config import Config, OptimConfig
         from train.ema import EMA
         from train.engine import build_engine, init_distributed
@@ -138,6 +138,7 @@ class EngineTrainer(Trainer):
             global_batch=self.spec.micro_batch * ACCUMULATE,
             micro_batch=self.spec.micro_batch,
             recompute=self.spec.recompute,
+            data=DataConfig(streams=1),
             model=self.net.config,
             optim=OptimConfig(lr_start=1e-4, lr_peak=1e-3, warmup_steps=10),
         )
