@@ -133,8 +133,8 @@ def set_key(values: DictConfig, schema: type, key: str, text: str) -> None:
     if get_origin(kind) is dict or is_dataclass(kind):
         inner = [name for name, *_ in keys(schema) if name.startswith(f"{key}.")] or [f"{key}.KEY"]
         raise ValueError(f"'{key}' is a group of keys: set each by itself, such as {inner[0]}=...")
-    if is_location and not text.strip("[] "):
-        raise ValueError(f"{key}={text} is empty: give a path, or leave the key out")
+    if is_location:
+        expand(key, text.strip("[]"))  # refuses an empty one, of a list too
     try:
         value = _read(text, kind, is_location)
     except (ValueError, KeyError):

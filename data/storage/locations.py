@@ -34,6 +34,11 @@ def is_remote(location: str) -> bool:
     return scheme is not None
 
 
+def absolute(location: str | Path) -> str:
+    """A location as an error names it: a path in full, so that a reader sees where it was looked for."""
+    return str(location) if is_remote(str(location)) else os.path.abspath(location)
+
+
 def join(folder: str | Path, name: str) -> str:
     """The location of a name in a folder."""
     return f"{str(folder).rstrip('/')}/{name}" if is_remote(str(folder)) else os.path.join(folder, name)
