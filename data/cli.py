@@ -20,6 +20,8 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
+from data.storage.machine import raise_open_file_limit
+
 T = TypeVar("T")
 
 HELP = {"-h", "--help", "help"}
@@ -55,11 +57,12 @@ def command(action: Callable[[T], object], schema: type[T], argv: list[str] | No
 def run_command(
     action: Callable[[list[str]], object], help_page: Callable[[], str], argv: list[str] | None = None
 ) -> None:
-    """Run a command that reads its arguments itself; exits as `command` does."""
+    """Run a command that reads its arguments itself; exits as `command` does. It may open as many files as allowed."""
     argv = arguments(argv)
     if HELP & set(argv):
         print(help_page())
         sys.exit(0)
+    raise_open_file_limit()
     try:
         action(argv)
     except (ValueError, OSError) as error:
@@ -297,7 +300,7 @@ def _without_none(kind: Any) -> Any:
 def _module() -> str:
     """How the command was called: data.demo for `python -m data.demo`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _default(f: Field) -> str:

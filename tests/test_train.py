@@ -263,10 +263,11 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(re
 
 def say_what_is_seen(rank: int, port: int, cases: list, told: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for number, (folders, counts) in enumerate(cases):
+    for number, (folders, counts, digests) in enumerate(cases):
         said = "nothing"
+        dataset = Dataset([Shard("0.tar", counts[rank])], "")
         try:
-            check_same_everywhere(Config(run_dir=folders[rank]), [Dataset([Shard("0.tar", counts[rank])], "")])
+            check_same_everywhere(Config(run_dir=folders[rank]), [dataset], [digests[rank]])
         except ValueError as error:
             said = str(error)
         Path(told, f"{number}-{rank}").write_text(said)
@@ -275,9 +276,14 @@ def say_what_is_seen(rank: int, port: int, cases: list, told: str) -> None:
 
 def test_ranks_that_see_different_disks_are_told(two_ranks, tmp_path):
     run, empty = str(two_ranks), str(tmp_path / "another disk")
-    cases = [((run, run), (5, 5)), ((run, empty), (5, 5)), ((run, run), (5, 4))]
+    same, seen = ((run, run), (5, 5)), ("d1", "d1")
+    cases = [
+        (*same, seen), ((run, empty), (5, 5), seen), ((run, run), (5, 4), seen), (*same, ("d1", "d2")),
+        (*same, ("d1", None)),  # the second rank does not know it
+    ]  # fmt: skip
     torch.multiprocessing.spawn(say_what_is_seen, (free_port(), cases, str(tmp_path)), nprocs=2)
-    expected = ["nothing", "rank 1 sees another run_dir=", "rank 1 sees another data.shards="]
+    another = "rank 1 sees another data.shards="
+    expected = ["nothing", "rank 1 sees another run_dir=", another, another, "nothing"]
     for number, words in enumerate(expected):
         for rank in range(2):
             assert (tmp_path / f"{number}-{rank}").read_text().startswith(words)

@@ -24,7 +24,7 @@ READERS, MAX_PRINTED = 4, 20
 class SidecarReport:
     """What a sidecar holds, compared with the captions of its shard.
 
-    captions: how many the shard has.  valid: by key, where the right embeddings lie in the sidecar.
+    captions: how many the shard has.  valid: by key, where the right embeddings lie in the sidecar, None behind a URL.
     missing: keys without an embedding.  stale: keys whose caption has changed since.  damaged: keys whose embedding is
     not as it was written.  extra: keys in the sidecar that have no caption.
     in_order: whether the embeddings are in the order of the samples.
@@ -32,7 +32,7 @@ class SidecarReport:
     """
 
     captions: int = 0
-    valid: dict[str, Span] = field(default_factory=dict)
+    valid: dict[str, Span | None] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
@@ -90,20 +90,20 @@ def check_sidecar(shard: Shard, folder: str, meta: TextMeta) -> SidecarReport:
     return report
 
 
-def _embeddings(location: str) -> Iterator[tuple[str, Span, bytes, str, str]]:
-    """key, span, bytes, recorded digest and recorded checksum of each embedding. Raises: ValueError, OSError."""
+def _embeddings(location: str) -> Iterator[tuple[str, Span | None, bytes, str, str]]:
+    """key, Span (None behind a URL), bytes, recorded digest and recorded checksum of each embedding.
+
+    Raises: ValueError, OSError.
+    """
     record = SidecarRecord.read(location)
     recorded = zip(record.digests, record.checksums, strict=False)
     with open_location(location) as file:
-        reader = ShardReader(file, {"npy"}, location)
+        reader = ShardReader(file, {"npy"}, spans=not is_remote(location))
         while (sample := reader.sample()) is not None:
             key, members = sample
-            span = members.get("npy") or Span(location, 0, 0)
-            after = file.tell()
-            file.seek(span.offset)
-            npy = file.read(span.size)
-            file.seek(after)
-            yield key, span, npy, *next(recorded, ("", ""))
+            found = members.get("npy", b"")
+            span = found if isinstance(found, Span) else None
+            yield key, span, span.read() if span else found, *next(recorded, ("", ""))
 
 
 def _is_embedding(npy: bytes, meta: TextMeta) -> bool:

@@ -47,7 +47,7 @@ class _CaptionBatch:
 
 def write_sidecar(
     shard: Shard, out: Path, encoder: TextEncoder, dtype: str, batch: int, claim: Claim,
-    progress: Callable[[int], object], valid: dict[str, Span] | None = None,
+    progress: Callable[[int], object], valid: dict[str, Span | None] | None = None,
 ) -> int:  # fmt: skip
     """Embed the captions of a shard. Returns how many samples have no caption. Only a few batches are in memory.
 
@@ -77,7 +77,7 @@ def write_sidecar(
     return without_caption
 
 
-def _read_captions(shard: Shard, batch: int, valid: dict[str, Span]) -> Iterator[_CaptionBatch]:
+def _read_captions(shard: Shard, batch: int, valid: dict[str, Span | None]) -> Iterator[_CaptionBatch]:
     samples = read_shard(shard.location, {"txt"})
     while some := list(islice(samples, batch)):
         captions = [(key, members["txt"]) for key, members in some if "txt" in members]
