@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.cli import command, location
 from data.prepare.packing import Picture, Unusable, check_shard_size, pack_rows, record_recipe
+from data.storage.machine import raise_if_machine
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 IMAGE_COLUMNS = ("path", "image", "file", "url")
@@ -85,6 +86,7 @@ def read_row(root: Path, row: Row) -> Picture:
     try:
         return Picture(path.read_bytes(), caption, row.name)
     except OSError as error:
+        raise_if_machine(error, str(path))
         raise Unusable(f"can't be read ({error.strerror})") from None
 
 

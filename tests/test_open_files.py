@@ -25,6 +25,7 @@ from data.storage.locations import open_location, read_bytes
 from data.storage.machine import MachineError, check_open_files, open_handles
 from data.storage.shards import find_shards
 from data.text.meta import TextMeta
+from data.text.sidecar_check import check_sidecar
 from tests.test_stream import pictures, write_dataset  # noqa: F401  # the former is a fixture
 
 SAMPLES = 48
@@ -224,6 +225,14 @@ def test_a_machine_that_is_out_of_something_ends_the_run(config, monkeypatch, nu
     failing(monkeypatch, number, 10**9)
     with pytest.raises(MachineError, match=rf"fault of this machine \({os.strerror(number)}\): \w+ .*"):
         rows(config, unreadable)
+
+
+def test_no_sidecar_is_written_off_where_no_handle_is_left(config, monkeypatch):
+    """data.embed mode=repair would make all its embeddings anew."""
+    shard, meta = find_shards(config.shards)[0], TextMeta.read(config.text)
+    failing(monkeypatch, errno.ENFILE, 10**9, "text/00000.tar")
+    with pytest.raises(MachineError, match="text/00000.tar cannot be read for a fault of this machine"):
+        check_sidecar(shard, config.text, meta)
 
 
 def test_a_bound_of_one_handle_too_many_is_forgiven_once(config, monkeypatch):

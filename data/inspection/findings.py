@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data.images import BadImage, preprocess
 from data.loader.cursor import ENDED, TEXT_UNREADABLE, UNREADABLE, RawSample, ShardCursor
 from data.loader.draws import Draw, Draws
+from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
 from data.text.embeddings import read_into
 from data.text.meta import TextMeta
@@ -141,6 +142,7 @@ def _inspect_sample(
             read_into(np.empty(meta.shape, meta.array_dtype), raw.embedding, meta)
         except ValueError as problem:
             return pixels, str(problem)
-        except OSError:
+        except OSError as error:
+            raise_if_machine(error, f"the embedding of {raw.name}")
             return pixels, TEXT_UNREADABLE
     return pixels, raw.problem

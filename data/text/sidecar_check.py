@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from data.storage.digests import caption_digest
 from data.storage.locations import is_remote, join, list_names, open_location
+from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, Span, read_shard
@@ -63,7 +64,7 @@ class SidecarSummary(NamedTuple):
 def check_sidecar(shard: Shard, folder: str, meta: TextMeta) -> SidecarReport:
     """Read a sidecar whole and compare it with the captions of its shard.
 
-    Raises: OSError if the shard itself cannot be read.
+    Raises: OSError if the shard itself cannot be read; MachineError.
     """
     digests = {
         key: caption_digest(key, members["txt"])
@@ -83,6 +84,8 @@ def check_sidecar(shard: Shard, folder: str, meta: TextMeta) -> SidecarReport:
             else:
                 report.valid[key] = span
     except (OSError, DamagedTar, ValueError) as error:
+        if isinstance(error, OSError):
+            raise_if_machine(error, sidecar_location(shard, folder))
         report.unreadable = str(error)
     missing = set(digests).difference(keys)
     report.missing = [key for key in digests if key in missing]
