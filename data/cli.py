@@ -300,7 +300,7 @@ def _without_none(kind: Any) -> Any:
 def _module() -> str:
     """How the command was called: data.demo for `python -m data.demo`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _default(f: Field) -> str:

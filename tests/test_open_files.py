@@ -231,7 +231,7 @@ def test_no_sidecar_is_written_off_where_no_handle_is_left(config, monkeypatch):
     """data.embed mode=repair would make all its embeddings anew."""
     shard, meta = find_shards(config.shards)[0], TextMeta.read(config.text)
     failing(monkeypatch, errno.ENFILE, 10**9, "text/00000.tar")
-    with pytest.raises(MachineError, match="text/00000.tar cannot be read for a fault of this machine"):
+    with pytest.raises(MachineError, match=r"text/00000\.tar cannot be read for a fault of this machine"):
         check_sidecar(shard, config.text, meta)
 
 

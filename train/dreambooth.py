@@ -59,13 +59,13 @@ def prepare(args: DreamBooth) -> None:
         raise ValueError(f"there is no folder '{folder.absolute()}': put the pictures of the concept there")
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     from data.embed import Embed, embed
-    from data.pack import list_folder
+    from data.prepare.folder import list_folder
     from data.storage.tars import stats_path
     from train.checkpoint.checkpoint import Checkpoint
     from train.sampling.dreambooth_data import draw_class, read_concept, read_prompts, write_pictures
 
     checkpoint, out = Checkpoint.open(args.checkpoint), Path(args.out)
-    concept = read_concept([folder / row.name for row in list_folder(folder)])
+    concept = read_concept([folder / row.name for row in list_folder(folder) if not row.problem])
     write_pictures(out / "concept", [(picture, args.prompt) for picture in concept])
     if not stats_path(out / "prior" / "shards" / "00000.tar").exists():
         prompts = read_prompts(args.class_prompt, args.prior)
