@@ -9,8 +9,9 @@ from data.storage.clients import UnreadableError
 from data.storage.locations import is_remote, open_location, size_of, split
 from data.storage.shards import REINDEX, Shard
 from data.storage.tar_headers import DamagedTar
-from data.storage.tars import ShardReader, Span
+from data.storage.tars import ShardReader, Span, printable_key
 from data.text.meta import sidecar_location
+from data.text.sidecar_record import EmbeddedCaptions
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class ShardCursor:
     text_folder: '' leaves the embeddings out.  needs_caption: a sample without a caption is then bad, as a sample
     without an embedding is.
     unreadable: with 'skip' the samples after the point where a shard or sidecar can't be read are bad ones.
-    Raises: with unreadable='fail' ShardUnreadable, from here and from read.
+    Raises: with unreadable='fail' ShardUnreadable, from here and from read; from read WrongSidecar.
     """
 
     def __init__(self, shard: Shard, text_folder: str, unreadable: str = "skip", needs_caption: bool = False) -> None:
@@ -52,10 +53,12 @@ class ShardCursor:
         fail = unreadable == "fail"
         self._images = _Tar(shard.location, {*IMAGE_EXTENSIONS, "txt"}, shard.size, fail)
         self._texts: _Tar | None = None
+        self._embedded: EmbeddedCaptions | None = None
         if text_folder:
             location = sidecar_location(shard, text_folder)
             # Embeddings may be a hundred times as large as the images, so those on a disk are not held in memory.
             self._texts = _Tar(location, {"npy"}, None, fail, "" if is_remote(location) else location)
+            self._embedded = EmbeddedCaptions(location)
 
     def read(self, row: int) -> RawSample:
         """The sample at a row, at or after self.row. The data of the rows between is not read."""
@@ -68,11 +71,17 @@ class ShardCursor:
             return RawSample(f"{self._name}[{row}]", problem=problem)
         key, members = sample
         embedding, problem = self._embedding(key)
+        if self._embedded and "txt" in members and not self._embedded.has(self._name, key, members["txt"]):
+            embedding, problem = b"", NO_EMBEDDING
         if self._needs_caption and "txt" not in members:
             problem = NO_CAPTION
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), b"")
         return RawSample(
-            f"{self._name}:{key}", image, embedding, members.get("txt", b""), problem if image else NO_IMAGE
+            f"{self._name}:{printable_key(key)}",
+            image,
+            embedding,
+            members.get("txt", b""),
+            problem if image else NO_IMAGE,
         )
 
     def _embedding(self, key: str) -> tuple[bytes | Span, str]:

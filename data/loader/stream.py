@@ -16,6 +16,7 @@ from data.loader.draws import Draw, Draws
 from data.loader.mixture import Mixture
 from data.loader.order import Block
 from data.loader.workers import Workers
+from data.text.decode import decode_caption
 from data.text.embeddings import read_empty, read_into
 from data.text.meta import TextMeta
 
@@ -144,7 +145,7 @@ class MicroBatches:
         Raises: ValueError, whose message is the reason under which the sample is counted; ShardUnreadable.
         """
         if self.encoder:
-            out[:] = self.encoder.token_ids([raw.caption.decode("utf-8", "replace")])[0]
+            out[:] = self.encoder.token_ids([decode_caption(raw.caption)])[0]
             return
         try:
             read_into(out, raw.embedding, self.meta)
