@@ -136,7 +136,7 @@ def read_stats(location: str) -> Stats | None:
 def current_digest(shard: Shard) -> str | None:
     """The digest of a shard as it is now, without reading the tar; None if only that would tell.
 
-    Of a local shard that is what the stats file says, else the index in its folder, if they are not older than the tar.
+    Of a local shard that is what the stats file says, else the index, unless it lies beside the tar and is older.
     Raises: ValueError if a local index says otherwise than the stats file; OSError.
     """
     if is_remote(shard.location):
@@ -150,8 +150,8 @@ def current_digest(shard: Shard) -> str | None:
         return stats.digest
     try:
         return None if _is_older(join(folder, INDEX), shard.location) else shard.digest
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError:  # the index lies elsewhere
+        return shard.digest
 
 
 def _is_older(path: str, tar: str) -> bool:
