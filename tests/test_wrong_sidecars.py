@@ -20,7 +20,10 @@ from data.storage.shards import Shard, find_shards
 from data.storage.tars import read_shard, stats_path, write_shard
 from data.text.meta import TextMeta, check_sidecars
 from data.text.sidecar_record import WrongSidecar
+from tests.checkpoints import write_run
 from tests.support.trainings import launch, make_data
+from tests.test_evaluate import NET, assert_one_line
+from train import evaluate, sample
 
 pytest_plugins = ["tests.support.faulty_server"]
 
@@ -92,7 +95,7 @@ def test_cut_sidecars_are_told_before_a_training_with_the_remedy(right, tmp_path
     for name in ("00001.tar", "00003.tar"):
         os.truncate(text / name, (text / name).stat().st_size - 1024)
     shards = find_shards(right / "shards")
-    said = r"2 of 4 sidecars in '.*' were cut or changed .*\(first: 00001\.tar\): run `python -m data\.embed .* mode=repair"
+    said = r"2 of 4 sidecars in '.*' were cut or changed .*\(first: 00001\.tar\): run `.*data\.embed .* mode=repair`"
     with pytest.raises(ValueError, match=said):
         check_sidecars(shards, text, 0, 0)
     with pytest.raises(ValueError, match="could be counted"):
@@ -152,6 +155,20 @@ def test_all_that_read_embeddings_refuse_them(right, wrong, unknown, tmp_path):
     right_ones = replace(config, shards=str(right / "shards"))
     assert len(stored_prompts(find_datasets(right_ones), meta, 4)) == 4
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_commands_that_draw_refuse_them_in_one_line(right, wrong, unknown, tmp_path, capsys):
+    run = write_run(
+        tmp_path / "run", NET, right / "text", data=DataConfig(shards=str(unknown), text=str(right / "text"))
+    )
+    with pytest.raises(SystemExit) as caught:
+        sample.main([f"checkpoint={run}", f"out={tmp_path / 'drawn'}", "steps=2"])
+    assert_one_line(caught, capsys, "has no embedding of the caption of")
+    for shards, message in ((wrong, "are of other captions than 4 of 4 shards"), (unknown, "has no embedding of the")):
+        given = [f"shards={shards}", f"text={right / 'text'}", "scores=[alignment]", "samples=4", "steps=2"]
+        with pytest.raises(SystemExit) as caught:
+            evaluate.main([f"checkpoint={run}", *given, f"out={tmp_path / 'scores'}"])
+        assert_one_line(caught, capsys, message)
 
 
 @pytest.mark.parametrize(("ranks", "known"), [(1, True), (2, False)])

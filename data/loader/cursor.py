@@ -10,6 +10,7 @@ from data.storage.locations import is_remote, open_location, size_of, split
 from data.storage.shards import REINDEX, Shard
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, Span, printable_key
+from data.text.decode import NOT_UTF8, is_text
 from data.text.meta import sidecar_location
 from data.text.sidecar_record import EmbeddedCaptions
 
@@ -42,8 +43,8 @@ class RawSample:
 class ShardCursor:
     """Reads a shard and its sidecar side by side, forwards.
 
-    text_folder: '' leaves the embeddings out.  needs_caption: a sample without a caption is then bad, as a sample
-    without an embedding is.
+    text_folder: '' leaves the embeddings out.  needs_caption: a sample without a caption, or whose caption
+    is no text, is then bad, as a sample without an embedding is.
     unreadable: with 'skip' the samples after the point where a shard or sidecar can't be read are bad ones.
     Raises: with unreadable='fail' ShardUnreadable, from here and from read; from read WrongSidecar.
     """
@@ -73,8 +74,8 @@ class ShardCursor:
         embedding, problem = self._embedding(key)
         if self._embedded and "txt" in members and not self._embedded.has(self._name, key, members["txt"]):
             embedding, problem = b"", NO_EMBEDDING
-        if self._needs_caption and "txt" not in members:
-            problem = NO_CAPTION
+        if self._needs_caption:
+            problem = NO_CAPTION if "txt" not in members else "" if is_text(members["txt"]) else NOT_UTF8
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), b"")
         return RawSample(
             f"{self._name}:{printable_key(key)}",

@@ -13,7 +13,7 @@ from data.storage.locations import is_remote, join, list_names, open_location, s
 from data.storage.shards import Shard, current_digest
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import STATS, ShardReader, Span, printable_key, read_shard, scan_shard
-from data.text.decode import decode_caption
+from data.text.decode import is_text
 from data.text.embeddings import from_bytes, read_empty
 from data.text.meta import TextMeta, sidecar_location
 from data.text.sidecar_record import SidecarRecord, checksum
@@ -80,12 +80,10 @@ def check_sidecar(shard: Shard, folder: str, meta: TextMeta) -> SidecarReport:
     digests, not_text, source = {}, [], ShardDigest()
     try:
         for key, members in source.of(read_shard(shard.location, {"txt"})):
-            if "txt" in members:
-                try:
-                    decode_caption(members["txt"])
-                    digests[key] = caption_digest(key, members["txt"])
-                except ValueError:
-                    not_text.append(f"{shard.name.removesuffix('.tar')}:{printable_key(key)}")
+            if "txt" in members and is_text(members["txt"]):
+                digests[key] = caption_digest(key, members["txt"])
+            elif "txt" in members:
+                not_text.append(f"{shard.name.removesuffix('.tar')}:{printable_key(key)}")
     except (OSError, DamagedTar) as error:
         return SidecarReport(shard_unreadable=getattr(error, "strerror", None) or str(error))
     report, keys = SidecarReport(captions=len(digests), not_text=not_text), []
@@ -161,9 +159,6 @@ def find_outdated(shards: list[Shard], folder: str) -> tuple[dict[str, str], dic
     """
 
     def compare(shard: Shard) -> tuple[str, str]:
-        sidecar = sidecar_location(shard, folder)
-        if not os.path.exists(sidecar.removesuffix(".tar") + STATS):
-            return "", ""
         try:
             if (digest := current_digest(shard)) is None:
                 scan = scan_shard(shard.location)
@@ -173,6 +168,7 @@ def find_outdated(shards: list[Shard], folder: str) -> tuple[dict[str, str], dic
         except OSError as error:
             return "", error.strerror or str(error)
         try:
+            sidecar = sidecar_location(shard, folder)
             record = SidecarRecord.read(sidecar)
             return CHANGED if record.source != digest else DAMAGED if os.path.getsize(
                 sidecar
@@ -180,9 +176,11 @@ def find_outdated(shards: list[Shard], folder: str) -> tuple[dict[str, str], dic
         except (OSError, ValueError):
             return DAMAGED, ""
 
+    # A sidecar without its stats file is missing rather than outdated.
+    there = [s for s in shards if os.path.exists(sidecar_location(s, folder).removesuffix(".tar") + STATS)]
     with ThreadPoolExecutor(READERS) as readers:
-        found = list(readers.map(compare, shards))
-    named = [(shard.name, *reasons) for shard, reasons in zip(shards, found, strict=True)]
+        bar = tqdm(readers.map(compare, there), total=len(there), unit="shard", desc="compare", disable=not there)
+        named = [(shard.name, *reasons) for shard, reasons in zip(there, bar, strict=True)]
     return {name: why for name, why, _ in named if why}, {name: problem for name, _, problem in named if problem}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from data.storage.digests import CAPTION_DIGITS, caption_digest
 from data.storage.locations import read_bytes
 from data.storage.tars import BYTES, SOURCE_DIGEST, STATS, printable_key
-from data.text.decode import decode_caption
+from data.text.decode import is_text
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +92,7 @@ class EmbeddedCaptions:
         at = int(self._digests.searchsorted(digest))
         if at < len(self._digests) and self._digests[at] == digest:
             return True
-        try:
-            decode_caption(caption)
-        except ValueError:
+        if not is_text(caption):
             return False
         raise WrongSidecar(
             f"'{self._sidecar}' has no embedding of the caption of {printable_key(key)} in '{shard}': it was made from "
