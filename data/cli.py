@@ -20,6 +20,8 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
+from data.storage.machine import raise_open_file_limit
+
 T = TypeVar("T")
 
 HELP = {"-h", "--help", "help"}
@@ -55,11 +57,12 @@ def command(action: Callable[[T], object], schema: type[T], argv: list[str] | No
 def run_command(
     action: Callable[[list[str]], object], help_page: Callable[[], str], argv: list[str] | None = None
 ) -> None:
-    """Run a command that reads its arguments itself; exits as `command` does."""
+    """Run a command that reads its arguments itself; exits as `command` does. It may open as many files as allowed."""
     argv = arguments(argv)
     if HELP & set(argv):
         print(help_page())
         sys.exit(0)
+    raise_open_file_limit()
     try:
         action(argv)
     except (ValueError, OSError) as error:
@@ -133,8 +136,8 @@ def set_key(values: DictConfig, schema: type, key: str, text: str) -> None:
     if get_origin(kind) is dict or is_dataclass(kind):
         inner = [name for name, *_ in keys(schema) if name.startswith(f"{key}.")] or [f"{key}.KEY"]
         raise ValueError(f"'{key}' is a group of keys: set each by itself, such as {inner[0]}=...")
-    if is_location and not text.strip("[] "):
-        raise ValueError(f"{key}={text} is empty: give a path, or leave the key out")
+    if is_location:
+        expand(key, text.strip("[]"))  # refuses an empty one, of a list too
     try:
         value = _read(text, kind, is_location)
     except (ValueError, KeyError):
@@ -297,7 +300,7 @@ def _without_none(kind: Any) -> Any:
 def _module() -> str:
     """How the command was called: data.demo for `python -m data.demo`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _default(f: Field) -> str:

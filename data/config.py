@@ -74,7 +74,7 @@ class DataConfig:
     tokens: length of a caption's embedding; 0 for that in the embeddings' meta.json.
     crop_shift: largest shift of the crop from the centre, as a share of its side.
     cond_drop_prob: share of captions that are replaced by the empty one.
-    streams: parts of a batch, each read from shards of its own; at most global_batch. docs/reference/order.md.
+    streams: parts of a batch that are read from shards of their own, at most global_batch; docs/reference/order.md.
     phases: sets of streams that successive steps take turns in, so that as many workers can read side by side.
     shuffle_block: samples of a stream that are shuffled together.
     workers: loader processes of a rank; 0 reads in the trainer.

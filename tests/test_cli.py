@@ -190,9 +190,11 @@ def test_ctrl_c_is_one_line(capsys):
         ("data.pack", ["source=tests", "out=/proc/foo"], "no .jpg"),
         ("data.demo", ["out=/proc/foo"], "'/proc/foo': No such file or directory"),
         ("data.embed", ["shards=x", "out=y", "mode=cheque"], "mode=cheque must be one of embed, meta, check, repair"),
-        ("data.index", ["shards=absent"], "no folder"),
+        ("data.index", ["shards=absent"], f"no folder '{ROOT}/absent'"),
+        ("data.inspect", ["shards=absent", "out=x.html"], f"no folder '{ROOT}/absent'"),
+        ("data.embed", ["shards=absent", "out=x"], f"no folder '{ROOT}/absent'"),
         ("data.tiny_t5", ["out="], "out= is empty"),
-        ("train.report", ["runs=absent"], "is not the folder of a run"),
+        ("train.report", ["runs=absent"], f"'{ROOT}/absent' is not the folder of a run"),
     ],
 )
 def test_mistakes_of_real_commands(module, arguments, message):

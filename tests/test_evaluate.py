@@ -185,9 +185,9 @@ def test_pieces_of_any_size_make_one_array(tmp_path):
         ("guidance_scales=[1,1]", "must be one or more different numbers"),
         ("checkpoint=nowhere", "/nowhere' has no whole checkpoint"),
         ("text=other-text", "which is not the encoder that the net was trained with"),
-        ("text=nowhere", "no text embeddings in 'nowhere'"),
+        ("text=nowhere", "/nowhere' (no meta.json)"),
         ("steps=0", "steps=0 must lie between"),
-        ("model=if_i_m checkpoint=nowhere", "no weights at 'nowhere'"),
+        ("model=if_i_m checkpoint=nowhere", "/nowhere': name a file or folder"),
         ("model=if_i_q", "model=if_i_q must be one of if_i_l, if_i_m, if_i_xl, scenes, small"),
     ],
 )  # fmt: skip

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.activations import make_activation
 from model.config import UNetConfig
 from model.fewbit import FewBitGELU, best_steps, decode, encode, pack, unpack
 from model.unet import UNet
@@ -178,8 +177,8 @@ def test_the_table_survives_moves_casts_and_meta():
 def test_other_bits_are_refused(bits):
     with pytest.raises(ValueError, match=f"bits={bits}"):
         FewBitGELU(bits)
-    with pytest.raises(ValueError, match=f"gelu_{bits}bit.*gelu_1bit"):
-        make_activation(f"gelu_{bits}bit")
+    with pytest.raises(ValueError, match=rf"model.activation=gelu_{bits}bit must be one of .*gelu_1bit"):
+        UNetConfig(activation=f"gelu_{bits}bit")
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -153,4 +153,4 @@ def test_weights_that_do_not_fit_are_named():
 
 def test_a_first_level_wider_than_the_model_is_refused():
     with pytest.raises(ValueError, match=r"channel_mult=\[2, 4\]"):
-        diffusers_config(UNetConfig(channel_mult=[2, 4]))
+        diffusers_config(UNetConfig(channel_mult=[2, 4], attention_resolutions=[32]))

@@ -184,10 +184,9 @@ def test_lora_is_planned_with_the_same_parts():
 
 def test_the_plan_of_a_lora_run_counts_its_own_compute():
     """What metrics.py divides by for the MFU: without the gradients of the frozen weights."""
-    lora = LoRAConfig(rank=4)
-    config = replace(compose_config(TINY), lora=lora)
+    config = compose_config([*TINY, "init_from=released", "lora.rank=4"])
     plan = make_plan(PlanOptions(nodes=2, gpus_per_node=1), config)
-    assert plan.flops == training_flops(config.model, config.data.tokens, lora)
+    assert plan.flops == training_flops(config.model, config.data.tokens, config.lora)
     assert plan.model_flops < 0.8 * 8 * training_flops(config.model, config.data.tokens).total
     assert plan.times.compute == pytest.approx(plan.model_flops / (2 * 312e12 * 0.4))
     none, cheap, blocks = (cost.flops.total for cost in plan.costs.values())
@@ -247,8 +246,8 @@ def test_the_page(plan):
         (["nods=3"], "unknown key 'nods' (did you mean 'nodes'?)"),
     ],
 )
-def test_mistakes_are_told_in_a_line(capsys, arguments, told):
+def test_a_mistake_is_an_error_of_one_line(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main([*(SMALL if "+experiment=unknown" not in arguments else []), *arguments])
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and told in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and message in error and error.count("\n") == 1

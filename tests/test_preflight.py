@@ -22,7 +22,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def preflight(trees: list[Path], overrides: list[list[str]]) -> tuple[list[int], str, str]:
-    """One process in each tree with its own overrides; exit statuses, and what the first one said."""
+    """One process in each tree with its own overrides; exit statuses, stdout and stderr of the first."""
     port, started = str(free_port()), []
     for rank, (tree, own) in enumerate(zip(trees, overrides, strict=True)):
         environment = os.environ | {
@@ -32,8 +32,8 @@ def preflight(trees: list[Path], overrides: list[list[str]]) -> tuple[list[int],
         command = [sys.executable, "-m", "launch.preflight", *SMALL, *FAST, *own]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=tree, env=environment, **pipes))
-    said = [process.communicate(timeout=200) for process in started]
-    return [process.returncode for process in started], *said[0]
+    output = [process.communicate(timeout=200) for process in started]
+    return [process.returncode for process in started], *output[0]
 
 
 def test_two_good_nodes_and_three_kinds_of_bad_ones(repo, data, tmp_path):
@@ -47,8 +47,8 @@ def test_two_good_nodes_and_three_kinds_of_bad_ones(repo, data, tmp_path):
     # Of the second node: storage that isn't mounted, a folder of its own, and a checkout that is a line behind.
     other = tmp_path / "checkout"
     other.mkdir()
-    for room in ("train", "model", "data", "launch", "conf"):
-        shutil.copytree(repo / room, other / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("train", "model", "data", "launch", "conf"):
+        shutil.copytree(repo / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
     with open(other / "model/losses.py", "a") as source:
         source.write("# changed\n")
     bad = [f"run_dir={tmp_path / 'own'}", "data.shards=nowhere", good[2]]
@@ -56,12 +56,12 @@ def test_two_good_nodes_and_three_kinds_of_bad_ones(repo, data, tmp_path):
     assert status == [2, 2]
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3 and all(line.startswith("error: node2") for line in errors), errors
-    for told in ("no folder 'nowhere'", "is not the one that node1 sees", "other code"):
-        assert any(told in line for line in errors), told
+    for message in (f"no folder '{other / 'nowhere'}'", "is not the one that node1 sees", "other code"):
+        assert any(message in line for line in errors), message
     assert "every node is ready" not in out
 
 
-def test_no_room_and_slow_storage_are_told(repo, data, tmp_path):
+def test_a_full_disk_and_slow_storage_are_faults(repo, data, tmp_path):
     good = [f"run_dir={tmp_path / 'run'}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
     greedy = [*good, "keep_checkpoints=100000000", "step_seconds=1e-9"]
     status, _, err = preflight([repo, repo], [greedy, greedy])
@@ -81,6 +81,6 @@ def test_everyone_meets_everyone_once(nodes):
 
 def test_a_slow_pair_is_named():
     rates = {("a", "b"): 10e9, ("a", "c"): 2e9, ("b", "c"): 9e9, ("c", "d"): 10e9}
-    (told,) = slow_pairs(rates)
-    assert told.startswith("a and c: 2.00 GB/s")
+    (fault,) = slow_pairs(rates)
+    assert fault.startswith("a and c: 2.00 GB/s")
     assert not slow_pairs({}) and not slow_pairs({("a", "b"): 1.0})

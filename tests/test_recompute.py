@@ -1,33 +1,36 @@
 """What is kept for backward: the same gradients to the bit, and fewer bytes."""
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from data.text.meta import TextMeta
 from launch.cost.step_cost import kept_bytes
 from model.config import RECOMPUTE, UNetConfig
 from model.unet import UNet
 from tests.benchmarks.nets import DIFFUSERS, OURS
 from tests.benchmarks.unet_memory import per_image
+from train.config import Config, OptimConfig
+from train.inputs import Inputs
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 
 
+NET = UNetConfig(
+    image_size=16, model_channels=32, channel_mult=[1, 2, 3], num_res_blocks=1, attention_resolutions=[8, 4],
+    num_head_channels=16, encoder_dim=24, encoder_channels=64, att_pool_heads=4,
+)  # fmt: skip
+
+
 def net(activation: str = "gelu", recompute: str = "none") -> UNet:
     torch.manual_seed(0)
-    shape = {
-        "image_size": 16,
-        "model_channels": 32,
-        "channel_mult": [1, 2, 3],
-        "num_res_blocks": 1,
-        "attention_resolutions": [8, 4],
-        "num_head_channels": 16,
-        "encoder_dim": 24,
-        "encoder_channels": 64,
-        "att_pool_heads": 4,
-    }
-    unet = UNet(UNetConfig(**shape, activation=activation), recompute)
+    unet = UNet(replace(NET, activation=activation), recompute)
     for parameter in unet.parameters():
         nn.init.normal_(parameter, std=0.1)
     return unet
@@ -108,6 +111,27 @@ def test_compiles_whole_without_recompiling(recompute):
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled(args[0] + 1, args[1] + 1, args[2]).mean().backward()
     assert all(p.grad is not None for p in unet.parameters())
+
+
+def print_kept_of_a_run() -> None:
+    """The bytes that the net of a run keeps, a line for each choice; as a process of its own, for it joins a group."""
+    from train.engine import init_distributed
+    from train.loop import build
+
+    _, ranks, device = init_distributed()
+    args = inputs()
+    for recompute in RECOMPUTE:
+        config = Config(model=NET, recompute=recompute, precision="fp32", optim=OptimConfig("adamw"))
+        unet = build(config, Inputs([], TextMeta("", "", "", 5, 24, "float16", "float32", "")), ranks, device).model
+        print(recompute, kept_bytes(lambda unet=unet: unet(*args)))
+
+
+def test_a_run_recomputes_as_it_is_configured(repo):
+    code = "from tests.test_recompute import print_kept_of_a_run; print_kept_of_a_run()"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-3:] == [f"{recompute} {kept('gelu', recompute)}" for recompute in RECOMPUTE]
 
 
 def test_an_unknown_choice_is_refused():

@@ -170,6 +170,7 @@ def test_a_shard_that_stays_unreadable_ends_the_run_or_is_passed_over(repo, data
 
 def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
     checkpoint = Checkpoint.open(two_ranks)
+    assert (checkpoint.config["data"]["tokens"], checkpoint.model.encoder_dim) == (16, 64), "not given: the embeddings'"
     unet = UNet(checkpoint.model)
     for name in ("ema", "master"):
         weights = checkpoint.weights(name)
@@ -224,19 +225,19 @@ def test_bad_images_are_counted_reported_and_add_nothing_and_too_many_stop_the_r
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+model.typo=1"], "typo"),
-        (["model.typo=1"], "Key 'typo' not in 'UNetConfig'"),
+        (["+model.typo=1"], "unknown key 'model.typo'"),
+        (["model.typo=1"], "unknown key 'model.typo'"),
         (["global_batch=9"], "global_batch=9 is not a multiple of 1 ranks x micro_batch=4"),
         (["model.num_head_channels=33"], "num_head_channels=33"),
         (["model.encoder_dim=128"], "64 wide"),
-        (["data.shards=nowhere"], "no folder 'nowhere'"),
-        (["init_from=nowhere"], "no weights at 'nowhere'"),
+        (["data.shards=nowhere"], "/nowhere': make shards with"),
+        (["init_from=nowhere"], "/nowhere': download them first"),
         (["wandb.mode=online"], "run `wandb login`"),
     ],
 )
 def test_mistakes_end_before_training_in_one_line(repo, data, tmp_path, overrides, message):
     done = launch(repo, data, tmp_path / "run", *overrides)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 

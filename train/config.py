@@ -105,8 +105,8 @@ class Config:
     """One run.
 
     run_dir: folder of the run: checkpoints, metrics, samples. A run goes on from the latest checkpoint in it.
-    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; without, random ones. Of no
-        effect once run_dir has a checkpoint.
+    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; without, random ones. It has
+        no effect once run_dir has a checkpoint.
     seed: of every random draw.
     steps: optimizer steps of the whole run.
     global_batch: samples of an optimizer step, over all ranks.

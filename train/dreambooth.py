@@ -59,7 +59,7 @@ def prepare(args: DreamBooth) -> None:
         raise ValueError(f"there is no folder '{folder.absolute()}': put the pictures of the concept there")
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     from data.embed import Embed, embed
-    from data.pack import list_folder
+    from data.prepare.folder import list_folder
     from train.checkpoint.checkpoint import Checkpoint
     from train.sampling.dreambooth_data import (
         Drawing,
@@ -75,7 +75,7 @@ def prepare(args: DreamBooth) -> None:
     meta, prompts = checkpoint.text, read_prompts(args.class_prompt, args.prior)
     for prompt in dict.fromkeys([args.prompt, *prompts]):
         warn_of_lost_words(prompt, meta.cleaning)
-    concept = read_concept([folder / row.name for row in list_folder(folder)])
+    concept = read_concept([folder / row.name for row in list_folder(folder) if not row.problem])
     write_pictures(out / "concept", [(picture, args.prompt) for picture in concept])
     drawing = Drawing.of(checkpoint, prompts, args.guidance_scale, args.steps, args.seed)
     if reason := drawing.to_draw(out / "prior"):

@@ -108,9 +108,18 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
 
 
 def build(config: Config, inputs: Inputs, ranks: int, device: torch.device) -> Engine:
-    """The net before its first step, with the matrices of LoRA if those are trained, under ZeRO-1."""
+    """The net before its first step, under ZeRO-1."""
     torch.manual_seed(config.seed)
     inputs.to(device)
+    engine = build_engine(build_net(config, inputs, device), config, ranks)
+    if begins_from_weights(config):
+        engine.set_weights(inputs.weights)
+        inputs.weights = None
+    return engine
+
+
+def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
+    """The net with the matrices of LoRA, if those are what is trained."""
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
         unet = UNet(config.model, config.recompute)
     if config.compile:  # the forward alone: DeepSpeed adds hooks to the module that cannot be traced
@@ -118,11 +127,7 @@ def build(config: Config, inputs: Inputs, ranks: int, device: torch.device) -> E
     if config.lora.rank:
         add_lora(unet, config.lora, inputs.weights)
         inputs.weights = None
-    engine = build_engine(unet, config, ranks)
-    if begins_from_weights(config):
-        engine.set_weights(inputs.weights)
-        inputs.weights = None
-    return engine
+    return unet
 
 
 def load(

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.cli import HELP, INTERRUPTED, MISTAKE, REQUEUE, arguments, reason
+from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
 from train.config import Config, accumulation
 
@@ -57,6 +58,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
     from train.monitor.tracker import check_login
     from train.summary import describe
 
+    raise_open_file_limit()
     install_signal_handlers()
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -66,6 +68,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
                 print(describe(config, ranks))
             return
         check_nodes(os.environ, ranks)
+        check_open_files(config.data.workers, ranks)
         accumulation(config, ranks)
         inputs = find_inputs(config, rank)
         check_resumable(config, inputs.samples)

@@ -6,6 +6,7 @@ import numpy as np
 
 from data.loader.cursor import ShardCursor
 from data.loader.dataset import Dataset
+from data.storage.machine import raise_if_machine
 from data.text.decode import decode_caption
 from data.text.embeddings import read_into
 from data.text.meta import TextMeta
@@ -36,6 +37,8 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
                 read_into(embedding, raw.embedding, meta)
             prompts.append((caption, embedding))
         except (ValueError, OSError) as problem:
+            if isinstance(problem, OSError):
+                raise_if_machine(problem, raw.name)
             logger.warning("%s cannot serve as a prompt: %s", raw.name, raw.problem or problem)
     if not prompts:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from braceexpand import braceexpand
 
-from data.storage.locations import is_remote, join, list_names, open_location, read_bytes, size_of, split
+from data.storage.locations import absolute, is_remote, join, list_names, open_location, read_bytes, size_of, split
 from data.storage.tars import BYTES, DIGEST, SOURCE_DIGEST, STATS, scan_shard
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def find_shards(where: str | Path, unreadable: dict[str, str] | None = None) -> 
     try:
         shards = read_index(where) if where.endswith(".json") else _find(where, unreadable)
     except OSError as error:
-        raise ValueError(f"data.shards '{where}' cannot be read: {error}") from None
+        raise ValueError(f"the shards '{absolute(where)}' cannot be read: {error}") from None
     if not unreadable and not any(shard.count for shard in shards):
         raise ValueError(f"the {len(shards)} shards of '{where}' hold no samples")
     return shards
@@ -74,7 +74,9 @@ def locate(where: str) -> list[str]:
         found = list(braceexpand(where))
     else:
         if not is_remote(where) and not Path(where).is_dir():
-            raise ValueError(f"no folder '{where}': make shards with `python -m data.demo out={where}` or `data.pack`")
+            raise ValueError(
+                f"no folder '{absolute(where)}': make shards with `python -m data.demo out={where}` or `data.pack`"
+            )
         found = [join(where, name) for name in sorted(list_names(where)) if name.endswith(".tar")]
     if not found:
         raise ValueError(f"no shards (*.tar) in '{where}': make some with `python -m data.pack` or `data.demo`")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.storage.locations import is_remote, join, list_names, read_bytes, split
+from data.storage.locations import absolute, is_remote, join, list_names, read_bytes, split
 from data.storage.shards import INDEX, Shard, current_digest, read_index, read_stats
 from data.storage.tars import write_json
 from data.text.sidecar_record import WrongSidecar
@@ -77,7 +77,8 @@ class TextMeta:
             return meta
         except FileNotFoundError:
             raise ValueError(
-                f"no text embeddings in '{folder}' (no {META}): run `python -m data.embed shards=... out={folder}`"
+                f"no text embeddings in '{absolute(folder)}' (no {META}): "
+                f"run `python -m data.embed shards=... out={folder}`"
             ) from None
         except OSError as error:
             raise ValueError(f"'{path}', the meta file of the embeddings, cannot be read: {error}") from None

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from data.storage.digests import ShardDigest, caption_digest
 from data.storage.locations import is_remote, join, list_names, open_location, size_of
+from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard, current_digest
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import STATS, ShardReader, Span, printable_key, read_shard, scan_shard
@@ -28,8 +29,8 @@ CHANGED, DAMAGED = "changed", "damaged"
 class SidecarReport:
     """What a sidecar holds, compared with the captions of its shard.
 
-    captions: how many the shard has.  valid: by caption_digest, where the right embeddings lie
-    in the sidecar.
+    captions: how many the shard has.
+    valid: by caption_digest, where the right embeddings lie in the sidecar, None behind a URL.
     missing: keys without an embedding.  stale: keys whose caption has changed since.  damaged: keys whose embedding is
     not as it was written.  extra: keys in the sidecar that have no caption.
     not_text: SHARD:KEY of each caption that is not UTF-8, which has no embedding; that is no fault.
@@ -40,7 +41,7 @@ class SidecarReport:
     """
 
     captions: int = 0
-    valid: dict[str, Span] = field(default_factory=dict)
+    valid: dict[str, Span | None] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
@@ -84,8 +85,11 @@ def check_sidecar(shard: Shard, folder: str, meta: TextMeta) -> SidecarReport:
                 digests[key] = caption_digest(key, members["txt"])
             elif "txt" in members:
                 not_text.append(f"{shard.name.removesuffix('.tar')}:{printable_key(key)}")
-    except (OSError, DamagedTar) as error:
-        return SidecarReport(shard_unreadable=getattr(error, "strerror", None) or str(error))
+    except DamagedTar as error:
+        return SidecarReport(shard_unreadable=str(error))
+    except OSError as error:
+        raise_if_machine(error, shard.location)
+        return SidecarReport(shard_unreadable=error.strerror or str(error))
     report, keys = SidecarReport(captions=len(digests), not_text=not_text), []
     sidecar = sidecar_location(shard, folder)
     try:
@@ -109,23 +113,20 @@ def check_sidecar(shard: Shard, folder: str, meta: TextMeta) -> SidecarReport:
     return report
 
 
-def _embeddings(location: str, record: SidecarRecord) -> Iterator[tuple[str, Span, bytes, str, str]]:
-    """key, span, bytes, recorded digest and recorded checksum of each embedding.
+def _embeddings(location: str, record: SidecarRecord) -> Iterator[tuple[str, Span | None, bytes, str, str]]:
+    """key, Span (None behind a URL), bytes, recorded digest and recorded checksum of each embedding.
 
     Raises: ValueError, also at the end if the sidecar has another size than was recorded; OSError.
     """
     recorded = zip(record.digests, record.checksums, strict=False)
     with open_location(location) as file:
         size = size_of(file)
-        reader = ShardReader(file, {"npy"}, location)
+        reader = ShardReader(file, {"npy"}, spans=not is_remote(location))
         while (sample := reader.sample()) is not None:
             key, members = sample
-            span = members.get("npy") or Span(location, 0, 0)
-            after = file.tell()
-            file.seek(span.offset)
-            npy = file.read(span.size)
-            file.seek(after)
-            yield key, span, npy, *next(recorded, ("", ""))
+            found = members.get("npy", b"")
+            span = found if isinstance(found, Span) else None
+            yield key, span, span.read() if span else found, *next(recorded, ("", ""))
     if size != record.size:
         raise ValueError(f"it has {size} bytes, {record.size} were written")
 
@@ -166,6 +167,7 @@ def find_outdated(shards: list[Shard], folder: str) -> tuple[dict[str, str], dic
                     return "", scan.damage
                 digest = scan.digest
         except OSError as error:
+            raise_if_machine(error, shard.location)
             return "", error.strerror or str(error)
         try:
             sidecar = sidecar_location(shard, folder)

@@ -9,6 +9,7 @@ import numpy as np
 
 from data.storage.digests import CAPTION_DIGITS, caption_digest
 from data.storage.locations import read_bytes
+from data.storage.machine import raise_if_machine
 from data.storage.tars import BYTES, SOURCE_DIGEST, STATS, printable_key
 from data.text.decode import is_text
 
@@ -79,6 +80,8 @@ class EmbeddedCaptions:
             digests = "".join(SidecarRecord.read(sidecar).digests)
             self._digests = np.sort(np.frombuffer(bytes.fromhex(digests), ">u8"))
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError):
+                raise_if_machine(error, sidecar)
             logger.debug("the captions of %s cannot be compared: %s", sidecar, error)
 
     def has(self, shard: str, key: str, caption: bytes) -> bool:

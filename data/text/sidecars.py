@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.storage.claims import Claim
 from data.storage.digests import ShardDigest
+from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import Sample, Span, printable_key, read_shard, write_stats, write_tar
@@ -63,13 +64,13 @@ class _CaptionBatch:
 
 def write_sidecar(
     shard: Shard, out: Path, encoder: TextEncoder, dtype: str, batch: int, claim: Claim,
-    progress: Callable[[int], object], valid: dict[str, Span] | None = None,
+    progress: Callable[[int], object], valid: dict[str, Span | None] | None = None,
 ) -> Written:  # fmt: skip
     """Embed the captions of a shard. Only a few batches are in memory.
 
     progress: called with the number of captions of each batch that is done.
     valid: embeddings by caption_digest that are taken over as they are.
-    Raises: UnreadableShard; ValueError if states are not finite or too large for the dtype; OSError.
+    Raises: UnreadableShard; MachineError; ValueError if states are not finite or too large for the dtype; OSError.
     """
     record, written, source = SidecarRecord(), Written(), ShardDigest()
 
@@ -93,7 +94,7 @@ def write_sidecar(
 
 
 def _read_captions(
-    shard: Shard, batch: int, valid: dict[str, Span], source: ShardDigest, written: Written
+    shard: Shard, batch: int, valid: dict[str, Span | None], source: ShardDigest, written: Written
 ) -> Iterator[_CaptionBatch]:
     """The captions of a shard in batches; counts them in `written`, and adds all samples to `source`."""
     part = _CaptionBatch([], [], [], [])
@@ -118,8 +119,11 @@ def _read_captions(
             if len(part.keys) == batch:
                 yield part
                 part = _CaptionBatch([], [], [], [])
-    except (OSError, DamagedTar) as error:
-        raise UnreadableShard(getattr(error, "strerror", None) or str(error)) from None
+    except DamagedTar as error:
+        raise UnreadableShard(str(error)) from None
+    except OSError as error:
+        raise_if_machine(error, shard.location)
+        raise UnreadableShard(error.strerror or str(error)) from None
     if part.keys:
         yield part
 

@@ -5,6 +5,7 @@ from launch.cost.memory import ALIGNMENT, REDUCE_BUCKET, WEIGHT_BYTES, partition
 from train.monitor.gpus import NODE_LINKS
 
 DAY = 86_400
+FLOP_UNITS = (("ZFLOP", 1e21), ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 
 
 def render(plan: Plan) -> str:
@@ -21,6 +22,17 @@ def row(name: str, *cells: str, width: int = 18) -> str:
 def gb(value: float) -> str:
     """Bytes as GB, or as MB if they are few: a large run splits its states into small parts."""
     return f"{value / GB:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
+
+
+def flop(value: float) -> str:
+    """FLOP in the unit that suits their number."""
+    unit, size = next((unit for unit in FLOP_UNITS if value >= unit[1]), FLOP_UNITS[-1])
+    return f"{value / size:.4g} {unit}"
+
+
+def digits(value: float) -> str:
+    """A number with all its digits if it is large, otherwise with three."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def head(plan: Plan) -> list[str]:
@@ -67,9 +79,9 @@ def work(plan: Plan) -> list[str]:
     more = [f"{cost.flops.total / plan.flops.total - 1:+.1%}" for cost in plan.costs.values()]
     return [
         row("FLOPS"),
-        row("forward, of an image", f"{plan.flops.forward / 1e12:.3f} TFLOP"),
-        row("forward and backward, of a step", f"{plan.model_flops / 1e15:.2f} PFLOP"),
-        row("the run", f"{plan.model_flops * plan.config.steps / 1e21:,.2f} ZFLOP"),
+        row("forward, of an image", flop(plan.flops.forward)),
+        row("forward and backward, of a step", flop(plan.model_flops)),
+        row("the run", flop(plan.model_flops * plan.config.steps)),
         row("computed again, by recompute as above", *more),
     ]
 
@@ -147,8 +159,8 @@ def time(plan: Plan) -> list[str]:
     lines += [
         row("step", *(f"{t.step:.3f} s" for t in both)),
         row("steps a day", *(f"{DAY / t.step:,.0f}" for t in both)),
-        row("days", *(f"{steps * t.step / DAY:,.1f}" for t in both)),
-        row("GPU-hours", *(f"{gpus * steps * t.step / 3600:,.0f}" for t in both)),
+        row("days", *(digits(steps * t.step / DAY) for t in both)),
+        row("GPU-hours", *(digits(gpus * steps * t.step / 3600) for t in both)),
         row("MFU of the whole step", *(f"{mfu(plan, t):.0%}" for t in both)),
         row("bottleneck", bottleneck(plan)),
     ]
@@ -182,7 +194,7 @@ def assumptions(plan: Plan) -> list[str]:
         "ASSUMED",
         f"  {options.gpu}: {gpu.tflops:g} TFLOP/s dense bf16, {gpu.memory / 2**30:.0f} GiB, "
         f"{gpu.memory_rate / 1e12:g} TB/s, {gpu.link_rate / GB:g} GB/s to its neighbours (data sheets)",
-        f"  mfu={options.mfu:g}: not measured here; `make gpu-bench` measures it on your GPU",
+        f"  mfu={options.mfu:g}: not measured here; `make gpu-check` measures it on your GPU",
         f"  link={options.link:g} Gbit/s a node each way, of which collectives reach link_efficiency="
         f"{options.link_efficiency:g}; nothing overlaps with backward (DeepSpeed's ZeRO-1 as set up here)",
         f"  reserve_gb={options.reserve_gb:g} for CUDA, NCCL, cuDNN's workspaces and fragments",

@@ -48,7 +48,7 @@ def find_net(path: str, model: str, weights: str, embeddings: str) -> EvaluatedN
         config: UNetConfig = OmegaConf.to_object(values)  # type: ignore[assignment]
         config = replace(config, encoder_dim=config.encoder_dim or TextMeta.read(embeddings).dim)
         if not Path(path).exists():
-            raise ValueError(f"no weights at '{path}': name a file or folder on this machine")
+            raise ValueError(f"no weights at '{Path(path).absolute()}': name a file or folder on this machine")
         load = partial(load_released_net, path, config)
         return EvaluatedNet(config, RELEASED_STEPS, load, f"{path} as {model}", RELEASED_TOKENS, None)
     checkpoint = Checkpoint.open(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.cli import arguments
 from train.config import Config
 
 PACKAGES = ("torch", "deepspeed", "bitsandbytes", "diffusers", "transformers", "numpy", "pillow", "webdataset")
@@ -26,7 +27,7 @@ def describe_start(config: Config, step: int) -> dict:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
-        "launch": [Path(sys.executable).name, *sys.argv],
+        "launch": [Path(sys.executable).name, sys.argv[0], *arguments(None)],
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
         "git": git_revision(),
         "device": gpu or platform.processor() or platform.machine(),

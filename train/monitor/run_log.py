@@ -29,7 +29,9 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / METRICS
     if not path.is_file():
-        raise ValueError(f"'{folder}' is not the folder of a run (no {METRICS}): name one that train/main.py wrote")
+        raise ValueError(
+            f"'{folder.absolute()}' is not the folder of a run (no {METRICS}): name one that train/main.py wrote"
+        )
     (lines, broken), (starts, broken_starts) = read_lines(path), read_lines(folder / STARTS)
     by_step = {line["step"]: line for line in lines if isinstance(line.get("step"), int)}
     if not by_step:
