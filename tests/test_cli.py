@@ -319,5 +319,8 @@ def test_help_of_the_training_as_a_script_names_experiments_and_keys():
 
 
 def test_a_dry_run_of_a_path_with_an_equals_sign(tmp_path):
-    done = run_command("train/main.py", *SMALL, "dry_run=true", f"run_dir={tmp_path}/a=b c", "--local_rank=0")
-    assert done.returncode == 0 and f"{tmp_path}/a=b c" in done.stdout and not done.stderr, done.stderr
+    given = [*SMALL, "dry_run=true", "data.shards=absent", f"run_dir={tmp_path}/a=b c", "--local_rank=0"]
+    done = run_command("train/main.py", *given)
+    assert f"{tmp_path}/a=b c" in done.stdout and "none usable yet" in done.stdout
+    assert done.returncode == 2, "what cannot run has not succeeded"
+    assert done.stderr.startswith("error: no folder '") and done.stderr.count("\n") == 1, done.stderr

@@ -1,6 +1,7 @@
 """Real trainings: the deepspeed launcher, ZeRO-1, AdamW8bit; small scenes and a small net."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,11 +19,15 @@ from data.storage.shards import Shard, find_shards
 from data.storage.tars import read_shard, write_shard
 from model.unet import UNet
 from tests.support.faulty_server import serving
-from tests.support.trainings import STEPS, free_port, launch, make_data, metrics
+from tests.support.trainings import SMALL, STEPS, free_port, launch, make_data, metrics
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 from train.checkpoint.resume import check_same_everywhere
+from train.compose import compose_config
 from train.config import Config
+from train.inputs import resolve_text_shape
+from train.monitor.rank_memory import needed_bytes
+from train.summary import parameters
 
 
 @pytest.fixture(scope="module")
@@ -293,4 +298,19 @@ def test_dry_run_says_what_would_run_and_leaves(repo, data, tmp_path):
         "parameters",
     ):
         assert words in done.stdout
+    assert re.search(r"host memory  about \d+\.\d GB a rank; \d+\.\d GB are free here", done.stdout)
     assert not (tmp_path / "run").exists()
+    missing = launch(repo, data, tmp_path / "run", "dry_run=true", "data.shards=nowhere", "global_batch=9")
+    assert missing.returncode == 2, missing.stdout
+    of_data, of_batch = missing.stderr.splitlines()[-2:]
+    assert of_data.startswith("error: ") and "make shards with" in of_data
+    assert of_batch.startswith("error: global_batch=9 is not a multiple of 1 ranks x micro_batch=4")
+
+
+def test_the_memory_of_a_rank_is_told_before_it_is_taken(repo, data, two_ranks):
+    """The peak of a real rank, libraries included, against the estimate of dry_run."""
+    config = compose_config([o for o in SMALL if "sample" not in o] + [f"data.text={data / 'text'}"])
+    resolve_text_shape(config)
+    needed = sum(needed_bytes(config, 2, *parameters(config), on_gpu=False))
+    measured = metrics(two_ranks)[-1]["memory_gb"] * 1e9
+    assert 0.6 * measured < needed < 1.7 * measured, (needed, measured)

@@ -55,16 +55,15 @@ def run(config: Config, rank: int, ranks: int) -> None:
     from train.faults.preempt import install_signal_handlers
     from train.inputs import find_inputs
     from train.monitor.tracker import check_login
-    from train.summary import describe
 
     install_signal_handlers()
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    if config.dry_run:
+        if rank == 0:
+            dry_run(config, ranks)
+        return
     try:
-        if config.dry_run:
-            if rank == 0:
-                print(describe(config, ranks))
-            return
         check_nodes(os.environ, ranks)
         accumulation(config, ranks)
         inputs = find_inputs(config, rank)
@@ -76,6 +75,40 @@ def run(config: Config, rank: int, ranks: int) -> None:
     except OSError as error:
         leave(error, tell=True)
     train_together(config, inputs)
+
+
+def dry_run(config: Config, ranks: int) -> None:
+    """Make every look that a training begins with, print what would run, then each mistake in a line of its own.
+
+    Exits: 2 if there is a mistake.
+    """
+    from train.checkpoint.resume import check_resumable
+    from train.inputs import find_inputs
+    from train.monitor.tracker import check_login
+    from train.summary import describe
+
+    mistakes: list[str] = []
+    inputs: Inputs | None = None
+
+    def find() -> None:
+        nonlocal inputs
+        inputs = find_inputs(config, rank=0)
+        check_resumable(config, inputs.samples)
+
+    for look in (
+        lambda: check_nodes(os.environ, ranks),
+        find,
+        lambda: check_login(config.wandb.mode),
+        lambda: print(describe(config, ranks, inputs)),
+    ):
+        try:
+            look()
+        except (ValueError, OSError) as error:
+            mistakes.append(reason(error))
+    for mistake in dict.fromkeys(mistakes):
+        print(f"error: {mistake}", file=sys.stderr)
+    if mistakes:
+        sys.exit(MISTAKE)
 
 
 def train_together(config: Config, inputs: "Inputs") -> None:
