@@ -20,12 +20,14 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
+from data.interrupt import INTERRUPTED, begin_to_act, tell_interrupted
+
 T = TypeVar("T")
 
 HELP = {"-h", "--help", "help"}
 # Exit statuses: a mistake that the user can mend; a training that was asked to leave and is to be started again
-# (EX_TEMPFAIL of sysexits.h); Ctrl-C.
-MISTAKE, REQUEUE, INTERRUPTED = 2, 75, 130
+# (EX_TEMPFAIL of sysexits.h).
+MISTAKE, REQUEUE = 2, 75
 WIDTH = 110
 # How help and errors call a type: one value, and several in a list.
 KINDS: dict[Any, tuple[str, str]] = {
@@ -61,11 +63,12 @@ def run_command(
         print(help_page())
         sys.exit(0)
     try:
+        begin_to_act()
         action(argv)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
+        tell_interrupted()
         sys.exit(INTERRUPTED)
 
 

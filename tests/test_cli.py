@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data import cli
+from data import cli, interrupt
 from data.cli import keys, location, parse
 from tests.support.trainings import SMALL
 from train.compose import compose_config, names
@@ -175,13 +175,15 @@ def test_errors_of_the_system_name_the_absolute_path(capsys, tmp_path, monkeypat
     assert capsys.readouterr().err == f"error: '{tmp_path}/absent': No such file or directory\n"
 
 
-def test_ctrl_c_is_one_line(capsys):
+def test_ctrl_c_is_one_line(capfd, monkeypatch):
+    monkeypatch.setitem(interrupt._state, "told", False)
+
     def interrupted(_: Part) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
         cli.command(interrupted, Part, ["place=x"])
-    assert caught.value.code == 130 and capsys.readouterr().err == "stopped by Ctrl-C\n"
+    assert caught.value.code == 130 and capfd.readouterr().err == "stopped by Ctrl-C\n"
 
 
 @pytest.mark.parametrize(

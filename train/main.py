@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, NoReturn
 if __name__ == "__main__":
     # The launcher runs this file as a script, which puts train/ first on the path; the packages lie one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from data.interrupt import handle_ctrl_c
 
-from data.cli import HELP, INTERRUPTED, MISTAKE, REQUEUE, arguments, reason
+    handle_ctrl_c()
+
+from data.cli import HELP, MISTAKE, REQUEUE, arguments, reason
 from train.compose import compose_config, training_help
 from train.config import Config, accumulation
 
@@ -24,7 +27,9 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exits: 2 with one line for what the user can mend; 75 when asked to leave before the end; 130 after Ctrl-C."""
+    """Exits: 2 with one line for what the user can mend; 75 when asked to leave before the end; 130 for Ctrl-C before
+    the first step, or a second one.
+    """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     given = arguments(argv)
     if HELP & set(given):
@@ -35,11 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         config = compose_config(given)
     except ValueError as error:
         leave(error, tell=rank == 0)
-    try:
-        run(config, rank, ranks)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    run(config, rank, ranks)
 
 
 def help_page() -> str:

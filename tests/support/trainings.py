@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def start(
     run_dir.parent.mkdir(parents=True, exist_ok=True)
 
     def limit() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
         if file_size:
             resource.setrlimit(resource.RLIMIT_FSIZE, file_size)
 
