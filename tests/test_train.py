@@ -25,6 +25,7 @@ from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 from train.checkpoint.resume import check_same_everywhere
 from train.compose import compose_config
 from train.config import Config
+from train.faults.compiler import check_compiler
 from train.inputs import resolve_text_shape
 from train.monitor.rank_memory import needed_bytes
 from train.summary import parameters
@@ -105,6 +106,26 @@ def test_a_compiled_net_follows_the_eager_one(repo, data, two_ranks, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, eager in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager"), strict=True):
         assert ours["loss"] == pytest.approx(eager["loss"], rel=2e-3)
+
+
+def test_compile_without_a_compiler_is_told_in_one_line_before_anything_starts(repo, data, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'fatal error: omp.h: No such file or directory' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    for compiler, fault in (("no-such-compiler", "cannot be started: No such"), (broken, "fails: omp.h: No such file")):
+        monkeypatch.setenv("CXX", str(compiler))
+        done = launch(repo, data, tmp_path / "run", "compile=true")
+        assert done.returncode == 2 and not (tmp_path / "run").exists()
+        (line,) = [line for line in done.stderr.splitlines() if "compile" in line]
+        assert line.startswith(f"error: compile=true needs a C++ compiler, and '{compiler}' {fault}")
+        assert line.endswith("install g++ and python3-dev, name another one in CXX, or set compile=false")
+    # With one that runs nothing is said, and for a GPU that is a compiler of C.
+    monkeypatch.delenv("CXX")
+    check_compiler(on_gpu=False)
+    check_compiler(on_gpu=True)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ValueError, match="needs a C compiler, and 'no-such-compiler' cannot be started"):
+        check_compiler(on_gpu=True)
 
 
 def test_nothing_is_compiled_and_a_lock_left_by_a_killed_compilation_holds_nobody_up(repo, data, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ class Config:
     precision: bf16 or fp32.
     recompute: what backward computes again to save memory: none, cheap (norms, activations, copies) or blocks
         (everything inside the blocks); the gradients are the same. docs/measurements/benchmarks.md.
-    compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs.
+    compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs. Needs g++, or gcc for a GPU.
     ema_decay: decay a step of the weights' exponential moving average.
     log_every: optimizer steps between lines of metrics.
     save_every: optimizer steps between checkpoints.

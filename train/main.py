@@ -65,6 +65,8 @@ def run(config: Config, rank: int, ranks: int) -> None:
             dry_run(config, ranks)
         return
     try:
+        if config.compile:
+            find_compiler(tell=os.environ.get("LOCAL_RANK", "0") == "0")
         check_nodes(os.environ, ranks)
         accumulation(config, ranks)
         inputs = find_inputs(config, rank)
@@ -84,7 +86,9 @@ def dry_run(config: Config, ranks: int) -> None:
     Exits: 2 if there is a mistake.
     """
     from train.checkpoint.resume import check_resumable
+    from train.faults.compiler import check_compiler
     from train.inputs import find_inputs
+    from train.monitor.rank_memory import trains_on_gpu
     from train.monitor.tracker import check_login
     from train.summary import describe
 
@@ -97,6 +101,7 @@ def dry_run(config: Config, ranks: int) -> None:
         check_resumable(config, inputs.samples)
 
     for look in (
+        lambda: check_compiler(trains_on_gpu()) if config.compile else None,
         lambda: check_nodes(os.environ, ranks),
         find,
         lambda: check_login(config.wandb.mode),
@@ -149,6 +154,17 @@ def train_together(config: Config, inputs: "Inputs") -> None:
     dist.destroy_process_group()
     if not finished:
         sys.exit(REQUEUE)
+
+
+def find_compiler(tell: bool) -> None:
+    """Look for the compiler that compile=true needs, on every node.  tell: whether this rank tells what is wrong."""
+    from train.faults.compiler import check_compiler
+    from train.monitor.rank_memory import trains_on_gpu
+
+    try:
+        check_compiler(trains_on_gpu())
+    except ValueError as error:
+        leave(error, tell)
 
 
 def check_nodes(environment: Mapping[str, str], ranks: int) -> None:

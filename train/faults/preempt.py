@@ -72,7 +72,7 @@ class RankConsensus:
 
     def stop_requested(self) -> bool:
         """Whether a signal asked any rank to stop; a collective call."""
-        return self.any(_state["stop_requested"])[0]
+        return self.any(bool(_state["stop_requested"]))[0]
 
 
 def mark_done(run_dir: Path, step: int) -> None:

@@ -26,7 +26,7 @@ def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> di
 
     trained, frozen: numbers of parameters.
     """
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    on_gpu = trains_on_gpu()
     device, host = needed_bytes(config, ranks, trained, frozen, on_gpu)
     of_this_node = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     available = available_bytes()
@@ -43,6 +43,11 @@ def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> di
         f"{_verdict(of_this_node * host, available)}"
     )
     return lines
+
+
+def trains_on_gpu() -> bool:
+    """Whether the net will be on a GPU, asked before DeepSpeed decides it in the same way."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: bool) -> tuple[int, int]:
