@@ -252,6 +252,14 @@ def test_texts_in_overrides_are_taken_as_they_stand():
     assert (mixed.shards, mixed.text, mixed.weight) == ("x=1, y", "t={2}", 2.0)
 
 
+def test_a_number_or_texts_of_which_some_have_commas():
+    for typed, value in (
+        ("4", 4), ("[4]", ["4"]), ("a red circle", ["a red circle"]), ("[a, 'b, c']", ["a", "b, c"]),
+        ("""["a, b",it's, 'c']""", ["a, b", "it's", "c"]), ("a,,b", ["a", "", "b"]),
+    ):  # fmt: skip
+        assert compose_config([*SMALL, f"sample.prompts={typed}"]).sample.prompts == value
+
+
 def test_the_ways_to_write_an_override_mean_the_same():
     one = compose_config(["+experiment=smoke", "steps=2_000", "sample.guidance_scales=[1,2]", "dry_run=true"])
     other = compose_config(["experiment=smoke", "+steps=2000", "++sample.guidance_scales=1,2", "+dry_run=True"])

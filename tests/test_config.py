@@ -91,6 +91,7 @@ def test_the_schedule_is_the_cards(repo):
         ("run_dir=''", "run_dir= is empty"),
         (f"run_dir={CODE}", "is the folder of the code itself: give the run a folder of its own"),
         ("sample.prompts=0", "sample.prompts=0 must be at least 1"),
+        ("sample.prompts=[]", "has no caption: give some, or a number of captions of the data"),
         ("sample.steps=2000", "sample.steps=2000 must be at most diffusion_steps=1000"),
         ("sample.guidance_scales=[-1]", r"sample.guidance_scales=\[-1.0\] must be one or more numbers from 0 on"),
         ("recompute=all", "recompute=all must be one of none, cheap, blocks"),

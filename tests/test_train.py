@@ -17,6 +17,7 @@ from data.index import Index, index
 from data.loader.dataset import Dataset
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import read_shard, write_shard
+from data.text.encoder import load_encoder
 from model.unet import UNet
 from tests.support.faulty_server import serving
 from tests.support.trainings import SMALL, STEPS, free_port, launch, make_data, metrics
@@ -26,7 +27,7 @@ from train.checkpoint.resume import check_same_everywhere
 from train.compose import compose_config
 from train.config import Config
 from train.faults.compiler import check_compiler
-from train.inputs import resolve_text_shape
+from train.inputs import find_inputs, resolve_text_shape
 from train.monitor.rank_memory import needed_bytes
 from train.summary import parameters
 
@@ -36,11 +37,19 @@ def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+def foreign_lines(done) -> list[str]:
+    """What a run that is well shows on the screen and is not ours: neither the bar nor where the files are."""
+    ours = re.compile(r"\S+: +\d+%\||(W&B|curves|samples|checkpoint) +/")
+    shown = (line.strip() for line in re.split(r"[\r\n]", done.stdout + "\n" + done.stderr))
+    return [line for line in shown if line and not ours.match(line)]
+
+
 @pytest.fixture(scope="module")
 def two_ranks(repo, data, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "two"
     done = launch(repo, data, run_dir, "wandb.mode=offline", ranks=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not foreign_lines(done)
     for what in ("curves", "samples", "checkpoint"):
         assert f"{what:10}  {run_dir}" in done.stdout, "it says where everything lies"
     return run_dir
@@ -65,8 +74,10 @@ def test_a_run_leaves_curves_samples_and_checkpoints(two_ranks):
 
 
 def test_one_rank_gives_the_same_curve_as_two(repo, data, two_ranks, tmp_path):
-    done = launch(repo, data, tmp_path / "one", "wandb.mode=disabled")
+    prompts = "sample.prompts=['a red circle, left', a blue square]"
+    done = launch(repo, data, tmp_path / "one", "wandb.mode=disabled", prompts)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "one" / "samples" / f"step-{STEPS:08d}.png").exists()
     for one, two in zip(metrics(tmp_path / "one"), metrics(two_ranks), strict=True):
         for name in ("loss", "mse", "vb"):
             assert one[name] == pytest.approx(two[name], rel=2e-3), (one["step"], name)
@@ -83,6 +94,18 @@ def test_an_encoder_on_the_rank_gives_the_curve_of_stored_embeddings(repo, data,
     for made, stored in list(zip(metrics(tmp_path / "online"), metrics(two_ranks), strict=False))[:2]:
         assert made["loss"] == pytest.approx(stored["loss"], rel=1e-4)
     assert (tmp_path / "online" / "samples" / "step-00000003.png").exists()
+
+
+def test_prompts_of_ones_own_are_encoded_before_the_start(data):
+    given = [o for o in SMALL if "prompts" not in o] + [f"data.{name}={data / name}" for name in ("shards", "text")]
+    config = compose_config([*given, "sample.prompts=['a red circle, left', a cat's toy]"])
+    found = find_inputs(config, rank=0)
+    assert [caption for caption, _ in found.prompts] == ["a red circle, left", "a cat's toy"]
+    expected = load_encoder(found.meta)(["a cat's toy"])[0]
+    np.testing.assert_allclose(found.prompts[1][1], expected, atol=1e-5)
+    assert not find_inputs(config, rank=1).prompts and not find_inputs(compose_config(given), rank=0).prompts
+    with pytest.raises(ValueError, match=r"sample.prompts are captions of your own, .*'gone' cannot be loaded.*number"):
+        find_inputs(compose_config([*given, "sample.prompts=[a]", "text.encoder=gone"]), rank=0)
 
 
 def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):
@@ -149,6 +172,7 @@ def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
     # What is kept for backward may change on the way: it makes no difference to a single bit.
     done = launch(repo, data, run_dir, "wandb.mode=disabled", "recompute=cheap", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not foreign_lines(done)
     names = ("step", "loss", "mse", "vb", "lr", "grad_norm")
     assert [[line[n] for n in names] for line in metrics(run_dir)] == [
         [line[n] for n in names] for line in metrics(two_ranks)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.checks import check_at_least, check_choice, check_share
 from data.cli import location
@@ -50,22 +51,28 @@ class OptimConfig:
 
 @dataclass(slots=True)
 class SampleConfig:
-    """The sample grids of a run, drawn from captions of its data.
+    """The sample grids of a run.
 
     every: steps between grids; 0 for one at the end alone.
-    prompts: captions of a grid.
+    prompts: a number, of captions of the data; or captions of your own, which text.encoder or the encoder of the
+        embeddings' meta.json encodes before the start.
     guidance_scales: classifier-free guidance, a row of the grid for each.
     steps: steps of the sampler.
     """
 
     every: int = 0
-    prompts: int = 8
+    prompts: Any = 8  # int | list[str], a union that OmegaConf does not have
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 4.0, 7.0])
     steps: int = 50
 
     def __post_init__(self) -> None:
         check_at_least("sample.every", self.every, 0)
-        check_at_least("sample.prompts", self.prompts, 1)
+        if isinstance(self.prompts, int):
+            check_at_least("sample.prompts", self.prompts, 1)
+        elif not isinstance(self.prompts, list) or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(f"sample.prompts={self.prompts} must be a whole number, or a list of captions of your own")
+        elif not self.prompts:
+            raise ValueError("sample.prompts=[] has no caption: give some, or a number of captions of the data")
         check_at_least("sample.steps", self.steps, 2)
         if not self.guidance_scales or min(self.guidance_scales) < 0:
             raise ValueError(

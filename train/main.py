@@ -16,6 +16,7 @@ if __name__ == "__main__":
     handle_ctrl_c()
 
 from data.cli import HELP, MISTAKE, REQUEUE, arguments, reason
+from data.quiet import quiet_libraries
 from train.compose import compose_config, training_help
 from train.config import Config, accumulation
 
@@ -51,6 +52,7 @@ def help_page() -> str:
 
 def run(config: Config, rank: int, ranks: int) -> None:
     """Look at everything that can be looked at before the ranks meet, then train."""
+    quiet_libraries()
     # Imported here: torch takes seconds, and --help and a mistyped key are answered before.
     from train.checkpoint.resume import check_resumable
     from train.faults.preempt import install_signal_handlers
@@ -59,7 +61,10 @@ def run(config: Config, rank: int, ranks: int) -> None:
 
     install_signal_handlers()
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    # At INFO setuptools, for one, shows how DeepSpeed looks for a library with gcc. Ours alone is of interest.
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    for name in ("train", "data"):
+        logging.getLogger(name).setLevel(logging.INFO)
     if config.dry_run:
         if rank == 0:
             dry_run(config, ranks)

@@ -35,7 +35,8 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
                 read_into(embedding, raw.embedding, meta)
             prompts.append((caption, embedding))
         except (ValueError, OSError) as problem:
-            logger.warning("%s cannot serve as a prompt: %s", raw.name, raw.problem or problem)
+            reason = " ".join(str(raw.problem or problem).split())
+            logger.warning("%s cannot serve as a prompt: %s", raw.name, reason[:200])
     if not prompts:
         raise ValueError(
             f"none of {n} samples, taken evenly from {len(shards)} shards, can be read: look at the shards"

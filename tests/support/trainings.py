@@ -44,7 +44,16 @@ def start(
     launcher = Path(sys.executable).with_name("deepspeed")
     program = [sys.executable, script]
     if ranks > 1:
-        program = [sys.executable, str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()), script]
+        program = [
+            sys.executable,
+            str(launcher),
+            "-q",
+            "--num_gpus",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+            script,
+        ]
     given = {o.split("=")[0] for o in overrides}
     program += [o for o in SMALL if o.split("=")[0] not in given]
     command = [*program, f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
