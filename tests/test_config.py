@@ -15,7 +15,7 @@ from data.text.meta import TextMeta
 from model.config import ACTIVATIONS
 from model.unet import UNet
 from train.compose import compose_config
-from train.config import Config, accumulation
+from train.config import CODE, Config, accumulation
 from train.inputs import resolve_text_shape
 from train.main import check_nodes
 from train.summary import describe as describe_run
@@ -85,7 +85,10 @@ def test_the_schedule_is_the_cards(repo):
         ("data.streams=4000", "data.streams=4000 must lie between 1 and global_batch=3072"),
         ("micro_batch=0", "micro_batch=0 must be at least 1"),
         ("seed=-1", "seed=-1 must be at least 0"),
+        ("run_dir=''", "run_dir= is empty"),
+        (f"run_dir={CODE}", "is the folder of the code itself: give the run a folder of its own"),
         ("sample.prompts=0", "sample.prompts=0 must be at least 1"),
+        ("sample.prompts=[]", "has no caption: give some, or a number of captions of the data"),
         ("sample.steps=2000", "sample.steps=2000 must be at most diffusion_steps=1000"),
         ("sample.guidance_scales=[-1]", r"sample.guidance_scales=\[-1.0\] must be one or more numbers from 0 on"),
         ("recompute=all", "recompute=all must be one of none, cheap, blocks"),
@@ -116,6 +119,11 @@ def test_the_schedule_is_the_cards(repo):
 def test_values_that_clash_are_named(repo, override, message):
     with pytest.raises(ValueError, match=message):
         load(repo, "+experiment=if_i_xl", *override.split())
+
+
+def test_an_empty_run_dir_of_a_file_is_refused():
+    with pytest.raises(ValueError, match="run_dir= is empty: give the folder of the run"):
+        Config(run_dir=" ")
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_one_that_fits(repo):
@@ -213,7 +221,7 @@ def test_without_embeddings_a_run_is_described_with_those_of_t5_xxl(repo):
     config = load(repo, "+experiment=smoke", "data.text=nowhere")
     assert resolve_text_shape(config)
     assert (config.data.tokens, config.model.encoder_dim) == (77, 4096)
-    text = describe_run(load(repo, "+experiment=smoke", "data.text=nowhere"), ranks=1)
-    assert "none usable yet: " in text and "77 x 4096 assumed, as T5-XXL's" in text
+    text = describe_run(load(repo, "+experiment=smoke", "data.text=nowhere"), ranks=1, inputs=None)
+    assert "none usable yet" in text and "77 x 4096 assumed, as T5-XXL's" in text
     with pytest.raises(ValueError, match=r"no text embeddings in '.*/nowhere'"):
         resolve_text_shape(load(repo, "+experiment=scenes", "data.text=nowhere"))

@@ -23,7 +23,6 @@ from data.storage.shards import find_shards
 from data.text.embeddings import from_bytes
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
-from launch.cost.step_cost import inputs, step_bytes, walk_bytes
 from model.config import UNetConfig
 from model.convert import lora_to_diffusers, merge_lora
 from model.unet import UNet
@@ -36,6 +35,7 @@ from train.config import Config, LoRAConfig
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.eval_set import EvalSet
 from train.export import Export, export
+from train.monitor.step_memory import inputs, step_bytes, walk_bytes
 from train.sampling.sampler import make_scheduler, sample
 from train.summary import parameters
 from train.weights.diffusers_folder import build_unet

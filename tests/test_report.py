@@ -144,10 +144,11 @@ def test_a_long_run_is_thinned(tmp_path):
         ([], "missing runs=..."),
         (["run"], "'run' is not of the form key=value"),
         (["runs=absent"], "is not the folder of a run (no metrics.jsonl)"),
-        (["runs=run,absent"], "is not the folder of a run (no metrics.jsonl)"),
+        (["runs=run,absent", "out=x.html"], "is not the folder of a run (no metrics.jsonl)"),
         (["runs=empty"], "has no line that can be read"),
         (["runs=run", "out=run/metrics.jsonl/x.html"], "could not be written"),
         (["runs=run", "out="], "out= is empty"),
+        (["runs=run,run"], "name the page of these 2 runs, as out=FILE.html"),
     ],
 )
 def test_mistakes_end_in_words_and_leave_nothing(tmp_path, monkeypatch, capsys, arguments, message):
@@ -161,6 +162,16 @@ def test_mistakes_end_in_words_and_leave_nothing(tmp_path, monkeypatch, capsys, 
     said = capsys.readouterr().err
     assert caught.value.code == 2 and message in said and said.count("\n") == 1
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_the_page_of_a_run_lies_in_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", lines=2)
+    write_run(tmp_path / "b", lines=2)
+    for name in "ab":
+        main([f"runs={name}"])
+        assert capsys.readouterr().out.startswith(f"{name}/report.html: 1 runs")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [], "no page in the folder of the command"
 
 
 def test_a_full_disk_leaves_the_page_before(tmp_path):

@@ -1,10 +1,11 @@
 """What a run needs from outside, found and checked before any training: data, embeddings, weights to begin from."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class Inputs:
 
     encoder: makes the embeddings where they are not stored.  base: weights_digest of the net that a LoRA is added to;
     '' without LoRA, None on the other ranks, which do not read it.
+    prompts: on the first rank the captions of one's own for the sample grids, if any, with embeddings [tokens, dim].
     """
 
     datasets: list[Dataset]
@@ -37,6 +39,7 @@ class Inputs:
     weights: dict[str, Tensor] | None = None
     encoder: "TextEncoder | None" = None
     base: str | None = ""
+    prompts: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> None:
         """Move the text encoder to the device, if the run has one."""
@@ -82,13 +85,33 @@ def find_inputs(config: Config, rank: int) -> Inputs:
         read_empty(dataset.text, meta)
     _set_text_shape(config, *metas[0].shape)
     encoder = _load_encoder(config, datasets, metas[0]) if online else None
+    prompts = (
+        _encode_prompts(config, metas[0], encoder) if rank == 0 and isinstance(config.sample.prompts, list) else []
+    )
     weights = None
     if rank == 0 and (begins_from_weights(config) or config.lora.rank):
         weights = load_pretrained(config.init_from, config.model)
     base: str | None = ""
     if config.lora.rank:
         base = weights_digest(weights) if weights else None
-    return Inputs(datasets, metas[0], weights, encoder, base)
+    return Inputs(datasets, metas[0], weights, encoder, base, prompts)
+
+
+def _encode_prompts(config: Config, meta: TextMeta, encoder: "TextEncoder | None") -> list[tuple[str, np.ndarray]]:
+    """The captions of sample.prompts, each with its embedding [tokens, dim].
+
+    Raises: ValueError if the run's encoder is not here.
+    """
+    from data.text.encoder import load_encoder
+
+    try:
+        encoder = encoder or load_encoder(meta, config.text.encoder)
+    except ValueError as error:
+        raise ValueError(
+            f"sample.prompts are captions of your own, which need the encoder of the embeddings: {error}; name its "
+            "folder in text.encoder, or give a number of captions of the data"
+        ) from None
+    return list(zip(config.sample.prompts, encoder(config.sample.prompts), strict=True))
 
 
 def resolve_text_shape(config: Config) -> bool:

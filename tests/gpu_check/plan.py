@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import torch
-
 from launch.cost.memory import peak, states
 from launch.cost.step_cost import Bytes, step_bytes
+
 from model.config import UNetConfig
 from model.unet import UNet
 from tests.gpu_check.nets import KEEP, TOKENS

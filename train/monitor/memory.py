@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launch.cost.step_cost import Bytes
 from train.adam_state import FP32, moments_bytes
+from train.monitor.step_memory import Bytes
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": FP32}
 # DeepSpeed's own: the elements of the bucket through which gradients are reduced, and the multiple of the ranks to
