@@ -1,3 +1,5 @@
+"""Shards to batches, text embeddings, and the commands that make shards."""
+
 import sys
 
 if (
