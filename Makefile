@@ -10,7 +10,7 @@ ifeq ($(PYTHON),)
 PYTHON := python3
 endif
 
-.PHONY: help install smoke test test-slow test-slurm chaos bench gpu-bench lint browser
+.PHONY: help install smoke test test-slow test-slurm chaos bench gpu-check lint browser
 .DELETE_ON_ERROR:
 
 help:
@@ -20,7 +20,7 @@ help:
 	@echo 'make chaos      install, train through 50 kills and other faults (half an hour)'
 	@echo 'make test-slurm install, train on a real Slurm of two nodes on this machine (root and apt)'
 	@echo 'make bench      install, compare the net'"'"'s memory and speed with diffusers'"'"' and the original (half an hour)'
-	@echo 'make gpu-bench  install, time training steps of M, L and XL on a GPU'
+	@echo 'make gpu-check  install, check and time on a GPU what only a GPU can show (ten minutes)'
 	@echo 'make lint       install, check style (ruff) and types (mypy)'
 	@echo 'make browser    install Debian'"'"'s chromium (as root), with which make test checks the report'
 	@echo 'make install    make .venv with every package pinned by constraints.txt'
@@ -62,8 +62,10 @@ bench: .bench/installed
 	PYTHONPATH=.bench .venv/bin/python -m tests.benchmarks.unet_speed
 	.venv/bin/python -m tests.benchmarks.fewbit_training
 
-gpu-bench: install
-	.venv/bin/python -m tests.benchmarks.gpu
+# Another Python, PYTHON_GPU=python3 say, needs torch and a few packages: docs/guide/gpu_check.md.
+PYTHON_GPU := .venv/bin/python
+gpu-check: $(if $(filter .venv/%,$(PYTHON_GPU)),install)
+	$(PYTHON_GPU) -m tests.gpu_check
 
 lint: install
 	.venv/bin/ruff check .

@@ -12,6 +12,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
+def one_line(text: str, width: int = 100) -> str:
+    """A text as a message repeats it: of at most `width` characters, without line breaks, in printable UTF-8."""
+    if len(text) > width:
+        text = f"{text[: width - 23]}...{text[-20:]}"
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raises: ValueError if the value is none of the known ones."""
     known = list(known)

@@ -22,6 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 from data.interrupt import INTERRUPTED, begin_to_act, tell_interrupted
 from data.quiet import quiet_libraries
+from data.storage.machine import raise_open_file_limit
 
 T = TypeVar("T")
 
@@ -62,12 +63,13 @@ def command(action: Callable[[T], object], schema: type[T], argv: list[str] | No
 def run_command(
     action: Callable[[list[str]], object], help_page: Callable[[], str], argv: list[str] | None = None
 ) -> None:
-    """Run a command that reads its arguments itself; exits as `command` does."""
+    """Run a command that reads its arguments itself; exits as `command` does. It may open as many files as allowed."""
     argv = arguments(argv)
     if HELP & set(argv):
         print(help_page())
         sys.exit(0)
     quiet_libraries()
+    raise_open_file_limit()
     try:
         begin_to_act()
         action(argv)
@@ -311,7 +313,7 @@ def _without_none(kind: Any) -> Any:
 def _module() -> str:
     """How the command was called: data.demo for `python -m data.demo`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _default(f: Field) -> str:

@@ -60,7 +60,7 @@ def write_demo(args: Demo) -> None:
         for number, first in enumerate(range(0, args.samples, args.shard_size)):
             indices = range(first, min(first + args.shard_size, args.samples))
             shard = out / f"{number:05d}.tar"
-            if finished(shard) is None:
+            if not finished(shard):
                 keys = [key_of(number, row) for row in range(len(indices))]
                 write_shard(
                     shard, [(key, sample(args.seed, index, key)) for key, index in zip(keys, indices, strict=True)]

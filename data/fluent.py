@@ -13,12 +13,15 @@ import json
 import re
 import tarfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from data.cli import command, location
-from data.prepare.packing import Picture, check_shard_size, pack_rows, record_recipe
+from data.config import ImageRules
+from data.prepare.packing import check_shard_size, find_changes, record_recipe, write_changes
+from data.prepare.rows import Row
 
 PICTURES = "lobehub-fluent-emoji-3d-1.1.0.tgz"
 # Pinned: later releases name more emoji and change the case of a few names, which would make another dataset.
@@ -104,7 +107,9 @@ def write_fluent(args: Fluent) -> None:
     emoji = captioned(packages, names_of(packages))
     if not emoji:
         raise ValueError(f"'{(packages / PICTURES).absolute()}' holds no emoji that {' or '.join(NAMES)} names")
-    pack_rows(list(emoji), lambda file: Picture(to_jpeg(emoji[file][1]), emoji[file][0], file), out, args.shard_size)
+    rows = [Row(file, partial(to_jpeg, webp), caption) for file, (caption, webp) in emoji.items()]
+    rules = ImageRules()
+    write_changes(find_changes(rows, out, rules), out, args.shard_size, rules)
 
 
 def main(argv: list[str] | None = None) -> None:

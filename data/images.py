@@ -1,6 +1,8 @@
 """From the bytes of an image to the pixels that the network sees; odd images: docs/reference/hostile_input.md."""
 
+import errno
 import io
+import os
 import struct
 import warnings
 
@@ -10,8 +12,25 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from data.config import ImageRules
+from data.storage.machine import raise_if_machine
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+# The formats by which `sniff` calls a file: where its marks lie, and the marks. Only the first three are ever decoded.
+FORMATS: dict[str, tuple[int, tuple[bytes, ...]]] = {
+    "JPEG": (0, (JPEG,)),
+    "PNG": (0, (PNG,)),
+    "WebP": (8, (b"WEBP",)),
+    "GIF": (0, (b"GIF87a", b"GIF89a")),
+    "BMP": (0, (b"BM",)),
+    "TIFF": (0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    "AVIF": (4, (b"ftypavif", b"ftypavis")),
+    "HEIC": (4, (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")),
+    "JPEG XL": (0, (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")),
+    "JPEG 2000": (0, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
+    "PSD": (0, (b"8BPS\0\x01",)),
+}
+# The first bytes of a file that tell its format.
+HEAD = 16
 # The end mark is searched in so many last bytes, since some tools append a little to a file.
 TAIL = 1024
 # The most pixels that a byte can encode: JPEG spends a bit on each 8 x 8 block, and deflate packs 1,032 bytes into one,
@@ -36,6 +55,17 @@ class BadImage(ValueError):
 
 
 DEFAULT_RULES = ImageRules()
+
+
+def sniff(head: bytes) -> str:
+    """The format of a picture by the first HEAD bytes of its file, a name in FORMATS; '' for what is none of them."""
+    for name, (offset, marks) in FORMATS.items():
+        if head.startswith(marks, offset) and not (
+            (name == "WebP" and not head.startswith(b"RIFF"))
+            or (name == "BMP" and head[6:10] != bytes(4))  # reserved; two letters alone may begin a text
+        ):
+            return name
+    return ""
 
 
 def preprocess(
@@ -70,7 +100,7 @@ def shifted_center_box(width: int, height: int, shift: float, rng: np.random.Gen
 def decode(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
     """JPEG or PNG bytes to an RGB image, turned upright by its EXIF tag, with transparency over the background.
 
-    Raises: BadImage.
+    Raises: BadImage; MachineError if the memory is used up.
     """
     if len(data) > rules.max_bytes:
         raise BadImage("too many bytes")
@@ -84,8 +114,20 @@ def decode(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
             return _upright_rgb(image, rules.background)
         except BadImage:
             raise
+        except MemoryError as error:
+            _check_memory(rules)
+            raise BadImage("corrupt image") from error
         except Exception as error:  # for damaged bytes Pillow's decoders raise errors of many types
             raise BadImage("truncated image" if _has_no_end(data) else "corrupt image") from error
+
+
+def _check_memory(rules: ImageRules) -> None:
+    """Raises: MachineError if there is no memory for the largest image that may be decoded, whatever this one is."""
+    try:
+        bytearray(4 * rules.max_pixels)
+    except MemoryError:
+        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        raise_if_machine(error, f"an image of up to data.images.max_pixels={rules.max_pixels}")
 
 
 class _Jpeg(JpegImageFile):
@@ -110,16 +152,17 @@ def _open(data: bytes, rules: ImageRules) -> ImageFile.ImageFile:
     """
     file = io.BytesIO(data)
     image: ImageFile.ImageFile
-    if data.startswith(JPEG):
+    form = sniff(data[:HEAD])
+    if form == "JPEG":
         image = _Jpeg(file)
         # After the image there may be other data, in which the two bytes appear by chance once in 2**16.
         coded = np.frombuffer(data, np.uint8, offset=file.tell())
         scans = np.count_nonzero((coded[:-1] == 0xFF) & (coded[1:] == 0xDA))  # in a fifth of the time of bytes.count
         if scans > MAX_SCANS + len(data) // 2**15:
             raise BadImage("too many scans")
-    elif data.startswith(PNG):
+    elif form == "PNG":
         image = _Png(file)
-    elif rules.allow_webp and data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+    elif form == "WebP" and rules.allow_webp:
         from PIL.WebPImagePlugin import WebPImageFile
 
         image = WebPImageFile(file)

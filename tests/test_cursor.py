@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader.cursor import RawSample, ShardCursor, ShardUnreadable
-from data.storage import clients, locations
+from data.loader.cursor import CAPTION_ALONE, RawSample, ShardCursor, ShardUnreadable
+from data.storage import clients, locations, retries
 from data.storage.shards import Shard
 from data.storage.tars import Span, scan_shard, stats_path, write_shard
 from data.text.embeddings import read_empty
@@ -117,7 +117,42 @@ def test_a_member_that_comes_twice_is_no_image(tmp_path):
             tar.addfile(info, io.BytesIO(b"abc"))
     found = read_all(Shard(shard.location, 4), tmp_path / "text")
     # Twice in a sample; whole; no image; a key that comes back is a row of its own, here without an embedding.
-    assert problems(found) == ["no image", "", "no image", "no embedding"]
+    assert problems(found) == ["no image", "", CAPTION_ALONE, "no embedding"]
+
+
+def samples_of(folder: Path, names: list[str], content: bytes = b"abc") -> list[RawSample]:
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    count = scan_shard(folder / "0.tar").samples
+    cursor = ShardCursor(Shard(str(folder / "0.tar"), count), "")
+    return [cursor.read(row) for row in range(count)]
+
+
+def test_why_a_picture_is_none_of_its_sample_is_said(tmp_path):
+    dotted = samples_of(tmp_path, ["1.5.jpg", "1.5.txt", "1.6.jpg", "1.6.txt", "2.jpg", "2.txt"])
+    assert [(s.name, s.problem) for s in dotted] == [("0.tar:1", "no image, dots in keys"), ("0.tar:2", "")]
+    unsorted = samples_of(tmp_path, ["a.jpg", "b.jpg", "a.txt", "b.txt"])
+    alone = "no image beside the caption, tar not sorted by name?"
+    assert problems(unsorted) == ["", "", alone, alone]
+    assert problems(samples_of(tmp_path, ["a.json", "b.jpg"])) == ["no image", ""]
+
+
+@pytest.mark.parametrize("extension", ["JPG", "jpeg", "jpe", "jfif", "png", "webp", "gif"])
+def test_the_bytes_say_what_an_image_is_and_not_the_name(tmp_path, extension):
+    (found,) = samples_of(tmp_path, [f"a.{extension}", "a.txt"])
+    assert (found.image, found.caption, found.problem) == (b"abc", b"abc", "")
+
+
+def test_of_several_images_the_first_kind_is_taken(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.gif", "a.webp", "a.png", "a.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 5
+            tar.addfile(info, io.BytesIO(name.encode()))
+    assert ShardCursor(Shard(str(tmp_path / "0.tar"), 1), "").read(0).image == b"a.jpg"
 
 
 @pytest.mark.parametrize("what", ["gone", "other size", "forbidden", "folder"])
@@ -152,7 +187,7 @@ def test_an_unreadable_sidecar_too(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     for module, name, value in (
-        (clients, "READ_TIMEOUT", 0.2), (clients, "CHUNK", 512), (locations, "FIRST_WAIT", 0.001),
+        (clients, "READ_TIMEOUT", 0.2), (clients, "CHUNK", 512), (retries, "FIRST_WAIT", 0.001),
         (locations, "FIRST_BLOCK", 4096), (locations, "LARGEST_BLOCK", 16384),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)

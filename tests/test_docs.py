@@ -230,7 +230,8 @@ def command_faults(line: str) -> Iterator[str]:
             if not module_file(word):
                 yield f"no module {word}"
                 return
-            arguments, known = words[i + 1 :], keys_of(word)
+            main = f"{word}.__main__"
+            arguments, known = words[i + 1 :], keys_of(main if module_file(main) else word)
         elif word in ("train/main.py", "launch/slurm/train.sbatch"):
             arguments, known = words[i + 1 :], frozenset(CONFIG_KEYS)
         elif word == "make" and i == 0:

@@ -286,7 +286,7 @@ def test_what_is_no_weights_is_refused(base, tmp_path, monkeypatch):
             "checkpoint=torn/checkpoints/step-00000007",
             "manifest.json' is missing or damaged (its checksum does not fit)",
         ),
-        ("checkpoint=wide", "channel_mult=[2, 4]: diffusers' UNet has it start with 1"),
+        ("checkpoint=wide", "channel_mult=[2, 4]: diffusers' UNet must begin with 1"),
         ("checkpoint=run encoder=text", "the encoder 'text' cannot be loaded"),
         ("checkpoint=of-bert encoder=auto", "is a BertModel, IFPipeline takes a T5 alone"),
         ("checkpoint=run encoder=narrow", "'narrow' is 32 wide, the embeddings of"),

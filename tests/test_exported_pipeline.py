@@ -81,7 +81,7 @@ def test_one_image_takes_one_generator_of_the_same_seed(base):
 
 def second_stage() -> IFSuperResolutionPipeline:
     """IF-II in small, with random weights: it takes the image of the first stage, and its embeddings."""
-    config = diffusers_config(replace(NET, image_size=32, in_channels=6, out_channels=12))
+    config = diffusers_config(replace(NET, image_size=32, attention_resolutions=[16], in_channels=6, out_channels=12))
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**config | {"out_channels": 6, "class_embed_type": "timestep"})
     noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")

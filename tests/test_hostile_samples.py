@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.embed import Embed, embed
-from data.loader.cursor import RawSample, ShardCursor
+from data.loader.cursor import CAPTION_ALONE, RawSample, ShardCursor
 from data.storage.shards import find_shards
 from data.text.embeddings import from_bytes
 from data.text.meta import TextMeta
@@ -43,7 +43,7 @@ def read(folder: Path, encoder: Path, names: list[str]) -> tuple[list[RawSample]
 def test_a_sample_without_caption_is_left_out_and_costs_no_other(tmp_path, encoder):
     samples, _ = read(tmp_path / "d", encoder, ["a.jpg", "a.txt", "b.jpg", "c.jpg", "c.txt", "d.txt", "e.jpg", "e.txt"])
     assert [(s.name, s.problem) for s in samples] == [
-        ("00000.tar:a", ""), ("00000.tar:b", "no embedding"), ("00000.tar:c", ""), ("00000.tar:d", "no image"),
+        ("00000.tar:a", ""), ("00000.tar:b", "no embedding"), ("00000.tar:c", ""), ("00000.tar:d", CAPTION_ALONE),
         ("00000.tar:e", ""),
     ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.index import Index, index
-from data.storage import clients, locations
+from data.storage import clients, retries
 from data.storage.digests import caption_digest
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import read_shard, shard_digest, stats_path, write_shard
@@ -195,7 +195,7 @@ def test_wrong_datasets_are_refused_with_a_remedy(folder, tmp_path):
 def test_shards_behind_a_server_need_an_index_which_the_command_makes(
     folder, tmp_path, http_server, monkeypatch, capfd
 ):
-    monkeypatch.setattr(locations, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     stats_path(folder / "00001.tar").unlink()  # one is counted by its headers
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     server = http_server

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import norm
 from torch import Tensor
 
 from model.diffusion import Diffusion, Gaussian, cosine_betas
@@ -91,6 +92,23 @@ def test_the_masses_of_all_256_levels_add_to_one():
         q = Gaussian(torch.tensor(mean).double(), torch.tensor(2 * math.log(std)).double())
         mass = torch.exp(-discretized_gaussian_nll(levels, q))
         assert mass.sum().item() == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("z", [-4.0, -5.4, -5.6, -6.0, -6.5, -7.0])
+def test_levels_far_from_the_mean_have_their_likelihood_and_a_gradient(z):
+    """The tails and a middle level, in fp32, against SciPy's logarithms of the masses in float64."""
+    std = 0.01
+    for x, edges in ((-1.0, (-math.inf, -1 + 1 / 255)), (1.0, (1 - 1 / 255, math.inf)), (0.0, (-1 / 255, 1 / 255))):
+        # The edge of the level that is nearer to the mean lies |z| standard deviations from it.
+        mean = edges[0] + z * std if x == 1 else edges[1] - z * std
+        gaussian = [torch.tensor(v, requires_grad=True) for v in (mean, 2 * math.log(std))]
+        nll = discretized_gaussian_nll(torch.tensor(x), Gaussian(*gaussian))
+        exact = norm(gaussian[0].double().item(), math.exp(gaussian[1].double().item() / 2))
+        lower, upper = (exact.logcdf if x < 1 else exact.logsf)([edges[0], edges[1]])
+        log_mass = max(lower, upper) + math.log1p(-math.exp(-abs(upper - lower)))
+        assert nll.item() == pytest.approx(-log_mass, rel=1e-4), x
+        nll.backward()
+        assert all(value.grad.abs() > 1 for value in gaussian), x
 
 
 def test_mse_and_vb_train_apart():

@@ -1,6 +1,6 @@
 """Folders, tables and emoji packages become shards; what can't is skipped, counted and named."""
 
-import csv
+import codecs
 import io
 import json
 import os
@@ -8,46 +8,13 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import fluent, pack
+from data import fluent
 from data.storage.shards import find_shards
 from data.storage.tars import read_shard, stats_path
-
-MEMBERS = {"jpg", "png", "webp", "txt", "json"}
-
-
-def picture(colour: str, form: str = "JPEG", size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:
-    data = io.BytesIO()
-    Image.new(mode, size, colour).save(data, form)
-    return data.getvalue()
-
-
-def put(folder: Path, name: str, image: bytes, caption: str | None = None) -> None:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(image)
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-
-
-def run(source: Path, out: Path, shard_size: int = 1000) -> None:
-    pack.pack(pack.Pack(str(source), str(out), shard_size))
-
-
-def samples(folder: Path) -> list[tuple[str, dict[str, bytes]]]:
-    return [sample for shard in find_shards(folder) for sample in read_shard(shard.location, MEMBERS)]
-
-
-def captions(folder: Path) -> list[str]:
-    return [members["txt"].decode() for _, members in samples(folder)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+from tests.support.albums import captions, contents, picture, put, run, samples
 
 
 @pytest.fixture
@@ -94,102 +61,111 @@ def test_faults_are_counted_by_reason_and_named(
     said = capsys.readouterr().out
     assert "5 of 11 pictures packed in 1 shards" in said
     assert "1 skipped, truncated image: aa_cut.jpg" in said
-    assert "2 skipped, not a JPEG or PNG: ab_text.jpg, ae_webp.jpg" in said
+    assert "1 skipped, not a JPEG or PNG: ab_text.jpg" in said
+    assert "1 skipped, a WebP (allow_webp=true takes it): ae_webp.jpg" in said
     assert "1 skipped, no .txt beside it: ac_alone.jpg" in said
     assert "1 skipped, empty caption: ad_blank.jpg" in said
     assert "1 skipped, caption is not UTF-8: af_latin.jpg" in said
     stats = json.loads(stats_path(tmp_path / "out/00000.tar").read_text())
-    assert (stats["count"], stats["successes"], stats["status_dict"]["not a JPEG or PNG"]) == (11, 5, 2)
+    assert (stats["count"], stats["successes"]) == (5, 5)
+    listed = (tmp_path / "out/skipped.tsv").read_text().splitlines()
+    assert len(listed) == 6 and "ac_alone.jpg\tno .txt beside it" in listed
+    assert f"all that were skipped are listed in {tmp_path / 'out/skipped.tsv'}" in said
     # A rerun finds all done and says the same again.
     run(album, tmp_path / "out")
     assert capsys.readouterr().out == said
 
 
-def test_a_rerun_makes_what_is_missing_as_it_was(album: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(album, out, shard_size=2)
-    whole = contents(out)
-    untouched = (out / "00002.tar").stat().st_mtime_ns
-    (out / "00000.tar").unlink()
-    # As if stopped between a tar and its stats.
-    stats_path(out / "00001.tar").unlink()
-    run(album, out, shard_size=2)
-    assert contents(out) == whole
-    assert (out / "00002.tar").stat().st_mtime_ns == untouched
-
-
-def test_a_folder_holds_one_dataset(album: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(album, out)
-    with pytest.raises(ValueError, match=r"shard_size=1000 \(now 7\)"):
-        run(album, out, shard_size=7)
-    put(album, "new.jpg", picture("red"), "new")
-    with pytest.raises(ValueError, match=r"rows=11 \(now 12\)"):
-        run(album, out)
-    (out / "pack.json").unlink()
-    with pytest.raises(ValueError, match=r"shards of another command \(no pack\.json\)"):
-        run(album, out)
-
-
-def rows_of(table: Path) -> list[dict[str, str | None]]:
-    """Good by a relative, an absolute and a file:// path, and bad in four ways."""
-    put(table.parent, "images/a.jpg", picture("red"))
-    return [
-        {"URL": "images/a.jpg", "TEXT": "relative, with a comma"},
-        {"URL": str(table.parent / "images/a.jpg"), "TEXT": "absolute"},
-        {"URL": f"file://{table.parent / 'images/a.jpg'}", "TEXT": "file"},
-        {"URL": "https://example.com/a.jpg", "TEXT": "far away"},
-        {"URL": "images/none.jpg", "TEXT": "missing"},
-        {"URL": "images/a.jpg", "TEXT": None},
-        {"URL": None, "TEXT": "no path"},
+def test_a_picture_is_known_by_its_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    for name in ("a.jfif", "b.jpe", "c.JPG", "d", "e.webp", "v1.5 sunset", "png.jpg"):
+        put(source, name, picture("red", "PNG" if name == "png.jpg" else "JPEG"), name)
+    (source / "c.txt").rename(source / "c.TXT")
+    (source / "v1.txt").rename(source / "v1.5 sunset.txt")
+    put(source, "f.jpg", picture("red"))
+    (source / "f.jpg.txt").write_text("a name with its suffix")
+    for name, form in (("g.gif", "GIF"), ("h.JPG", "GIF"), ("i.bmp", "BMP"), ("j.tif", "TIFF"), ("k.webp", "WEBP")):
+        put(source, name, picture("red", form), name)
+    put(source, "l.jpg", b"", "empty")
+    put(source, ".hidden.jpg", picture("red"), "hidden")
+    put(source, ".git/m.jpg", picture("red"), "hidden")
+    (source / "n.json").write_text("{}")
+    (source / "notes.md").write_text("BMW")
+    (source / "album").symlink_to(tmp_path)
+    (source / "gone").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(source / "pipe.jpg")
+    run(source, out)
+    assert captions(out) == [
+        "a.jfif",
+        "b.jpe",
+        "c.JPG",
+        "d",
+        "e.webp",
+        "a name with its suffix",
+        "png.jpg",
+        "v1.5 sunset",
     ]
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_table_of_paths_and_captions(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    table = tmp_path / f"table{suffix}"
-    rows = rows_of(table)
-    if suffix == ".csv":
-        with open(table, "w", newline="", encoding="utf-8-sig") as file:
-            writer = csv.DictWriter(file, ["URL", "TEXT"])
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), table)
-    run(table, tmp_path / "out")
-    assert captions(tmp_path / "out") == ["relative, with a comma", "absolute", "file"]
-    said = capsys.readouterr().out
-    for reason in (
-        "a web address (download it first",
-        "can't be read (No such file",
-        "empty caption",
-        "no path: row 6",
+    assert [name for _, members in samples(out) for name in ("jpg", "png") if name in members] == (
+        ["jpg"] * 6 + ["png", "jpg"]
+    )
+    lines = capsys.readouterr().out
+    for line in (
+        "8 of 17 pictures packed in 1 shards",
+        "2 skipped, a GIF: g.gif, h.JPG",
+        "1 skipped, a BMP: i.bmp",
+        "1 skipped, a TIFF: j.tif",
+        "1 skipped, a WebP (allow_webp=true takes it): k.webp",
+        "1 skipped, an empty file: l.jpg",
+        "1 skipped, not a picture: notes.md",
+        "1 skipped, a link to a folder, which is not followed: album",
     ):
-        assert f"1 skipped, {reason}" in said
+        assert line in lines
 
 
-def test_what_cannot_be_packed_at_all_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    empty, out = tmp_path / "empty", tmp_path / "out"
-    empty.mkdir()
-    with pytest.raises(ValueError, match=r"no \.jpg, \.jpeg, \.png in"):
-        run(empty, out)
-    (empty / "00000.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="holds shards already"):
-        run(empty, out)
-    with pytest.raises(ValueError, match="neither a folder nor"):
-        run(tmp_path / "nowhere", out)
-    (tmp_path / "wrong.csv").write_text("picture,caption\na.jpg,a\n")
-    with pytest.raises(ValueError, match=r"no column path or image or file or url; its columns: picture, caption"):
-        run(tmp_path / "wrong.csv", out)
-    (tmp_path / "broken.parquet").write_bytes(b"PAR0")
-    with pytest.raises(ValueError, match="not a readable parquet"):
-        run(tmp_path / "broken.parquet", out)
-    assert not out.exists()
-    put(empty, "alone.jpg", picture("red"))
-    with pytest.raises(ValueError, match="none of the 1 pictures is usable; the reasons are above"):
-        run(empty, out)
-    assert "1 skipped, no .txt beside it: alone.jpg" in capsys.readouterr().out
-    assert not list(out.glob("*.tar"))
+def test_webp_where_it_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    put(source, "a.webp", picture("red", "WEBP"), "a")
+    put(source, "b.jpg", picture("red"), "b")
+    run(source, out)
+    assert captions(out) == ["b"]
+    run(source, out, allow_webp=True)
+    assert captions(out) == ["b", "a"] and "1 picture added" in capsys.readouterr().out
+    assert samples(out)[1][1]["webp"] == (source / "a.webp").read_bytes()
+    run(source, out)
+    assert captions(out) == ["b"] and "1 picture removed" in capsys.readouterr().out
+
+
+def test_captions_without_a_mark_in_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {
+        "a": codecs.BOM_UTF8 + "früh".encode(),
+        "b": codecs.BOM_UTF8,
+        "c": "früh".encode("utf-16"),
+        "d": codecs.BOM_UTF16_BE + "früh".encode("utf-16-be"),
+        "e": "früh".encode("latin-1"),
+        "f": "fruh".encode("utf-16-le"),
+        "g": b"\xff\xfea",
+    }
+    for name, text in texts.items():
+        put(tmp_path / "source", f"{name}.jpg", picture("red"), text)
+    run(tmp_path / "source", tmp_path / "out")
+    assert captions(tmp_path / "out") == ["früh"] * 3
+    said = capsys.readouterr().out
+    assert "1 skipped, empty caption: b.jpg" in said and "3 skipped, caption is not UTF-8: e.jpg, f.jpg, g.jpg" in said
+
+
+def test_a_name_that_is_not_utf8_is_skipped_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    put(source, "a.jpg", picture("red"), "a")
+    for suffix, data in ((b"jpg", picture("red")), (b"txt", b"latin"), (b"TXT", b"")):
+        Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9." + suffix)).write_bytes(data)
+    put(source, "line\nbreak.gif", picture("red", "GIF"), "b")
+    put(source, "x" * 200 + ".gif", picture("red", "GIF"), "c")
+    run(source, tmp_path / "out")
+    assert captions(tmp_path / "out") == ["a"]
+    said = capsys.readouterr().out
+    assert r"1 skipped, its path is not UTF-8 or holds a NUL: caf\udce9.jpg" in said
+    assert r"2 skipped, a GIF: line\nbreak.gif, xxx" in said
+    assert max(map(len, said.splitlines()[1:])) < 250
 
 
 def packages(folder: Path) -> Path:

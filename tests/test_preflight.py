@@ -56,7 +56,7 @@ def test_two_good_nodes_and_three_kinds_of_bad_ones(repo, data, tmp_path):
     assert status == [2, 2]
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3 and all(line.startswith("error: node2") for line in errors), errors
-    for message in ("no folder 'nowhere'", "is not the one that node1 sees", "other code"):
+    for message in (f"no folder '{other / 'nowhere'}'", "is not the one that node1 sees", "other code"):
         assert any(message in line for line in errors), message
     assert "every node is ready" not in out
 

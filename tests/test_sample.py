@@ -28,7 +28,7 @@ from train.evaluation.evaluated_net import find_net
 from train.export import Export, export
 from train.sample import Sample, main, run
 from train.sampling.sampler import PRESETS, SCHEDULERS, make_scheduler, sample, set_steps
-from train.weights.trained_net import load_net
+from train.weights.trained_net import load_net, sampling_dtype
 
 QUICK = ["n=3", "steps=5", "guidance_scale=3"]
 
@@ -134,6 +134,15 @@ def test_what_is_beyond_the_tokens_is_named(base, capsys):
     assert "of which the net takes 76; left out: 'red" in warning and "giraffe'; kept: 'red" in warning
     draw(base, "prompt=a red circle")
     assert "left out" not in capsys.readouterr().err
+
+
+def test_words_that_the_cleaning_cuts_away_are_named(base, capsys):
+    draw(base, "prompt=a xyz123 circle")
+    said = capsys.readouterr().err
+    assert "warning: the cleaning if-1 cuts 'xyz123' out of the prompt 'a xyz123 circle'" in said
+    assert "the net is given 'a circle'" in said
+    draw(base, "prompt=a red circle")
+    assert "warning" not in capsys.readouterr().err
 
 
 def trained_net(base: Path) -> UNet:
@@ -357,5 +366,15 @@ def test_a_manifest_is_read_once_when_a_net_is_loaded(base, tmp_path, path):
         export(Export(str(tmp_path / path), str(tmp_path / "if"), encoder="auto"))
     assert opened == [newest]
     with opened_manifests() as opened:
-        find_net(str(tmp_path / path), "", "ema").load(torch.device("cpu"))
+        find_net(str(tmp_path / path), "", "ema", str(base / "text")).load(torch.device("cpu"))
     assert opened == [newest]
+
+
+def test_a_net_is_sampled_in_bfloat16_only_on_a_gpu_and_if_it_was_trained_so(base, tmp_path):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    dtypes = [sampling_dtype(precision, device) for precision in ("bf16", "fp32") for device in (cpu, gpu)]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    changed_run(base / "run", tmp_path / "run", lambda manifest: manifest["config"].update(precision="bf16"))
+    unet = load_net(Checkpoint.open(tmp_path / "run"), "ema", cpu)
+    assert {p.dtype for p in unet.parameters()} == {torch.float32}
+    assert not unet.training and not any(p.requires_grad for p in unet.parameters())

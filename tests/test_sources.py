@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from data.storage import clients, locations
+from data.storage import clients, locations, retries
 from data.storage.atomic import atomic_file, atomic_folder
 from data.storage.clients import UnreadableError
 from data.storage.locations import join, list_names, open_location, read_bytes, size_of, split, write_whole
@@ -26,7 +26,7 @@ DATA = random.Random(0).randbytes(100_000)
 def server(request, monkeypatch):
     """HTTP, or S3 with the same faults in front of it. Blocks are small, waits short."""
     for module, name, value in (
-        (clients, "READ_TIMEOUT", 0.25), (clients, "CHUNK", 512), (locations, "FIRST_WAIT", 0.001),
+        (clients, "READ_TIMEOUT", 0.25), (clients, "CHUNK", 512), (retries, "FIRST_WAIT", 0.001),
         (locations, "FIRST_BLOCK", 4096), (locations, "LARGEST_BLOCK", 16384),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
@@ -75,13 +75,13 @@ def test_after_so_many_tries_it_is_over(server, fault):
         pytest.raises(UnreadableError, match=r"some/0\.tar: 8 tries in a row"),
     ):
         file.read()
-    assert len(server.asked) == 2 + locations.MAX_TRIES
+    assert len(server.asked) == 2 + retries.MAX_TRIES
 
 
 def test_waits_double_and_end_at_the_longest(server, monkeypatch):
     waits = []
-    monkeypatch.setattr(locations.time, "sleep", waits.append)
-    monkeypatch.setattr(locations, "LONGEST_WAIT", 0.03)
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
+    monkeypatch.setattr(retries, "LONGEST_WAIT", 0.03)
     server.faults, server.for_good = ["500"], True
     with pytest.raises(UnreadableError):
         open_location(join(server.where, "0.tar"))
@@ -162,7 +162,7 @@ def test_a_server_without_ranges_serves_small_files_and_is_named_for_large_ones(
 
 
 def test_a_server_that_is_not_there_is_an_error_in_one_line(monkeypatch):
-    monkeypatch.setattr(locations, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 from data.cli import HELP, MISTAKE, REQUEUE, arguments, reason
 from data.quiet import quiet_libraries
+from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
 from train.config import Config, accumulation
 
@@ -59,6 +60,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
     from train.inputs import find_inputs
     from train.monitor.tracker import check_login
 
+    raise_open_file_limit()
     install_signal_handlers()
     faulthandler.enable()
     # At INFO setuptools, for one, shows how DeepSpeed looks for a library with gcc. Ours alone is of interest.
@@ -73,6 +75,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
         if config.compile:
             find_compiler(tell=os.environ.get("LOCAL_RANK", "0") == "0")
         check_nodes(os.environ, ranks)
+        check_open_files(config.data.workers, ranks)
         accumulation(config, ranks)
         inputs = find_inputs(config, rank)
         check_resumable(config, inputs.samples)
@@ -108,6 +111,7 @@ def dry_run(config: Config, ranks: int) -> None:
     for look in (
         lambda: check_compiler(trains_on_gpu()) if config.compile else None,
         lambda: check_nodes(os.environ, ranks),
+        lambda: check_open_files(config.data.workers, ranks),
         find,
         lambda: check_login(config.wandb.mode),
         lambda: print(describe(config, ranks, inputs)),
@@ -129,6 +133,7 @@ def train_together(config: Config, inputs: "Inputs") -> None:
 
     from data.loader.cursor import ShardUnreadable
     from data.loader.workers import LoaderDied
+    from data.text.sidecar_record import WrongSidecar
     from train.checkpoint.format import CheckpointFailed
     from train.checkpoint.resume import check_same_everywhere
     from train.engine import init_distributed
@@ -148,7 +153,7 @@ def train_together(config: Config, inputs: "Inputs") -> None:
         finished = train(config, inputs, rank, ranks, device)
     except (TooManyBad, NotFinite, CheckpointFailed, InUse) as error:
         leave(error, tell=rank == 0)
-    except (OSError, LoaderDied, ShardUnreadable) as error:
+    except (OSError, LoaderDied, ShardUnreadable, WrongSidecar) as error:
         leave(error, tell=True)
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):

@@ -7,17 +7,24 @@ from typing import Any
 
 from data.storage.clients import UnreadableError
 from data.storage.locations import is_remote, open_location, size_of, split
+from data.storage.machine import raise_if_machine
 from data.storage.shards import REINDEX, Shard
 from data.storage.tar_headers import DamagedTar
-from data.storage.tars import ShardReader, Span
+from data.storage.tars import ShardReader, Span, printable_key
+from data.text.decode import NOT_UTF8, is_text
 from data.text.meta import sidecar_location
+from data.text.sidecar_record import EmbeddedCaptions
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+# The bytes decide what an image is, so that one of these that cannot be decoded is counted by its own reason. Where a
+# sample has several, the first of them is taken.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif")
 ENDED, UNREADABLE = "shard ended early", "shard unreadable"
 NO_IMAGE, NO_EMBEDDING, TEXT_UNREADABLE = "no image", "no embedding", "embeddings unreadable"
 NO_CAPTION = "no caption"
+# Why a sound picture may be no image of its sample: 1.5.jpg has the key 1, and the files of a sample must be adjacent.
+DOTS_IN_KEYS, CAPTION_ALONE = "no image, dots in keys", "no image beside the caption, tar not sorted by name?"
 
 
 class ShardUnreadable(RuntimeError):
@@ -41,10 +48,10 @@ class RawSample:
 class ShardCursor:
     """Reads a shard and its sidecar side by side, forwards.
 
-    text_folder: '' leaves the embeddings out.  needs_caption: a sample without a caption is then bad, as a sample
-    without an embedding is.
+    text_folder: '' leaves the embeddings out.  needs_caption: a sample without a caption, or whose caption
+    is no text, is then bad, as a sample without an embedding is.
     unreadable: with 'skip' the samples after the point where a shard or sidecar can't be read are bad ones.
-    Raises: with unreadable='fail' ShardUnreadable, from here and from read.
+    Raises: with unreadable='fail' ShardUnreadable; MachineError; both from here and from read; from read WrongSidecar.
     """
 
     def __init__(self, shard: Shard, text_folder: str, unreadable: str = "skip", needs_caption: bool = False) -> None:
@@ -52,10 +59,12 @@ class ShardCursor:
         fail = unreadable == "fail"
         self._images = _Tar(shard.location, {*IMAGE_EXTENSIONS, "txt"}, shard.size, fail)
         self._texts: _Tar | None = None
+        self._embedded: EmbeddedCaptions | None = None
         if text_folder:
             location = sidecar_location(shard, text_folder)
             # Embeddings may be a hundred times as large as the images, so those on a disk are not held in memory.
-            self._texts = _Tar(location, {"npy"}, None, fail, "" if is_remote(location) else location)
+            self._texts = _Tar(location, {"npy"}, None, fail, spans=not is_remote(location))
+            self._embedded = EmbeddedCaptions(location)
 
     def read(self, row: int) -> RawSample:
         """The sample at a row, at or after self.row. The data of the rows between is not read."""
@@ -68,12 +77,22 @@ class ShardCursor:
             return RawSample(f"{self._name}[{row}]", problem=problem)
         key, members = sample
         embedding, problem = self._embedding(key)
-        if self._needs_caption and "txt" not in members:
-            problem = NO_CAPTION
+        if self._embedded and "txt" in members and not self._embedded.has(self._name, key, members["txt"]):
+            embedding, problem = b"", NO_EMBEDDING
+        if self._needs_caption:
+            problem = NO_CAPTION if "txt" not in members else "" if is_text(members["txt"]) else NOT_UTF8
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), b"")
-        return RawSample(
-            f"{self._name}:{key}", image, embedding, members.get("txt", b""), problem if image else NO_IMAGE
-        )
+        if not image:
+            problem = self._no_image(members)
+        return RawSample(f"{self._name}:{printable_key(key)}", image, embedding, members.get("txt", b""), problem)
+
+    def _no_image(self, members: dict[str, bytes]) -> str:
+        """The reason for a sample without an image, as exactly as its files tell it."""
+        unread = self._images.unread
+        if any(extension.endswith(tuple(f".{known}" for known in IMAGE_EXTENSIONS)) for extension in unread):
+            return DOTS_IN_KEYS
+        there = {*members, *unread}
+        return CAPTION_ALONE if "txt" in there and there.isdisjoint(IMAGE_EXTENSIONS) else NO_IMAGE
 
     def _embedding(self, key: str) -> tuple[bytes | Span, str]:
         """The embedding of the sample with this key and '', or nothing and the reason."""
@@ -114,7 +133,7 @@ class _Tar:
     fail: raise ShardUnreadable where the storage fails.
     """
 
-    def __init__(self, location: str, extensions: set[str], size: int | None, fail: bool, spans_of: str = "") -> None:
+    def __init__(self, location: str, extensions: set[str], size: int | None, fail: bool, spans: bool = False) -> None:
         self.unreadable, self.damage, self.location, self._fail = False, "", location, fail
         self._reader: ShardReader | None = None
         try:
@@ -123,13 +142,17 @@ class _Tar:
                 raise UnreadableError(
                     f"it has {found} bytes, its index says {size}: {REINDEX.format(split(location)[0])}"
                 )
-            self._reader = ShardReader(self._file, extensions, spans_of)
+            self._reader = ShardReader(self._file, extensions, spans)
         except (OSError, DamagedTar) as error:
             self._stop(error)
 
     @property
     def key(self) -> str | None:
         return self._reader.key if self._reader else None
+
+    @property
+    def unread(self) -> list[str]:
+        return self._reader.unread if self._reader else []
 
     def sample(self, read: bool = True) -> tuple[str, dict[str, Any]] | None:
         try:
@@ -151,6 +174,8 @@ class _Tar:
             self._reader = None
 
     def _stop(self, error: Exception) -> None:
+        if isinstance(error, OSError):
+            raise_if_machine(error, self.location)
         self._reader = None
         self.unreadable = isinstance(error, OSError)
         self.damage = str(error).splitlines()[0] if str(error) else os.strerror(getattr(error, "errno", None) or 5)

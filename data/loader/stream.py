@@ -16,6 +16,8 @@ from data.loader.draws import Draw, Draws
 from data.loader.mixture import Mixture
 from data.loader.order import Block
 from data.loader.workers import Workers
+from data.storage.machine import raise_if_machine
+from data.text.decode import decode_caption
 from data.text.embeddings import read_empty, read_into
 from data.text.meta import TextMeta
 
@@ -141,14 +143,15 @@ class MicroBatches:
     def _read_text(self, out: np.ndarray, raw: RawSample) -> None:
         """Write the embedding or the token ids of a sample into out.
 
-        Raises: ValueError, whose message is the reason under which the sample is counted; ShardUnreadable.
+        Raises: ValueError, whose message is the reason for the count; ShardUnreadable; MachineError.
         """
         if self.encoder:
-            out[:] = self.encoder.token_ids([raw.caption.decode("utf-8", "replace")])[0]
+            out[:] = self.encoder.token_ids([decode_caption(raw.caption)])[0]
             return
         try:
             read_into(out, raw.embedding, self.meta)
         except OSError as error:
+            raise_if_machine(error, f"the embedding of {raw.name}")
             problem = f"the embedding of {raw.name} cannot be read: {error}"
             if self.config.unreadable_shard == "fail":
                 raise ShardUnreadable(f"{problem}; mend it, or set data.unreadable_shard=skip") from None

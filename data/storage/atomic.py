@@ -12,6 +12,14 @@ from safetensors import SafetensorError
 WRITE_ERRORS = (OSError, SafetensorError)
 
 
+class CouldNotWrite(OSError):
+    """A file or folder could not be written; the message names it, the reason and the remedy."""
+
+    def __init__(self, path: Path, reason: object) -> None:
+        super().__init__(f"'{path}' could not be written ({reason}): make space there, or choose another place")
+        self.path, self.reason = path, reason
+
+
 @contextmanager
 def atomic_file(path: str | Path, aside: Path | None = None) -> Iterator[Path]:
     """Yields a path to write to. After the block it is flushed and becomes `path`; after an error it is removed.
@@ -29,7 +37,7 @@ def atomic_file(path: str | Path, aside: Path | None = None) -> Iterator[Path]:
     except WRITE_ERRORS as error:
         if not _is_about(aside, error):
             raise
-        raise _could_not_write(path, error) from None
+        raise CouldNotWrite(path, _reason(error)) from None
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -51,7 +59,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except WRITE_ERRORS as error:
         if not _is_about(aside, error):
             raise
-        raise _could_not_write(path, error) from None
+        raise CouldNotWrite(path, _reason(error)) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -67,6 +75,8 @@ def flush_to_disk(path: Path) -> None:
 
 def _is_about(aside: Path, error: Exception) -> bool:
     """Whether an error is about writing `aside` rather than about what the block reads meanwhile."""
+    if isinstance(error, CouldNotWrite):
+        return error.path.is_relative_to(aside)
     if not isinstance(error, OSError):
         return True
     if error.errno is None:  # raised by code that has put it in words, such as data.storage.clients
@@ -76,6 +86,5 @@ def _is_about(aside: Path, error: Exception) -> bool:
     return aside.is_relative_to(error.filename) or Path(error.filename).is_relative_to(aside)
 
 
-def _could_not_write(path: Path, error: Exception) -> OSError:
-    reason = getattr(error, "strerror", None) or error
-    return OSError(f"'{path}' could not be written ({reason}): make space there, or choose another place")
+def _reason(error: Exception) -> object:
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or error

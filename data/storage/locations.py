@@ -3,10 +3,8 @@
 import io
 import logging
 import os
-import random
 import re
 import threading
-import time
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -14,13 +12,16 @@ from typing import BinaryIO
 
 from data.storage.atomic import atomic_file
 from data.storage.clients import TransientError, UnreadableError, http_range, list_s3, s3_range, write_s3
+from data.storage.local_files import SCARCE, PooledFile, PooledReader, check_handles
+from data.storage.retries import MAX_TRIES, wait
 
 logger = logging.getLogger(__name__)
 
-# Tries in a row that bring no byte before a read fails. The waits between them double, in seconds: a minute in all.
-MAX_TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 0.5, 30.0
 # Bytes of a request: the block size doubles while a file is read sequentially, since each request has a cost.
 FIRST_BLOCK, LARGEST_BLOCK = 1 << 18, 1 << 23
+# Blocks that a process fetches in the background at the same time, each over a connection of its own.
+MAX_PREFETCHES = 32
+_prefetches = threading.BoundedSemaphore(MAX_PREFETCHES)
 
 
 def is_remote(location: str) -> bool:
@@ -51,11 +52,12 @@ def split(location: str) -> tuple[str, str]:
 
 
 def open_location(location: str) -> BinaryIO:
-    """A seekable file, open for reading.
+    """A seekable file for reading. Its `name` is the location.
 
-    Raises: OSError; of these FileNotFoundError if there is no such file, UnreadableError once all tries have failed.
+    Raises: OSError; of these FileNotFoundError if there is no such file, UnreadableError once all tries have failed,
+    MachineError if this machine is out of open files, memory or space.
     """
-    return io.BufferedReader(RemoteFile(location)) if is_remote(location) else open(location, "rb")
+    return io.BufferedReader(RemoteFile(location) if is_remote(location) else PooledReader(PooledFile(location)))
 
 
 def read_bytes(location: str) -> bytes:
@@ -109,7 +111,7 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, location: str) -> None:
-        self._location = location
+        self._location = self.name = location
         self._request_range = partial(s3_range if location.startswith("s3://") else http_range, location)
         self._file: tuple[int, str] | None = None  # size and version
         self._position = self._start = 0
@@ -164,22 +166,34 @@ class RemoteFile(io.RawIOBase):
             self._start, self._block = self._position, block
         end = self._start + len(self._block)
         if sequential and end < self._file[0]:
-            future: Future[bytes] = Future()
-            threading.Thread(target=self._fetch_into, args=(future, end, end + self._block_size), daemon=True).start()
-            self._next_block = end, future
+            self._prefetch(end, end + self._block_size)
 
-    def _fetch_into(self, future: "Future[bytes]", start: int, end: int) -> None:
+    def _prefetch(self, start: int, end: int) -> None:
+        """Fetch the bytes [start, end) in the background, if few others are fetched at the moment."""
+        room = _prefetches
+        if not room.acquire(blocking=False):
+            return
+        future: Future[bytes] = Future()
+        try:
+            threading.Thread(target=self._fetch_into, args=(future, start, end, room), daemon=True).start()
+            self._next_block = start, future
+        except RuntimeError:  # no memory for a thread; the block is fetched when it is needed
+            room.release()
+
+    def _fetch_into(self, future: "Future[bytes]", start: int, end: int, room: threading.Semaphore) -> None:
         try:
             future.set_result(self._fetch(start, end))
         except BaseException as error:
             future.set_exception(error)
+        finally:
+            room.release()
 
     def _fetch(self, start: int, end: int) -> bytes:
         """The bytes [start, end). A failed request is resumed from the last byte that came."""
         received, failures, problem = bytearray(), 0, ""
         while failures < MAX_TRIES:
             if failures:
-                time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1))
+                wait(failures)
             before = len(received)
             try:
                 with self._request_range(start + before, end) as response:
@@ -190,6 +204,12 @@ class RemoteFile(io.RawIOBase):
                         if len(received) > end - start:  # a server without ranges sends more
                             break
             except TransientError as error:
+                check_handles(self._location)  # too few open files look like a server that refuses
+                problem = str(error)
+            except OSError as error:
+                if error.errno not in SCARCE:
+                    raise
+                check_handles(self._location)
                 problem = str(error)
             else:
                 problem = "the answer was cut short"
@@ -209,3 +229,11 @@ class RemoteFile(io.RawIOBase):
             raise UnreadableError(
                 f"{self._location} changed while it was read: {self._file} before, {(size, version)} now"
             )
+
+
+def _reset_prefetches() -> None:
+    global _prefetches
+    _prefetches = threading.BoundedSemaphore(MAX_PREFETCHES)
+
+
+os.register_at_fork(after_in_child=_reset_prefetches)  # threads of the parent do not run in it and release nothing

@@ -5,13 +5,14 @@ Source: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; fo
 """
 
 import zlib
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 # Headers and data come in blocks of this size; a block of zeros ends the archive.
 BLOCK = 512
 END = bytes(BLOCK)
-# A larger size in a header is taken for damage: no image is as large, and memory is limited.
-LARGEST_MEMBER, LARGEST_NAME = 1 << 30, 1 << 20
+# The data of a larger member is never read: no image is as large, and memory is limited. Beyond the second size, and
+# for a longer name, a header is taken for damage.
+LARGEST_MEMBER, LARGEST_SKIP, LARGEST_NAME = 1 << 30, 1 << 50, 1 << 20
 # Types of header: files with data; entries without data, whatever their size field says; and those that describe the
 # next header.
 PLAIN, WITHOUT_DATA, SPARSE = b"\x0007", b"123456", b"S"
@@ -22,20 +23,49 @@ class DamagedTar(ValueError):
     """A tar cannot be read any further."""
 
 
+class Member(NamedTuple):
+    """A regular file of a tar.
+
+    size: of its data in the tar, in bytes.  fault: why the data cannot be used, or ''; the file can be passed over.
+    """
+
+    name: str
+    size: int
+    fault: str = ""
+
+
+class _Described(NamedTuple):
+    """What headers before a file's own say about it; None where they say nothing."""
+
+    name: str | None = None
+    size: int | None = None
+    sparse: bool | None = None
+
+    def before(self, later: "_Described") -> "_Described":
+        """What both say. Of several headers for one file the first counts, as in tarfile."""
+        return _Described(
+            later.name if self.name is None else self.name,
+            later.size if self.size is None else self.size,
+            later.sparse if self.sparse is None else self.sparse,
+        )
+
+
+NOTHING = _Described()
+
+
 class TarHeaders:
     """Finds the regular files of a tar in order."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
-    def next(self, skip: int = 0) -> tuple[str, int] | None:
-        """Name and size of the next regular file, with the file positioned at its data; None at the end.
+    def next(self, skip: int = 0) -> Member | None:
+        """The next regular file, with the tar positioned at its data; None at the end.
 
         skip: bytes of the last file, padding included, that were not read.
         Raises: DamagedTar if the file is cut, has no end mark, or is not a tar.
         """
-        long_name: str | None = None
-        pax_size: int | None = None
+        described = NOTHING
         while True:
             header = self._after(skip)
             if header == END:
@@ -43,23 +73,32 @@ class TarHeaders:
             kind, name, size = self._fields(header)
             if kind in LONG_NAME + LONG_LINK + PAX + PAX_GLOBAL:
                 text = self._text(size)
-                found = (
-                    (_string(text), None) if kind == LONG_NAME else _pax(text) if kind != LONG_LINK else (None, None)
-                )
-                if kind == PAX_GLOBAL and found != (None, None):
+                found = NOTHING
+                if kind != LONG_LINK:
+                    found = _Described(_string(text)) if kind == LONG_NAME else _pax(text)
+                if kind == PAX_GLOBAL and found != NOTHING:
                     raise DamagedTar("a header for all files names one file's path or size")
-                # Of several headers for one file the first counts, as in tarfile.
-                long_name = found[0] if long_name is None else long_name
-                pax_size = found[1] if pax_size is None else pax_size
+                described = described.before(found)
                 skip = 0
                 continue
-            name, size = name if long_name is None else long_name, size if pax_size is None else pax_size
-            if not 0 <= size <= LARGEST_MEMBER or kind == SPARSE:
-                raise DamagedTar(f"{name[:200]} has {size} bytes or is sparse")
-            if kind in PLAIN:
-                return name, size
+            name = name if described.name is None else described.name
+            size = size if described.size is None else described.size
+            if not 0 <= size <= LARGEST_SKIP:
+                raise DamagedTar(f"{name[:200]} has {size} bytes")
+            if kind == SPARSE:
+                self._skip_sparse_map(header)
+            if kind in PLAIN + SPARSE:
+                sparse = kind == SPARSE or described.sparse
+                large = f"has {size} bytes" if size > LARGEST_MEMBER else ""
+                return Member(name, size, "is sparse" if sparse else large)
             skip = 0 if kind in WITHOUT_DATA else padded(size)
-            long_name = pax_size = None
+            described = NOTHING
+
+    def _skip_sparse_map(self, header: bytes) -> None:
+        """Go past the blocks that continue the map of a sparse file; they are not part of its size."""
+        more = header[482]
+        while more:
+            more = self._after(0)[504]
 
     def _after(self, skip: int) -> bytes:
         """The block after `skip` bytes. Few bytes are read over, which is faster than a seek."""
@@ -78,7 +117,9 @@ class TarHeaders:
         # one, modulo 65521, at the speed of C.
         total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(stored) + 8 * ord(" ")
         try:
-            if (_number(stored) - total) % 65521:
+            difference = _number(stored) - total
+            # Old tars of Sun and HP-UX sum the bytes as signed numbers: each above 127 counts 256 less.
+            if difference % 65521 and (difference + 256 * _high_bytes(header[:148] + header[156:])) % 65521:
                 raise DamagedTar("the checksum of a header is wrong")
             size = _number(header[124:136])
         except DamagedTar:
@@ -104,8 +145,8 @@ def padded(size: int) -> int:
     return size + -size % BLOCK
 
 
-def _pax(text: bytes) -> tuple[str | None, int | None]:
-    """path and size from a PAX header's records, each `LENGTH KEY=VALUE` and a line feed. Raises: DamagedTar."""
+def _pax(text: bytes) -> _Described:
+    """What a PAX header's records say, each `LENGTH KEY=VALUE` and a line feed. Raises: DamagedTar."""
     records: dict[bytes, bytes] = {}
     at = 0
     try:
@@ -119,17 +160,21 @@ def _pax(text: bytes) -> tuple[str | None, int | None]:
         size = int(records[b"size"]) if b"size" in records else None
     except ValueError:
         raise DamagedTar("a PAX header cannot be read") from None
-    if any(key.startswith(b"GNU.sparse") for key in records):
-        raise DamagedTar("a file is sparse")
-    path = records.get(b"path")
-    return None if path is None else path.decode("utf-8", "surrogateescape").rstrip("/"), size
+    sparse = any(key.startswith(b"GNU.sparse") for key in records) or None
+    # The name in the header of a sparse file is a made-up one.
+    path = records.get(b"GNU.sparse.name", records.get(b"path"))
+    return _Described(None if path is None else path.decode("utf-8", "surrogateescape").rstrip("/"), size, sparse)
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or after a byte of 128 a binary number."""
-    if field[0] == 128:
-        return int.from_bytes(field[1:], "big")
+    """Octal digits, or after a byte of 128 a binary number, after one of 255 a negative one."""
+    if field[0] in (128, 255):
+        return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 255 else 0)
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _high_bytes(data: bytes) -> int:
+    return len(data.translate(None, bytes(range(128))))
 
 
 def _string(field: bytes) -> str:

@@ -1,22 +1,25 @@
 """Reading and writing webdataset shards: KEY.jpg, KEY.txt, KEY.json in NNNNN.tar, counts in NNNNN_stats.json."""
 
+import io
 import json
-import os
+import logging
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from data.storage.atomic import atomic_file
 from data.storage.digests import ShardDigest
+from data.storage.local_files import PooledFile
 from data.storage.locations import open_location, write_whole
 from data.storage.tar_headers import BLOCK, DamagedTar, TarHeaders, padded
 
+logger = logging.getLogger(__name__)
+
 # img2dataset's name for the counts of a shard, in place of .tar.
 STATS = "_stats.json"
-# The entry of the stats file with the shard's digest.
-DIGEST = "digest"
+# Entries of the stats file: the shard's digest; of a sidecar the digest of the shard that it embeds, and its own bytes.
+DIGEST, SOURCE_DIGEST, BYTES = "digest", "source_digest", "bytes"
 # Members of a webdataset that describe it and are not samples.
 META_FOLDER = re.compile(r"__[^/]*__(/|$)")
 
@@ -53,7 +56,6 @@ def write_tar(path: Path, samples: Iterable[Sample], aside: Path | None = None) 
         for key, members in samples:
             tar.write({"__key__": key, **members})
             count += 1
-    _opened.cache_clear()  # it may hold the tar that was there before
     return count
 
 
@@ -78,20 +80,18 @@ def stats_path(shard: Path) -> Path:
     return shard.with_name(shard.stem + STATS)
 
 
-@lru_cache(maxsize=64)  # a block of small tars may lie in more, but a process may open only so many
-def _opened(path: str) -> BinaryIO:
-    return open(path, "rb")
-
-
 class Span(NamedTuple):
-    """Where the data of a file lies in a local tar, so that it can be read when it is needed."""
+    """Where the data of a member lies in a local tar, so that it can be read when it is needed."""
 
-    path: str
+    file: PooledFile
     offset: int
     size: int
 
     def read(self) -> bytes:
-        """The data, or less of it if the tar was cut since."""
+        """The data, or less of it if the tar was cut since.
+
+        Raises: OSError.
+        """
         data = bytearray(self.size)
         return bytes(data[: self.read_into(data)])
 
@@ -100,25 +100,30 @@ class Span(NamedTuple):
 
         Raises: OSError.
         """
-        return os.preadv(_opened(self.path).fileno(), list(buffers), self.offset)
+        return self.file.read_at(self.offset, *buffers)
 
 
 class ShardReader:
     """Reads the samples of a tar in order. A sample is a run of files with the same key: the name up to its first dot.
 
     Names without a dot, and files in a folder `__name__`, are ignored. A file that comes twice in a sample counts as
-    empty. The sample at which a tar is cut or damaged is lost, so that the number of samples does not depend on whether
-    their data is read.
+    empty. A sparse file, and one that is too large, is passed over; if its extension is wanted it is missing in its
+    sample, and a line in the log names it. The sample at which a tar is cut or damaged is lost, so that the number of
+    samples does not depend on whether their data is read.
 
+    file: as open_location returns it.
     key: of the next sample, None at the end.
-    spans_of: path of the tar, if a Span is to be returned in place of the data of each file.
+    unread: the extensions of the last sample's files that were not read, unless all its data was skipped.
+    spans: return a Span in place of the data of each file. The tar must be local.
     Raises: DamagedTar.
     """
 
-    def __init__(self, file: BinaryIO, extensions: set[str], spans_of: str = "") -> None:
-        self._file, self._headers, self._extensions, self._spans_of = file, TarHeaders(file), extensions, spans_of
+    def __init__(self, file: BinaryIO, extensions: set[str], spans: bool = False) -> None:
+        self._file, self._headers, self._extensions = file, TarHeaders(file), extensions
+        self._span_file: PooledFile | None = cast(io.BufferedReader, file).raw.file if spans else None  # type: ignore[attr-defined]
         self.key: str | None = None
-        self._extension, self._size = "", 0
+        self.unread: list[str] = []
+        self._extension, self._size, self._fault = "", 0, ""
         self._next(0)
 
     def sample(self, read: bool = True) -> tuple[str, dict[str, Any]] | None:
@@ -128,21 +133,30 @@ class ShardReader:
         """
         key = self.key
         members: dict[str, Any] = {}
+        self.unread = []
         if key is None:
             return None
         while self.key == key:
-            if read and self._extension in self._extensions:
-                as_span = self._spans_of and self._size
-                data = Span(self._spans_of, self._file.tell(), self._size) if as_span else self._file.read(self._size)
+            if read and self._extension in self._extensions and not self._fault:
+                lies_at = self._span_file if self._size else None
+                data = Span(lies_at, self._file.tell(), self._size) if lies_at else self._file.read(self._size)
                 members[self._extension] = b"" if self._extension in members else data
-                self._next(padded(self._size) if as_span else -self._size % BLOCK)
+                self._next(padded(self._size) if lies_at else -self._size % BLOCK)
             else:
+                if read:
+                    self._note_unread(key)
                 self._next(padded(self._size))
         return key, members
 
+    def _note_unread(self, key: str) -> None:
+        self.unread.append(self._extension)
+        if self._fault and self._extension in self._extensions:
+            where = getattr(self._file, "name", "a tar")
+            logger.warning("%s: %s.%s %s and is left out", where, key, self._extension, self._fault)
+
     def try_seek(self, samples: int, key: str) -> bool:
         """Seek so many samples ahead, as if each were one file of the current size; undone unless `key` is there."""
-        position, current = self._file.tell(), (self.key, self._extension, self._size)
+        position, current = self._file.tell(), (self.key, self._extension, self._size, self._fault)
         self._file.seek(position - BLOCK + samples * (BLOCK + padded(self._size)))
         try:
             self._next(0)
@@ -150,20 +164,25 @@ class ShardReader:
             self.key = None
         if self.key != key:
             self._file.seek(position)
-            self.key, self._extension, self._size = current
+            self.key, self._extension, self._size, self._fault = current
         return self.key == key
 
     def _next(self, skip: int) -> None:
         """Go to the next file that belongs to a sample."""
         self.key = None
         while (member := self._headers.next(skip)) is not None:
-            name, self._size = member
+            name, self._size, self._fault = member
             folder, slash, base = name.rpartition("/")
             stem, dot, extension = base.partition(".")
             if dot and stem and not (name.startswith("__") and META_FOLDER.match(name)):
                 self.key, self._extension = folder + slash + stem, extension.lower()
                 return
             skip = padded(self._size)
+
+
+def printable_key(key: str) -> str:
+    r"""A key for a message; bytes that are not UTF-8 are written as \xNN."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def read_shard(location: str | Path, extensions: set[str]) -> Iterator[Sample]:

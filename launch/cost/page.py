@@ -194,7 +194,7 @@ def assumptions(plan: Plan) -> list[str]:
         "ASSUMED",
         f"  {options.gpu}: {gpu.tflops:g} TFLOP/s dense bf16, {gpu.memory / 2**30:.0f} GiB, "
         f"{gpu.memory_rate / 1e12:g} TB/s, {gpu.link_rate / GB:g} GB/s to its neighbours (data sheets)",
-        f"  mfu={options.mfu:g}: not measured here; `make gpu-bench` measures it on your GPU",
+        f"  mfu={options.mfu:g}: not measured here; `make gpu-check` measures it on your GPU",
         f"  link={options.link:g} Gbit/s a node each way, of which collectives reach link_efficiency="
         f"{options.link_efficiency:g}; nothing overlaps with backward (DeepSpeed's ZeRO-1 as set up here)",
         f"  reserve_gb={options.reserve_gb:g} for CUDA, NCCL, cuDNN's workspaces and fragments",

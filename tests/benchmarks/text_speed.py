@@ -26,6 +26,7 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from data.cli import command
 from data.storage.claims import claim
+from data.storage.locations import open_location
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import ShardReader, write_shard
 from data.text.embeddings import encode_states, from_bytes, read_into, to_bytes
@@ -116,8 +117,8 @@ def reading(folder: Path) -> None:
         out, buffer = np.empty(meta.shape, meta.array_dtype), bytearray(1 << 20)
 
         def ours(path: Path = path, out: np.ndarray = out, meta: TextMeta = meta) -> None:
-            with open(path, "rb") as file:
-                reader = ShardReader(file, {"npy"}, str(path))
+            with open_location(str(path)) as file:
+                reader = ShardReader(file, {"npy"}, spans=True)
                 while (sample := reader.sample()) is not None:
                     read_into(out, sample[1]["npy"], meta)
 
