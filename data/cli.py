@@ -68,8 +68,8 @@ def run_command(
     if HELP & set(argv):
         print(help_page())
         sys.exit(0)
-    raise_open_file_limit()
     quiet_libraries()
+    raise_open_file_limit()
     try:
         begin_to_act()
         action(argv)

@@ -116,6 +116,7 @@ def dry_run(config: Config, ranks: int) -> None:
     for look in (
         lambda: check_compiler(trains_on_gpu()) if config.compile else None,
         lambda: check_nodes(os.environ, ranks),
+        lambda: check_open_files(config.data.workers, ranks),
         find,
         lambda: check_login(config.wandb.mode),
         lambda: print(describe(config, ranks, inputs)),
