@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import torch
-from launch.cost.memory import peak, states
-from launch.cost.step_cost import Bytes, step_bytes
 
 from model.config import UNetConfig
 from model.unet import UNet
 from tests.gpu_check.nets import KEEP, TOKENS
 from train.monitor.flops import peak_flops, training_flops
+from train.monitor.memory import peak, states
+from train.monitor.step_memory import Bytes, step_bytes
 
 BF16_BYTES = 2
 # Of a card: CUDA, cuDNN's workspaces and fragments, as launch.plan's reserve_gb.
