@@ -12,7 +12,7 @@ from tests.support.trainings import free_port
 
 RANKS = 2
 TINY = """
-    +experiment=smoke steps=100 optim.warmup_steps=2 micro_batch=1 data.tokens=5 model.encoder_dim=64
+    +experiment=smoke steps=100 data.streams=1 optim.warmup_steps=2 micro_batch=1 data.tokens=5 model.encoder_dim=64
     model.image_size=16 model.channel_mult=[1,2] model.attention_resolutions=[8]
 """.split()
 # Micro batches in a step; 2 are added up before the all-reduce.
