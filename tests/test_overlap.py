@@ -4,11 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 
+from data.text.meta import TextMeta
+from launch.cost.step_cost import inputs
 from model.config import RECOMPUTE
+from model.unet import UNet
+from tests.support.handed_over import handed_over
 from tests.support.trainings import free_port
+from train.compose import compose_config
+from train.engine import init_distributed
+from train.inputs import Inputs
+from train.loop import build
 
 RANKS = 2
 TINY = """
@@ -69,3 +78,30 @@ def test_the_same_bits_as_behind_the_backward(repo, tmp_path):
 @pytest.mark.slow
 def test_the_same_bits_for_every_choice(repo, tmp_path):
     check(run(repo, tmp_path / "found", SLOW), SLOW)
+
+
+def print_share_handed_over() -> None:
+    """The share of a compiled net's gradients that is handed over by 80 % of the backward, and the bucket's elements.
+
+    As a process of its own, for it joins a group.
+    """
+    UNet.compile_stages = partialmethod(UNet.compile_stages, "aot_eager")  # needs no compiler of C++
+    config = compose_config([*TINY, "global_batch=1", "compile=true", "model.num_res_blocks=2"])
+    _, ranks, device = init_distributed()
+    engine = build(config, Inputs([], TextMeta("", "", "", 5, 64, "float16", "float32", "")), ranks, device)
+    for _ in range(4):
+        record = handed_over(engine, engine(*inputs(config.model, 1, 5)).float().square().mean())
+        engine.step()
+    largest = max(parameter.numel() for parameter in engine.model.parameters())
+    bucket = engine.engine.optimizer.reduce_bucket_size
+    print(json.dumps({"share": record.share(0.8), "largest": largest, "bucket": bucket, "calls": len(record.buckets)}))
+
+
+def test_half_of_a_compiled_nets_gradients_are_handed_over_by_80_percent_of_the_backward(repo):
+    code = "from tests.test_overlap import print_share_handed_over; print_share_handed_over()"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["bucket"] == found["largest"] and found["calls"] > 10
+    assert found["share"] >= 0.5
