@@ -7,7 +7,7 @@ from data.cli import command, location
 from data.storage.shards import find_shards
 from data.text.captions import CLEANING, cleaner
 from data.text.meta import COMPUTE, STORED
-from data.text.sidecar_check import check_embeddings
+from data.text.sidecar_check import CHANGED, DAMAGED, check_embeddings, not_text_line, unreadable_line
 
 MODES = ("embed", "meta", "check", "repair")
 # What is taken where neither the arguments nor a meta file says otherwise.
@@ -20,8 +20,8 @@ DEFAULTS = {
 class Embed:
     """Runs a frozen text encoder over the captions of shards and writes its hidden states as sidecar shards.
 
-    A rerun makes only what is missing; several processes may work on one folder at once. Where out has a meta file,
-    its encoder, tokens, compute, dtype and cleaning are the defaults.
+    A rerun makes only what is missing and what changed in the shards; several processes may work on one folder at once.
+    Where out has a meta file, its encoder, tokens, compute, dtype and cleaning are the defaults.
 
     shards: the image shards, as data.shards of a training.
     out: folder for the embeddings; with mode=check any location that can be read.
@@ -47,16 +47,17 @@ class Embed:
 
 
 def embed(args: Embed) -> None:
-    """Do what the arguments say.
+    """Do what the arguments say. Shards that cannot be read do not stop the others, and are named at the end.
 
-    Raises: ValueError if the folder holds embeddings that were made otherwise, the encoder does not fit, or a check
-    finds something wrong; OSError.
+    Raises: ValueError if the folder holds embeddings that were made otherwise, the encoder does not fit, a shard cannot
+    be read, or a check finds something wrong; OSError.
     """
     _check_arguments(args)
+    unreadable: dict[str, str] = {}
+    shards = [] if args.mode == "meta" else find_shards(args.shards, unreadable)
     if args.mode == "check":
-        check_embeddings(find_shards(args.shards), args.out)
+        check_embeddings(shards, args.out, unreadable)
         return
-    shards = [] if args.mode == "meta" else find_shards(args.shards)
     # Here, since it imports torch and transformers, which take seconds.
     from data.text.embedding_job import open_embeddings, write_sidecars
 
@@ -66,10 +67,20 @@ def embed(args: Embed) -> None:
     if args.mode == "meta":
         print(f"{out}: the meta file of {meta.encoder}, {meta.tokens} x {meta.dim}, and the empty caption's embedding")
         return
-    new, without_caption = write_sidecars(shards, out, encoder, meta, args.batch, repair=args.mode == "repair")
-    print(f"{out}: {len(shards)} shards of embeddings, {meta.tokens} x {meta.dim} {meta.dtype}, {new} new")
-    if without_caption:
-        print(f"{without_caption} samples have no caption and so no embedding; the training will skip them")
+    work = write_sidecars(shards, out, encoder, meta, args.batch, repair=args.mode == "repair")
+    unreadable |= work.unreadable
+    made = len(shards) - len(work.unreadable)
+    print(f"{out}: {made} shards of embeddings, {meta.tokens} x {meta.dim} {meta.dtype}, {work.new} new")
+    if work.anew:
+        reasons = {CHANGED: "shards were packed anew", DAMAGED: "sidecars were damaged or of other captions"}
+        counts = ", ".join(f"{count} {reasons[reason]}" for reason, count in work.anew.items())
+        print(f"{counts}: {work.embedded} captions embedded, {work.kept} kept")
+    if work.without_caption:
+        print(f"{work.without_caption} samples have no caption and so no embedding; the training will skip them")
+    if line := not_text_line(work.not_text):
+        print(line)
+    if unreadable:
+        raise ValueError(unreadable_line(unreadable))
 
 
 def _check_arguments(args: Embed) -> None:

@@ -104,13 +104,20 @@ def _count_all(locations: list[str], args: Index) -> list[Entry]:
 
 
 def count_shard(location: str, check: bool) -> Entry:
-    """Count a shard: by its stats file if that gives a digest too and is not to be checked, else by reading it."""
+    """Count a shard: by its stats file if that gives a digest too and is not to be checked, else by reading it.
+
+    The digest of a sidecar of embeddings is that of the shard that it embeds.
+    """
     try:
         size, stats = shard_bytes(location), read_stats(location)
+        if stats and stats.sidecar_size not in (None, size):
+            cut = f"it has {size} bytes, {stats.sidecar_size} were written: run data.embed with mode=repair"
+            return Entry(location, problem=cut)
         if stats and stats.digest and not check:
             return Entry(location, stats.samples, size, stats.samples, stats.digest)
         scan = scan_shard(location)
-        return Entry(location, scan.samples, size, stats.samples if stats else scan.samples, scan.digest, scan.damage)
+        digest = scan.digest if not stats or stats.sidecar_size is None else stats.digest or ""
+        return Entry(location, scan.samples, size, stats.samples if stats else scan.samples, digest, scan.damage)
     except (OSError, ValueError) as error:
         return Entry(location, problem=str(error))
 

@@ -15,6 +15,7 @@ from data.inspection.page import DatasetSummary, page
 from data.storage.locations import write_whole
 from data.storage.shards import Shard, find_shards, shard_bytes
 from data.text.meta import TextMeta, check_sidecars
+from data.text.sidecar_record import WrongSidecar
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Inspect:
 def inspect(args: Inspect) -> Findings:
     """Look at the samples, print the main numbers and write the report.
 
-    Raises: ValueError if a number cannot be, or there is nothing to look at; OSError.
+    Raises: ValueError if a number cannot be, there is nothing to look at, or the embeddings are of other captions;
+    OSError.
     """
     out = Path(args.out)
     if out.suffix.lower() not in (".html", ".png"):
@@ -80,6 +82,8 @@ def _sidecar_fault(shards: list[Shard], text: str, meta: TextMeta | None) -> str
     try:
         if meta:
             check_sidecars(shards, text, meta.tokens, meta.dim)
+    except WrongSidecar:
+        raise
     except ValueError as error:
         return str(error)
     return ""
@@ -94,9 +98,10 @@ def _lines(summary: DatasetSummary, found: Findings) -> list[str]:
         lines.append(f"images: {kinds}; shorter side {sides.min()} to {sides.max()} px, median {np.median(sides):.0f}")
     if found.captions:
         letters, repeated = [len(caption) for caption in found.captions], len(found.captions) - len(set(found.captions))
+        unknown = f", {found.not_utf8:,} not UTF-8" if found.not_utf8 else ""
         lines.append(
             f"captions: {min(letters)} to {max(letters)} characters, median {np.median(letters):.0f}; "
-            f"{found.without_caption:,} missing or empty, {repeated:,} repeat another"
+            f"{found.without_caption:,} missing or empty, {repeated:,} repeat another{unknown}"
         )
     if summary.meta:
         lines.append(f"embeddings: {summary.meta.tokens} x {summary.meta.dim} {summary.meta.dtype}")

@@ -12,7 +12,7 @@ from diffusers import IFPipeline
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.text.captions import MARKUP_LIMIT, cleaner, if_twice, lower_strip
+from data.text.captions import MARKUP_LIMIT, cleaner, if_twice, lost_words, lower_strip
 
 
 class Theirs:
@@ -129,4 +129,27 @@ def test_long_captions_of_anything_take_seconds():
     """What looked again at the same characters would take from hours to years."""
     code = "from data.text.captions import if_twice\nn = 300_000\n"
     code += "\n".join(f"if_twice({caption})" for caption in HOSTILE.values())
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lost"),
+    [
+        ("a photo of a xyz123 toy", ["xyz123"]),
+        ("a @sks dog", ["@sks"]),
+        ("a <new1> dog", ["<new1>"]),
+        ("一只猫 toy", ["一只猫"]),
+        ("a zwx猫 toy, dog-xyz123", ["猫", "xyz123"]),
+        ("xyz123", ["xyz123"]),
+        ("see www.a.com/foo, a cat.png", ["www.a.com/foo,", "cat.png"]),
+        ('a (zwx) toy - it\'s "sks", Café & <person>: 12:30, a a V* 1girl', []),
+    ],
+)
+def test_words_that_the_cleaning_cuts_away_are_found(prompt, lost):
+    assert lost_words(prompt, if_twice) == lost
+    assert not lost_words(prompt, lower_strip)
+
+
+def test_words_of_a_prompt_without_end_are_looked_for_in_seconds():
+    code = "from data.text.captions import if_twice, lost_words\nlost_words('xyz123 cat ' * 20_000, if_twice)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

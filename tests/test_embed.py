@@ -1,11 +1,13 @@
 """data.embed: storage, many processes at once, a second look, and repair."""
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -13,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.embed import DEFAULTS, Embed, embed
+from data.embed import DEFAULTS, Embed, embed, main
+from data.loader.cursor import ShardCursor
 from data.storage.claims import STALE_AFTER, claim
 from data.storage.shards import find_shards
 from data.storage.tars import read_shard, stats_path, write_shard
+from data.text.decode import decode_caption
 from data.text.embedding_job import open_embeddings, write_sidecars
 from data.text.embeddings import encode_states, from_bytes, read_empty, read_into, to_bytes
 from data.text.encoder import TextEncoder
@@ -221,12 +225,172 @@ def test_a_process_that_lost_its_claim_makes_the_shard_anew(t5, copy, made, monk
     assert len(lost) == 2 and contents(out) == contents(made / "text")
 
 
-def test_a_shard_that_is_gone_is_named_and_not_the_disk_blamed(t5, copy):
+def test_a_shard_that_goes_meanwhile_is_named_and_the_others_are_done(t5, copy, made):
     shards = find_shards(copy / "shards")
     (copy / "shards" / "00002.tar").unlink()
     encoder, meta = open_embeddings(copy / "new", {"encoder": str(t5), "tokens": TOKENS}, DEFAULTS)
-    with pytest.raises(FileNotFoundError, match=r"shards/00002\.tar"):
-        write_sidecars(shards, copy / "new", encoder, meta, 4, repair=False)
+    work = write_sidecars(shards, copy / "new", encoder, meta, 4, repair=False)
+    assert work.unreadable == {"00002.tar": "No such file or directory"} and work.new == 3
+    assert {path.name for path in (copy / "new").glob("*.tar")} == {"00000.tar", "00001.tar", "00003.tar"}
+
+
+@pytest.mark.parametrize("mode", ["embed", "check", "repair"])
+def test_shards_that_cannot_be_read_do_not_stop_the_others(t5, tmp_path, capsys, mode):
+    shards = write_shards(tmp_path / "shards", 6, 5)
+    whole = (shards / "00001.tar").read_bytes()
+    (shards / "00001.tar").write_bytes(whole[: len(whole) // 2 - 100])
+    (shards / "00002.tar").write_bytes(b"")
+    (shards / "00003.tar").write_bytes(b"<html>404</html>" * 100)
+    (shards / "00004.tar").unlink()
+    stats_path(shards / "00004.tar").unlink()
+    (shards / "00004.tar").symlink_to("nowhere.tar")
+    text = tmp_path / "text"
+    args = arguments(shards, text, t5)
+    for run in range(2):  # and again, when nothing is left to do
+        with pytest.raises(ValueError, match="shards cannot be read") as caught:
+            embed(args)
+        assert all(f"0000{n}.tar" in str(caught.value) for n in range(1, 5)), caught.value
+        assert "mend or remove them" in str(caught.value) and "it was cut" in str(caught.value)
+        assert f"2 shards of embeddings, 12 x 64 float32, {0 if run else 2} new" in capsys.readouterr().out
+    assert {path.name for path in text.glob("*.tar")} == {"00000.tar", "00005.tar"}
+    if mode != "embed":
+        with pytest.raises(ValueError, match="shards cannot be read"):
+            embed(Embed(str(shards), str(text), mode=mode))
+    with pytest.raises(SystemExit) as ended:
+        main([f"shards={shards}", f"out={text}", f"mode={mode}"])
+    assert ended.value.code == 2
+
+
+def test_a_rerun_makes_anew_what_changed_and_keeps_the_rest(copy, t5, capsys, monkeypatch):
+    """Also for shards of the same names that were packed elsewhere, with or without a digest in their stats files."""
+    shards, text = copy / "shards", copy / "text"
+    rows = list(read_shard(shards / "00001.tar", {"txt", "jpg"}))
+    rows[2][1]["txt"] = b"changed"
+    rows.append(("new", {"jpg": b"x", "txt": b"a new one"}))
+    write_shard(shards / "00001.tar", rows)
+    encoded, real = [], TextEncoder.token_ids
+    monkeypatch.setattr(TextEncoder, "token_ids", lambda self, texts: encoded.extend(texts) or real(self, texts))
+    before = {path.name: path.stat().st_mtime_ns for path in text.glob("*.tar")}
+    for run in range(2):
+        embed(Embed(str(shards), str(text)))
+        said = capsys.readouterr().out
+        assert ("1 shards were packed anew: 2 captions embedded, 8 kept" in said) == (run == 0), said
+        assert encoded == ["changed", "a new one"]
+    embed(Embed(str(shards), str(text), mode="check"))
+    after = {path.name: path.stat().st_mtime_ns for path in text.glob("*.tar")}
+    assert {name for name in after if after[name] != before[name]} == {"00001.tar"}
+
+    elsewhere = copy / "elsewhere"
+    write_shards(elsewhere, 4, 9)
+    for number in (0, 3):
+        rows = [(f"{number:02d}{row:03d}", {"txt": b"elsewhere %d" % (row // 2)}) for row in range(9)]
+        write_shard(
+            elsewhere / f"{number:05d}.tar", [rows[0], *list(read_shard(shards / f"0000{number}.tar", {"txt"}))[1:]]
+        )
+    for path in elsewhere.glob("*_stats.json"):
+        path.write_text('{"successes": 9}')
+    capsys.readouterr()
+    embed(Embed(str(elsewhere), str(text)))
+    # 00001 differs from the one above in its changed caption, and has no new sample.
+    assert "3 shards were packed anew: 3 captions embedded, 24 kept" in capsys.readouterr().out
+    embed(Embed(str(elsewhere), str(text), mode="check"))
+    embed(arguments(elsewhere, copy / "anew", t5))
+    assert contents(copy / "anew") == contents(text)
+
+
+def test_a_sample_without_a_caption_that_comes_or_goes_changes_the_record_alone(copy, capsys):
+    shards, text = copy / "shards", copy / "text"
+    rows = list(read_shard(shards / "00001.tar", {"txt"}))
+    write_shard(shards / "00001.tar", [*rows, ("bare", {"jpg": b"x"})])
+    assert "1 of 4 sidecars" in check(copy)
+    assert "00001.tar: made when the shard had other samples" in capsys.readouterr().out
+    embed(Embed(str(shards), str(text)))
+    assert "1 shards were packed anew: 0 captions embedded, 9 kept" in capsys.readouterr().out
+    embed(Embed(str(shards), str(text), mode="check"))
+
+
+def test_cut_sidecars_are_made_anew_by_a_rerun_too(copy, made, capsys):
+    text = copy / "text"
+    for name in ("00000.tar", "00002.tar"):
+        os.truncate(text / name, (text / name).stat().st_size - 9000)
+    embed(Embed(str(copy / "shards"), str(text)))
+    assert "2 sidecars were damaged" in capsys.readouterr().out
+    assert contents(text) == contents(made / "text")
+
+
+def test_an_index_that_is_older_than_a_shard_is_not_believed(copy):
+    from data.index import Index, index
+
+    index(Index(str(copy / "shards"), workers=1))
+    embed(Embed(str(copy / "shards"), str(copy / "text")))
+    rows = [(key, {"txt": members["txt"].upper()}) for key, members in read_shard(copy / "shards/00000.tar", {"txt"})]
+    write_shard(copy / "shards" / "00000.tar", rows)
+    with pytest.raises(
+        ValueError, match=r"index is out of date: '.*00000\.tar' was written anew since: run `python -m data"
+    ):
+        embed(Embed(str(copy / "shards"), str(copy / "text")))
+    index(Index(str(copy / "shards"), workers=1))
+    embed(Embed(str(copy / "shards"), str(copy / "text")))
+    embed(Embed(str(copy / "shards"), str(copy / "text"), mode="check"))
+
+
+ENCODED = {
+    "utf-8": "é ü".encode(), "with a mark": "\ufeffé ü".encode(), "utf-16": "é ü".encode("utf-16"),
+    "utf-16-be": b"\xfe\xff" + "é ü".encode("utf-16-be"), "utf-32": "é ü".encode("utf-32"),
+}  # fmt: skip
+NOT_TEXT = {"latin-1": "é ü".encode("latin-1"), "bare utf-16": "a cat".encode("utf-16-le"), "cut": "é".encode()[:1]}
+
+
+def test_captions_are_text_whatever_their_mark_and_others_are_named(t5, tmp_path, capsys):
+    assert {decode_caption(data) for data in ENCODED.values()} == {"é ü"}
+    assert decode_caption(b"\xef\xbb\xbf") == decode_caption(b"") == ""
+    for data in NOT_TEXT.values():
+        with pytest.raises(ValueError, match="caption not UTF-8"):
+            decode_caption(data)
+    rows = [(name, {"jpg": b"x", "txt": data}) for name, data in (ENCODED | NOT_TEXT).items()]
+    write_shard(tmp_path / "shards" / "00000.tar", rows)
+    text = tmp_path / "text"
+    embed(arguments(tmp_path / "shards", text, t5, cleaning="lower-strip"))
+    named = "3 captions are not UTF-8 (00000:latin-1, 00000:bare utf-16, 00000:cut) and have no embedding"
+    assert named in capsys.readouterr().out
+    states = {key: members["npy"] for key, members in read_shard(text / "00000.tar", {"npy"})}
+    assert list(states) == list(ENCODED)
+    same = [np.load(io.BytesIO(npy)) for npy in states.values()]
+    assert all(np.abs(array - same[0]).max() < 1e-5 for array in same)
+    embed(Embed(str(tmp_path / "shards"), str(text), mode="check"))
+    said = capsys.readouterr().out
+    assert named in said and "5 captions in 1 shards have their embeddings" in said
+    cursor = ShardCursor(find_shards(tmp_path / "shards")[0], str(text))
+    problems = [cursor.read(row).problem for row in range(len(rows))]
+    assert problems == [""] * len(ENCODED) + ["no embedding"] * len(NOT_TEXT)
+
+
+def test_keys_that_are_not_utf8_are_embedded_under_their_bytes(t5, tmp_path, capsys):
+    """As an old system's tar leaves them."""
+    shards, text = tmp_path / "shards", tmp_path / "text"
+    shards.mkdir()
+    keys = [f"caf\udce9{number}" for number in range(2)]
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(shards / f"{form}.tar", "w", format=form) as tar:
+            for key in keys:
+                info = tarfile.TarInfo(f"{key}.txt")
+                info.size = 6
+                tar.addfile(info, io.BytesIO(b"a cafe"))
+    embed(arguments(shards, text, t5))
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        assert [key for key, _ in read_shard(text / f"{form}.tar", {"npy"})] == keys
+    embed(Embed(str(shards), str(text), mode="check"))
+    (text / f"{tarfile.GNU_FORMAT}.tar").unlink()
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="mode=repair"):
+        embed(Embed(str(shards), str(text), mode="check"))
+    assert r"2 missing (first: caf\xe90)" in capsys.readouterr().out
+    embed(Embed(str(shards), str(text), mode="repair"))
+    embed(Embed(str(shards), str(text), mode="check"))
+    cursor = ShardCursor(find_shards(shards)[0], str(text))
+    assert [cursor.read(row).name for row in range(2)] == [
+        rf"{find_shards(shards)[0].name}:caf\xe9{n}" for n in range(2)
+    ]
 
 
 def check(copy: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -17,14 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from data import demo
 from data.embed import Embed, embed
+from data.loader.cursor import ShardCursor
 from data.storage.shards import find_shards
+from data.text.embeddings import from_bytes
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from launch.cost.step_cost import inputs, step_bytes, walk_bytes
 from model.config import UNetConfig
 from model.convert import lora_to_diffusers, merge_lora
 from model.unet import UNet
-from tests.checkpoints import random_net, write_run
+from tests.checkpoints import changed_run, random_net, write_run
 from tests.test_evaluate import NET, assert_one_line
 from train import dreambooth, export_lora
 from train.checkpoint.checkpoint import Checkpoint
@@ -173,6 +176,76 @@ def test_dreambooth_has_a_few_pictures_and_the_nets_own(base):
         shards = find_shards(base / "booth" / name / "shards")
         assert sum(shard.count for shard in shards) == count
         assert (base / "booth" / name / "text" / "empty.npy").exists()
+
+
+def booth(base: Path, out: Path, **changed: str) -> list[list[tuple[bytes, bytes, np.ndarray]]]:
+    """Caption, picture and embedding of each sample of both datasets, after train.dreambooth."""
+    given = {
+        "checkpoint": base / "run", "pictures": base / "pictures", "prompt": "a zwx toy", "class_prompt": "a toy",
+        "prior": 6, "steps": 2, "micro_batch": 4, "out": out,
+    } | changed  # fmt: skip
+    dreambooth.main([f"{name}={value}" for name, value in given.items()])
+    datasets = []
+    for name in ("concept", "prior"):
+        (shard,), meta = find_shards(out / name / "shards"), TextMeta.read(out / name / "text")
+        cursor = ShardCursor(shard, str(out / name / "text"))
+        samples = [cursor.read(row) for row in range(shard.count)]
+        assert {sample.problem for sample in samples} == {""}
+        datasets.append([(s.caption, s.image, from_bytes(s.embedding.read(), meta)) for s in samples])
+    return datasets
+
+
+def test_dreambooth_again_makes_anew_what_changed_and_nothing_else(base, tmp_path, capsys):
+    out = Path(shutil.copytree(base / "booth", tmp_path / "booth"))
+
+    def again(**changed: str) -> tuple[list, str, bool]:
+        """Both datasets, what was printed, and whether the pictures of the class were drawn."""
+        before = (out / "prior" / "shards" / "00000.tar").stat().st_mtime_ns
+        capsys.readouterr()
+        found = booth(base, out, **changed)
+        said = capsys.readouterr()
+        return found, said.out + said.err, (out / "prior" / "shards" / "00000.tar").stat().st_mtime_ns != before
+
+    (concept, prior), said, drawn = again()
+    assert not drawn and "anew" not in said and "warning" not in said
+
+    (other, _), said, drawn = again(prompt="a red ball")
+    assert other[0][0] == b"a red ball" and not np.array_equal(other[0][2], concept[0][2]) and not drawn
+    assert "1 shards were packed anew: 5 captions embedded, 0 kept" in said
+
+    (back, other_prior), said, drawn = again(class_prompt="a ball")
+    assert np.array_equal(back[0][2], concept[0][2]) and other_prior[0][0] == b"a ball" and drawn
+    assert not np.array_equal(other_prior[0][2], prior[0][2])
+    assert "the pictures of the class are drawn: those there were drawn with another prompts" in said
+
+    (_, seeded), said, drawn = again(class_prompt="a ball", seed=3)
+    assert drawn and "drawn with another seed" in said and seeded[0][1] != other_prior[0][1]
+    assert "packed anew" not in said, "the captions are the same"
+    assert again(class_prompt="a ball", seed=3, guidance_scale=1.0)[2]
+    assert again(class_prompt="a ball", seed=3, guidance_scale=1.0, steps=3)[2]
+
+    # A picture more; and another checkpoint, whose run had another cleaning.
+    pictures = Path(shutil.copytree(base / "pictures", tmp_path / "pictures"))
+    shutil.copy(pictures / "0.png", pictures / "9.png")
+    (more, _), said, _ = again(pictures=pictures)
+    assert len(more) == 6 and "1 captions embedded, 5 kept" in said
+    run = tmp_path / "other"
+    changed_run(base / "run", run, lambda manifest: manifest["text"].update(cleaning="lower-strip"))
+    (cleaned, _), said, _ = again(checkpoint=run, prompt="a xyz123 toy")
+    assert TextMeta.read(out / "concept" / "text").cleaning == "lower-strip" and "warning" not in said
+    assert "were made with another cleaning: they are made anew" in said
+    assert not np.array_equal(cleaned[0][2], concept[0][2])
+
+
+@pytest.mark.parametrize("word", ["xyz123", "@sks", "<new1>", "一只猫"])
+def test_a_rare_word_that_the_cleaning_cuts_away_is_named(base, capsys, word):
+    booth(base, base / "cut", prompt=f"a {word} toy")
+    said = capsys.readouterr().err
+    assert (
+        f"warning: the cleaning if-1 cuts '{word}' out of the prompt 'a {word} toy', and the net is given 'a toy'"
+        in said
+    )
+    assert said.count("warning: the cleaning") == 1, "the prompt of the class has no such word"
 
 
 @torch.no_grad()

@@ -77,6 +77,7 @@ def of_part(everything: tuple[subprocess.CompletedProcess, dict], part: str) -> 
     return {row["name"]: row for row in everything[1]["rows"] if row["part"] == part}
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_cpu(everything):
     done, found = everything
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,6 +90,7 @@ def test_every_part_runs_on_a_cpu(everything):
     assert done.stdout.endswith("\nNothing failed.\n")
 
 
+@pytest.mark.slow
 def test_what_the_parts_find_on_a_cpu(everything):
     assert of_part(everything, "environment")["card"]["text"].startswith("needs a GPU")
     parity = of_part(everything, "parity")
@@ -109,6 +111,7 @@ def test_what_the_parts_find_on_a_cpu(everything):
     assert "need a GPU" in speed[f"512, micro batch 2, {EAGER}"]["text"]
 
 
+@pytest.mark.slow
 def test_a_bare_machine_runs_what_it_can_and_says_what_it_cannot(repo, tmp_path):
     folder = copy_of_project(repo, tmp_path / "project")
     bare = (*LOADERS, "deepspeed", "bitsandbytes", "diffusers", "peft")

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +25,10 @@ from data.storage.local_files import OpenFiles, PooledFile
 from data.storage.locations import open_location, read_bytes
 from data.storage.machine import MachineError, check_open_files, open_handles
 from data.storage.shards import find_shards
+from data.storage.tars import write_stats
 from data.text.meta import TextMeta
+from data.text.sidecar_check import check_sidecar
+from data.text.sidecar_record import SidecarRecord
 from tests.test_stream import pictures, write_dataset  # noqa: F401  # the former is a fixture
 
 SAMPLES = 48
@@ -224,6 +228,16 @@ def test_a_machine_that_is_out_of_something_ends_the_run(config, monkeypatch, nu
     failing(monkeypatch, number, 10**9)
     with pytest.raises(MachineError, match=rf"fault of this machine \({os.strerror(number)}\): \w+ .*"):
         rows(config, unreadable)
+
+
+def test_no_sidecar_is_written_off_where_no_handle_is_left(config, monkeypatch):
+    """data.embed mode=repair would make all its embeddings anew."""
+    shard, meta = find_shards(config.shards)[0], TextMeta.read(config.text)
+    write_stats(Path(config.text) / "00000.tar", 3, SidecarRecord(["0" * 16] * 3, ["0" * 8] * 3).stats())
+    assert len(check_sidecar(shard, config.text, meta).damaged) == 3, "it is read"
+    failing(monkeypatch, errno.ENFILE, 10**9, "text/00000.tar")
+    with pytest.raises(MachineError, match=r"text/00000\.tar cannot be read for a fault of this machine"):
+        check_sidecar(shard, config.text, meta)
 
 
 def test_a_bound_of_one_handle_too_many_is_forgiven_once(config, monkeypatch):

@@ -92,6 +92,30 @@ def test_online_gives_what_is_stored(base, workers, ranks):
     assert without_caption == {("00001.tar:00017", "no caption")}
 
 
+def test_a_caption_that_is_not_utf8_is_bad_in_either_mode_and_one_with_a_mark_is_not(base, tmp_path):
+    """Whether or not the caption would have been dropped, so that a run may go on in the other mode."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    captions = ["a café".encode("latin-1"), "a cat".encode("utf-16"), b"a cat"]
+    rows = [(f"{n}", {"jpg": buffer.getvalue(), "txt": caption}) for n, caption in enumerate(captions)]
+    write_shard(tmp_path / "shards" / "0.tar", rows)
+    embed(Embed(str(tmp_path / "shards"), str(tmp_path / "text"), str(base / "t5"), TOKENS, "float32", "float32"))
+    for mode, reason in (("stored", "no embedding"), ("online", "caption not UTF-8")):
+        for drop in (0.0, 0.999):
+            data = DataConfig(
+                shards=str(tmp_path / "shards"), text=str(tmp_path / "text"), streams=1, cond_drop_prob=drop
+            )
+            found = find_inputs(Config(data=data, text=TextConfig(mode), model=replace(NET, image_size=8)), 0)
+            stream = MicroBatches(
+                data, found.datasets, found.meta, image_size=8, seed=0, global_batch=3, micro_batch=3
+            )  # fmt: skip
+            batch = next(micro_batches(stream, 0, pin_memory=False))
+            assert batch.bad == [("0.tar:0", reason)]
+        prompts = stored_prompts(found.datasets, found.meta, 3)
+        assert [caption for caption, _ in prompts] == ["a cat", "a cat"]
+        np.testing.assert_allclose(prompts[0][1], prompts[1][1], atol=1e-5)
+
+
 def test_prompts_of_a_run_need_no_stored_embeddings(base):
     prompts = []
     for mode in ("stored", "online"):

@@ -16,7 +16,7 @@ from data.cli import command, location
 class DreamBooth:
     """Makes out/concept and out/prior, each with shards and text, for the experiment finetune_dreambooth.
 
-    A rerun adds what is missing.
+    A rerun makes what is missing, and makes anew what other arguments, pictures or another checkpoint change.
 
     checkpoint: the one that the fine-tuning starts from: the folder of a run, whose newest is taken, or of one step
     pictures: a folder with a handful of pictures of the concept
@@ -60,23 +60,32 @@ def prepare(args: DreamBooth) -> None:
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     from data.embed import Embed, embed
     from data.prepare.folder import list_folder
-    from data.storage.tars import stats_path
     from train.checkpoint.checkpoint import Checkpoint
-    from train.sampling.dreambooth_data import draw_class, read_concept, read_prompts, write_pictures
+    from train.sampling.dreambooth_data import (
+        Drawing,
+        draw_class,
+        read_concept,
+        read_prompts,
+        remove_other_embeddings,
+        write_pictures,
+    )  # fmt: skip
+    from train.sampling.prompts import warn_of_lost_words
 
     checkpoint, out = Checkpoint.open(args.checkpoint), Path(args.out)
+    meta, prompts = checkpoint.text, read_prompts(args.class_prompt, args.prior)
+    for prompt in dict.fromkeys([args.prompt, *prompts]):
+        warn_of_lost_words(prompt, meta.cleaning)
     concept = read_concept([folder / row.name for row in list_folder(folder) if not row.problem])
     write_pictures(out / "concept", [(picture, args.prompt) for picture in concept])
-    if not stats_path(out / "prior" / "shards" / "00000.tar").exists():
-        prompts = read_prompts(args.class_prompt, args.prior)
-        pictures = draw_class(
-            checkpoint, prompts, args.encoder, args.guidance_scale, args.steps, args.seed, args.micro_batch
-        )
-        write_pictures(out / "prior", pictures)
-    meta = checkpoint.text
+    drawing = Drawing.of(checkpoint, prompts, args.guidance_scale, args.steps, args.seed)
+    if reason := drawing.to_draw(out / "prior"):
+        print(f"the pictures of the class are drawn: {reason}")
+        pictures = draw_class(checkpoint, drawing, args.encoder, args.micro_batch)
+        drawing.write(out / "prior", pictures)
     for name in ("concept", "prior"):
+        remove_other_embeddings(out / name / "text", meta)
         embed(Embed(str(out / name / "shards"), str(out / name / "text"), args.encoder or meta.encoder, meta.tokens,
-                    meta.compute, meta.dtype))  # fmt: skip
+                    meta.compute, meta.dtype, cleaning=meta.cleaning))  # fmt: skip
     data = " ".join(f"data.mixture.{n}.{k}={out / n / k}" for n in ("concept", "prior") for k in ("shards", "text"))
     print(f"{out}: {len(concept)} pictures of the concept, {args.prior} of its class; next, with the net's own model=\n"
           f"deepspeed train/main.py +experiment=finetune_dreambooth init_from={args.checkpoint} {data}")  # fmt: skip

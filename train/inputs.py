@@ -66,7 +66,8 @@ def find_inputs(config: Config, rank: int) -> Inputs:
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
     metas = [
-        check_meta(d.text, tokens, dim) if online else check_sidecars(d.shards, d.text, tokens, dim) for d in datasets
+        check_meta(d.text, tokens, dim) if online or rank else check_sidecars(d.shards, d.text, tokens, dim)
+        for d in datasets
     ]
     for dataset, meta in zip(datasets, metas, strict=True):
         if meta != metas[0]:

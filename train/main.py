@@ -88,6 +88,7 @@ def train_together(config: Config, inputs: "Inputs") -> None:
 
     from data.loader.cursor import ShardUnreadable
     from data.loader.workers import LoaderDied
+    from data.text.sidecar_record import WrongSidecar
     from train.checkpoint.format import CheckpointFailed
     from train.checkpoint.resume import check_same_everywhere
     from train.engine import init_distributed
@@ -107,7 +108,7 @@ def train_together(config: Config, inputs: "Inputs") -> None:
         finished = train(config, inputs, rank, ranks, device)
     except (TooManyBad, NotFinite, CheckpointFailed, InUse) as error:
         leave(error, tell=rank == 0)
-    except (OSError, LoaderDied, ShardUnreadable) as error:
+    except (OSError, LoaderDied, ShardUnreadable, WrongSidecar) as error:
         leave(error, tell=True)
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):

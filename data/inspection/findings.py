@@ -11,7 +11,9 @@ from tqdm import tqdm
 from data.images import BadImage, preprocess
 from data.loader.cursor import ENDED, TEXT_UNREADABLE, UNREADABLE, RawSample, ShardCursor
 from data.loader.draws import Draw, Draws
+from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
+from data.text.decode import decode_caption
 from data.text.embeddings import read_into
 from data.text.meta import TextMeta
 
@@ -34,7 +36,7 @@ class Findings:
     """What was found in the inspected samples.
 
     inspected: how many samples, from shards_inspected shards.  kinds: format and mode.  sizes: (width, height) as
-    stored.  captions: those that are not empty.
+    stored.  captions: those that are not empty.  not_utf8: how many of these are in an encoding that is not read.
     bad: (sample, reason), with the reasons under which the training counts them.
     damaged: (location, error) of each tar that could not be read to its end.
     """
@@ -45,6 +47,7 @@ class Findings:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     captions: list[str] = field(default_factory=list)
     without_caption: int = 0
+    not_utf8: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     damaged: list[tuple[str, str]] = field(default_factory=list)
     tiles: list[Tile] = field(default_factory=list)
@@ -105,7 +108,7 @@ def inspect_samples(
                 if problem:
                     findings.bad.append((raw.name, problem))
                 if pixels is not None and findings.inspected in tiles:
-                    findings.tiles.append(Tile(raw.name, raw.caption.decode("utf-8", "replace"), pixels))
+                    findings.tiles.append(Tile(raw.name, _as_text(raw.caption)[0], pixels))
                 findings.inspected += 1
                 bar.update()
             findings.damaged += cursor.damages()
@@ -119,7 +122,8 @@ def _inspect_sample(
     """Add a sample to the findings. Returns its pixels, if it has any, and why the training can't use it, or ''."""
     if raw.problem in (ENDED, UNREADABLE):
         return None, raw.problem
-    caption = raw.caption.decode("utf-8", "replace")
+    caption, is_text = _as_text(raw.caption)
+    findings.not_utf8 += not is_text
     if caption.strip():
         findings.captions.append(caption)
     else:
@@ -141,6 +145,15 @@ def _inspect_sample(
             read_into(np.empty(meta.shape, meta.array_dtype), raw.embedding, meta)
         except ValueError as problem:
             return pixels, str(problem)
-        except OSError:
+        except OSError as error:
+            raise_if_machine(error, f"the embedding of {raw.name}")
             return pixels, TEXT_UNREADABLE
     return pixels, raw.problem
+
+
+def _as_text(caption: bytes) -> tuple[str, bool]:
+    r"""A caption as text, with \xNN for bytes that are not UTF-8, and whether it is text."""
+    try:
+        return decode_caption(caption), True
+    except ValueError:
+        return caption.decode("utf-8", "backslashreplace"), False

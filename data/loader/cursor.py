@@ -10,8 +10,10 @@ from data.storage.locations import is_remote, open_location, size_of, split
 from data.storage.machine import raise_if_machine
 from data.storage.shards import REINDEX, Shard
 from data.storage.tar_headers import DamagedTar
-from data.storage.tars import ShardReader, Span
+from data.storage.tars import ShardReader, Span, printable_key
+from data.text.decode import NOT_UTF8, is_text
 from data.text.meta import sidecar_location
+from data.text.sidecar_record import EmbeddedCaptions
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,10 @@ class RawSample:
 class ShardCursor:
     """Reads a shard and its sidecar side by side, forwards.
 
-    text_folder: '' leaves the embeddings out.  needs_caption: a sample without a caption is then bad, as a sample
-    without an embedding is.
+    text_folder: '' leaves the embeddings out.  needs_caption: a sample without a caption, or whose caption
+    is no text, is then bad, as a sample without an embedding is.
     unreadable: with 'skip' the samples after the point where a shard or sidecar can't be read are bad ones.
-    Raises: with unreadable='fail' ShardUnreadable; MachineError; both from here and from read.
+    Raises: with unreadable='fail' ShardUnreadable; MachineError; both from here and from read; from read WrongSidecar.
     """
 
     def __init__(self, shard: Shard, text_folder: str, unreadable: str = "skip", needs_caption: bool = False) -> None:
@@ -57,10 +59,12 @@ class ShardCursor:
         fail = unreadable == "fail"
         self._images = _Tar(shard.location, {*IMAGE_EXTENSIONS, "txt"}, shard.size, fail)
         self._texts: _Tar | None = None
+        self._embedded: EmbeddedCaptions | None = None
         if text_folder:
             location = sidecar_location(shard, text_folder)
             # Embeddings may be a hundred times as large as the images, so those on a disk are not held in memory.
             self._texts = _Tar(location, {"npy"}, None, fail, spans=not is_remote(location))
+            self._embedded = EmbeddedCaptions(location)
 
     def read(self, row: int) -> RawSample:
         """The sample at a row, at or after self.row. The data of the rows between is not read."""
@@ -73,12 +77,14 @@ class ShardCursor:
             return RawSample(f"{self._name}[{row}]", problem=problem)
         key, members = sample
         embedding, problem = self._embedding(key)
-        if self._needs_caption and "txt" not in members:
-            problem = NO_CAPTION
+        if self._embedded and "txt" in members and not self._embedded.has(self._name, key, members["txt"]):
+            embedding, problem = b"", NO_EMBEDDING
+        if self._needs_caption:
+            problem = NO_CAPTION if "txt" not in members else "" if is_text(members["txt"]) else NOT_UTF8
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), b"")
         if not image:
             problem = self._no_image(members)
-        return RawSample(f"{self._name}:{key}", image, embedding, members.get("txt", b""), problem)
+        return RawSample(f"{self._name}:{printable_key(key)}", image, embedding, members.get("txt", b""), problem)
 
     def _no_image(self, members: dict[str, bytes]) -> str:
         """The reason for a sample without an image, as exactly as its files tell it."""

@@ -7,6 +7,7 @@ import numpy as np
 from data.loader.cursor import ShardCursor
 from data.loader.dataset import Dataset
 from data.storage.machine import raise_if_machine
+from data.text.decode import decode_caption
 from data.text.embeddings import read_into
 from data.text.meta import TextMeta
 
@@ -29,7 +30,7 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
         raw = cursor.read(index - int(ends[number]) + shard.count)
         cursor.close()
         try:
-            embedding, caption = np.empty(meta.shape, meta.array_dtype), raw.caption.decode("utf-8", "replace")
+            embedding, caption = np.empty(meta.shape, meta.array_dtype), decode_caption(raw.caption)
             if encoder and not raw.problem:
                 embedding[:] = encoder([caption])[0]
             else:

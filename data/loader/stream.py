@@ -17,6 +17,7 @@ from data.loader.mixture import Mixture
 from data.loader.order import Block
 from data.loader.workers import Workers
 from data.storage.machine import raise_if_machine
+from data.text.decode import decode_caption
 from data.text.embeddings import read_empty, read_into
 from data.text.meta import TextMeta
 
@@ -145,7 +146,7 @@ class MicroBatches:
         Raises: ValueError, whose message is the reason for the count; ShardUnreadable; MachineError.
         """
         if self.encoder:
-            out[:] = self.encoder.token_ids([raw.caption.decode("utf-8", "replace")])[0]
+            out[:] = self.encoder.token_ids([decode_caption(raw.caption)])[0]
             return
         try:
             read_into(out, raw.embedding, self.meta)

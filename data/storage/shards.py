@@ -11,7 +11,7 @@ from typing import NamedTuple
 from braceexpand import braceexpand
 
 from data.storage.locations import absolute, is_remote, join, list_names, open_location, read_bytes, size_of, split
-from data.storage.tars import DIGEST, STATS, scan_shard
+from data.storage.tars import BYTES, DIGEST, SOURCE_DIGEST, STATS, scan_shard
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +38,19 @@ class Shard:
         return split(self.location)[1]
 
 
-def find_shards(where: str | Path) -> list[Shard]:
+def find_shards(where: str | Path, unreadable: dict[str, str] | None = None) -> list[Shard]:
     """The shards of a dataset, in the order of their names or of the list. where: see docs/reference/sources.md.
 
     Counts come from the index, else from NNNNN_stats.json as img2dataset writes it, else from the tars' headers.
+    unreadable: if given, local shards that cannot be counted are left out and put there, by location, with the reason.
     Raises: ValueError if there is no shard or no sample, or if the index does not fit the shards.
     """
     where = str(where)
     try:
-        shards = read_index(where) if where.endswith(".json") else _find(where)
+        shards = read_index(where) if where.endswith(".json") else _find(where, unreadable)
     except OSError as error:
         raise ValueError(f"the shards '{absolute(where)}' cannot be read: {error}") from None
-    if not any(shard.count for shard in shards):
+    if not unreadable and not any(shard.count for shard in shards):
         raise ValueError(f"the {len(shards)} shards of '{where}' hold no samples")
     return shards
 
@@ -91,7 +92,7 @@ def read_index(location: str) -> list[Shard]:
     folder = split(location)[0]
     try:
         entries = json.loads(read_bytes(location))["shards"]
-        rows = [(str(e["shard"]), int(e["samples"]), int(e["bytes"]), e.get(DIGEST)) for e in entries]
+        rows = [(str(e["shard"]), int(e["samples"]), int(e["bytes"]), e.get(DIGEST) or None) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{location}' is no index of shards ({error!r}): make it anew with `data.index`") from None
     shards = [
@@ -103,33 +104,64 @@ def read_index(location: str) -> list[Shard]:
 
 
 class Stats(NamedTuple):
-    """What the stats file of a shard says: its samples, and its digest if our commands wrote the shard."""
+    """What the stats file of a shard or of a sidecar says.
+
+    digest: ShardDigest of the captions, None if the tar was not written by our commands.
+    sidecar_size: the bytes of a sidecar, None for a shard.
+    """
 
     samples: int
     digest: str | None
+    sidecar_size: int | None
 
 
 def read_stats(location: str) -> Stats | None:
-    """What the NNNNN_stats.json beside a shard says; None if there is no such file.
+    """What the NNNNN_stats.json beside a tar says; None if there is no such file.
 
-    Of a local tar that was written after its stats file there is no digest, since it may hold other captions.
+    Of a local shard that was written after its stats file there is no digest, since it may hold other captions.
     Raises: ValueError if the file gives no count; OSError.
     """
     path = location.removesuffix(".tar") + STATS
     try:
         stats = json.loads(read_bytes(path))
-        samples, digest = int(stats["successes"]), stats.get(DIGEST)
+        samples, digest = int(stats["successes"]), stats.get(SOURCE_DIGEST) or stats.get(DIGEST)
+        size = stats.get(BYTES) if SOURCE_DIGEST in stats else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"'{path}' has no readable \"successes\" ({error}): delete it and the tar is counted"
         ) from None
-    older = not is_remote(location) and os.stat(path).st_mtime_ns < os.stat(location).st_mtime_ns
-    return Stats(samples, None if older else digest)
+    return Stats(samples, None if size is None and _is_older(path, location) else digest, size)
 
 
-def _find(where: str) -> list[Shard]:
+def current_digest(shard: Shard) -> str | None:
+    """The digest of a shard as it is now, without reading the tar; None if only that would tell.
+
+    Of a local shard that is what the stats file says, else the index, unless it lies beside the tar and is older.
+    Raises: ValueError if a local index says otherwise than the stats file; OSError.
+    """
+    if is_remote(shard.location):
+        return shard.digest
+    stats, folder = read_stats(shard.location), split(shard.location)[0]
+    if stats and stats.digest:
+        if shard.digest not in (None, stats.digest):
+            raise ValueError(
+                f"the index is out of date: '{shard.location}' was written anew since: {REINDEX.format(folder)}"
+            )
+        return stats.digest
+    try:
+        return None if _is_older(join(folder, INDEX), shard.location) else shard.digest
+    except FileNotFoundError:  # the index lies elsewhere
+        return shard.digest
+
+
+def _is_older(path: str, tar: str) -> bool:
+    """Whether a local file was written before the tar that it describes; False behind a URL."""
+    return not is_remote(path) and os.stat(path).st_mtime_ns < os.stat(tar).st_mtime_ns
+
+
+def _find(where: str, unreadable: dict[str, str] | None) -> list[Shard]:
     """The shards of a folder, a brace expression or a list; counts from the index beside them, if there is one."""
     if is_folder(where) and is_remote(where):  # the index is the list, too
         try:
@@ -145,7 +177,15 @@ def _find(where: str) -> list[Shard]:
             pass
     if any(is_remote(location) for location in found):
         raise ValueError(_needs_index(where))
-    return [_count(location) for location in found]
+    shards = []
+    for location in found:
+        try:
+            shards.append(_count(location))
+        except (OSError, ValueError) as error:
+            if unreadable is None:
+                raise
+            unreadable[location] = str(error)
+    return shards
 
 
 def _match_index(found: list[str], index: list[Shard], where: str) -> list[Shard]:

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 # img2dataset's name for the counts of a shard, in place of .tar.
 STATS = "_stats.json"
-# The entry of the stats file with the shard's digest.
-DIGEST = "digest"
+# Entries of the stats file: the shard's digest; of a sidecar the digest of the shard that it embeds, and its own bytes.
+DIGEST, SOURCE_DIGEST, BYTES = "digest", "source_digest", "bytes"
 # Members of a webdataset that describe it and are not samples.
 META_FOLDER = re.compile(r"__[^/]*__(/|$)")
 
@@ -178,6 +178,11 @@ class ShardReader:
                 self.key, self._extension = folder + slash + stem, extension.lower()
                 return
             skip = padded(self._size)
+
+
+def printable_key(key: str) -> str:
+    r"""A key for a message; bytes that are not UTF-8 are written as \xNN."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def read_shard(location: str | Path, extensions: set[str]) -> Iterator[Sample]:

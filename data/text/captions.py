@@ -30,6 +30,9 @@ _WORD_EDGE = re.compile(r"\b")
 _SCHEMES = [re.compile(rf"\b{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])") for scheme in ("https?", "www")]
 # Python parses numbers of at most 4300 digits. One that is cut to 20 digits does not name a character either.
 _LONG_NUMBER = re.compile(r"(&#[0-9]{20})[0-9]+|(&#[xX][0-9a-fA-F]{20})[0-9a-fA-F]+")
+# Of a prompt: its words, and the runs of letters, digits or CJK within a word.
+PROMPT_WORDS = 128
+_WORD, _PART, _LETTERS = re.compile(r"\S+"), re.compile("[\u31c0-\u9fff]+|[^\\W\u31c0-\u9fff]+"), re.compile(r"\w+")
 _EXTENSIONS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _DASHES = "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
 _DASHES += "\ufe31\ufe32\ufe58\ufe63\uff0d"
@@ -167,3 +170,25 @@ def cleaner(name: str) -> Callable[[str], str]:
     if name not in CLEANINGS:
         raise ValueError(f"cleaning={name} must be one of {', '.join(CLEANINGS)}; this version knows no other")
     return CLEANINGS[name]
+
+
+def lost_words(prompt: str, clean: Callable[[str], str]) -> list[str]:
+    """The words of a prompt that a cleaning cuts away, such as codes, @names, <tags> and CJK, in their order.
+
+    A word is lost if the prompt without it comes out with the same letters and digits. Of a long prompt only the first
+    PROMPT_WORDS words and MARKUP_LIMIT characters are looked at, which is more than the tokens hold.
+    """
+    prompt = prompt[:MARKUP_LIMIT]
+
+    def letters(caption: str) -> list[str]:
+        return _LETTERS.findall(clean(caption))
+
+    whole, lost = letters(prompt), []
+    for word in list(_WORD.finditer(prompt))[:PROMPT_WORDS]:
+        parts = list(_PART.finditer(prompt, *word.span()))
+        for piece in [word] + (parts if len(parts) > 1 else []):
+            if parts and letters(prompt[: piece.start()] + prompt[piece.end() :]) == whole:
+                lost.append(piece[0])
+                if piece is word:
+                    break
+    return lost

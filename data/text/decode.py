@@ -27,3 +27,12 @@ def decode_caption(data: bytes) -> str:
         return text.decode(codec)
     except UnicodeDecodeError:
         raise ValueError(NOT_UTF8) from None
+
+
+def is_text(data: bytes) -> bool:
+    """Whether decode_caption reads a caption."""
+    try:
+        decode_caption(data)
+    except ValueError:
+        return False
+    return True

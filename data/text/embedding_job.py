@@ -2,7 +2,9 @@
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,16 @@ from data.storage.tars import stats_path
 from data.text.embeddings import encode_states, read_empty, to_bytes
 from data.text.encoder import TextEncoder, load_encoder
 from data.text.meta import EMPTY, META, TextMeta, sidecar_location
-from data.text.sidecar_check import check_sidecar, summarize_sidecars
-from data.text.sidecars import write_sidecar
+from data.text.sidecar_check import DAMAGED, check_sidecar, find_outdated, summarize_sidecars
+from data.text.sidecars import UnreadableShard, write_sidecar
 
 # Seconds between looks at what other processes are making.
 POLL_SECONDS = 2.0
 
 # Any of encoder, tokens, compute, dtype and cleaning, as TextMeta has them.
 Settings = Mapping[str, Any]
-# Writes the sidecar of a claimed shard, and calls its last argument with each number of captions done. Returns whether
-# there was anything to write.
-Write = Callable[[Shard, Claim, Callable[[int], object]], bool]
+# Writes the sidecar of a claimed shard, and calls its last argument with each number of captions done.
+Write = Callable[[Shard, Claim, Callable[[int], object]], None]
 
 
 def open_embeddings(out: Path, chosen: Settings, defaults: Settings) -> tuple[TextEncoder, TextMeta]:
@@ -76,52 +77,81 @@ def _load_or_create_meta(out: Path, chosen: Settings, defaults: Settings) -> tup
     return encoder, meta
 
 
+@dataclass(slots=True)
+class Work:
+    """What a process did.
+
+    new: sidecars that were missing.  anew: those that were there and had to be made anew, by the reason; `embedded` and
+    `kept` are captions of these.  without_caption, not_text: as in Written, of all that were written.
+    unreadable: the reason by name for each shard that could not be read.
+    """
+
+    new: int = 0
+    anew: Counter[str] = field(default_factory=Counter)
+    embedded: int = 0
+    kept: int = 0
+    without_caption: int = 0
+    not_text: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
 def write_sidecars(
     shards: list[Shard], out: Path, encoder: TextEncoder, meta: TextMeta, batch: int, repair: bool
-) -> tuple[int, int]:
-    """Write the sidecars that are missing, or with `repair` those with faults too; ends when all are there.
+) -> Work:
+    """Write the sidecars that are missing or of other captions than their shards have now; ends when all are there.
 
-    Returns: how many this process wrote, and how many samples in them have no caption.
-    batch: captions that are encoded together.
-    Raises: ValueError if states are not finite or too large for the dtype; OSError.
+    Embeddings of captions that did not change are kept. A shard that cannot be read does not stop the others.
+    batch: captions that are encoded together.  repair: read all embeddings, and make anew those that are damaged too.
+    Raises: ValueError if states are not finite or too large for the dtype; OSError if something cannot be written.
     """
-    faulty: set[str] = set()
+    work = Work()
     if repair:
-        faulty = {summary.shard.name for summary in summarize_sidecars(shards, str(out), meta) if summary.faults}
-    without_caption = 0
+        summaries = summarize_sidecars(shards, str(out), meta)
+        outdated = {s.shard.name: DAMAGED for s in summaries if s.faults}
+        work.unreadable = {s.shard.name: s.shard_unreadable for s in summaries if s.shard_unreadable}
+    else:
+        outdated, work.unreadable = find_outdated(shards, str(out))
 
-    def write(shard: Shard, held: Claim, progress: Callable[[int], object]) -> bool:
-        nonlocal without_caption
+    def write(shard: Shard, held: Claim, progress: Callable[[int], object]) -> None:
         valid = None
-        if shard.name in faulty:
-            # Another process may have repaired it before this one claimed it.
+        reason = outdated.get(shard.name, "") if Path(sidecar_location(shard, out)).exists() else ""
+        if reason:
             report = check_sidecar(shard, str(out), meta)
-            if not report.faults():
-                return False
+            if report.shard_unreadable:
+                raise UnreadableShard(report.shard_unreadable)
+            if not report.faults():  # another process has made it anew before this one claimed it
+                return
             valid = report.valid
-        without_caption += write_sidecar(shard, out, encoder, meta.dtype, batch, held, progress, valid)
-        return True
+        written = write_sidecar(shard, out, encoder, meta.dtype, batch, held, progress, valid)
+        work.without_caption += written.without_caption
+        work.not_text += written.not_text
+        if reason:
+            work.anew[reason] += 1
+            work.embedded, work.kept = work.embedded + written.embedded, work.kept + written.kept
+        else:
+            work.new += 1
 
-    return _share_out(shards, out, faulty, write), without_caption
+    _share_out(shards, out, set(outdated), write, work.unreadable)
+    return work
 
 
-def _share_out(shards: list[Shard], out: Path, faulty: set[str], write: Write) -> int:
-    """Write all sidecars that are missing or faulty, sharing the work with other processes that do the same.
+def _share_out(shards: list[Shard], out: Path, outdated: set[str], write: Write, unreadable: dict[str, str]) -> None:
+    """Write all sidecars that are missing or outdated, sharing the work with other processes that do the same.
 
     Ends when all are there, whoever wrote them: what a process that died had begun is done by the others.
-    Returns: how many were written here.
+    unreadable: shards that are left out, with the reason; those that turn out to be so are put there.
     """
     done: set[str] = set()
 
     def to_do(shard: Shard) -> bool:
+        if shard.name in done or shard.name in unreadable:
+            return False
         # The stats file is written last, so a sidecar without one was interrupted.
-        exists = stats_path(Path(sidecar_location(shard, out))).exists()
-        return not exists or (shard.name in faulty and shard.name not in done)
+        return shard.name in outdated or not stats_path(Path(sidecar_location(shard, out))).exists()
 
     todo = [shard for shard in shards if to_do(shard)]
     start = random.Random().randrange(len(todo)) if todo else 0
     todo = todo[start:] + todo[:start]  # processes that start together begin at different shards
-    written = 0
     with tqdm(total=sum(shard.count for shard in todo), unit="caption", desc="embed") as bar:
         while todo:
             for shard in todo:
@@ -131,7 +161,10 @@ def _share_out(shards: list[Shard], out: Path, faulty: set[str], write: Write) -
                     if not to_do(shard):
                         continue
                     try:
-                        written += write(shard, held, bar.update)
+                        write(shard, held, bar.update)
+                    except UnreadableShard as error:
+                        unreadable[shard.name] = str(error)
+                        continue
                     except OSError:
                         if held.is_held():
                             raise
@@ -141,4 +174,3 @@ def _share_out(shards: list[Shard], out: Path, faulty: set[str], write: Write) -
             if todo:
                 bar.set_postfix({"by other processes": len(todo)})
                 time.sleep(POLL_SECONDS)
-    return written

@@ -1,16 +1,25 @@
 """What decides a stored embedding, and whether a folder of them fits the shards."""
 
 import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.storage.locations import absolute, is_remote, join, list_names, read_bytes, split
-from data.storage.shards import INDEX, Shard, read_index
+from data.storage.shards import INDEX, Shard, current_digest, read_index, read_stats
 from data.storage.tars import write_json
+from data.text.sidecar_record import WrongSidecar
+
+logger = logging.getLogger(__name__)
 
 META, EMPTY = "meta.json", "empty.npy"
+# What may be wrong with a sidecar; and stats files that are read at once.
+CUT, OTHER_CAPTIONS, NO_RECORD = "cut", "of other captions", "without a record"
+READERS = 16
 # The dtypes that the encoder may run in. T5 v1.1 overflows in float16.
 COMPUTE = ("float32", "bfloat16")
 # By dtype, how an embedding [tokens, dim] lies in its .npy: the type of its numbers, and how many columns it has
@@ -103,34 +112,70 @@ def check_meta(folder: str | Path, tokens: int, dim: int) -> TextMeta:
 
 
 def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: int) -> TextMeta:
-    """check_meta, and that every shard has its sidecar in the folder.
+    """check_meta, and that every shard has its own sidecar in the folder, and whole, by their stats files or indices.
 
     tokens, dim: of the model; 0 for whatever the embeddings have.
-    Raises: ValueError that says what does not fit and what to change.
+    Raises: WrongSidecar if embeddings are of other captions than the shards'; ValueError for what else does not fit.
+    Each says what to change.
     """
-    meta = check_meta(folder, tokens, dim)
-    present = _sidecar_names(str(folder))
+    meta, folder = check_meta(folder, tokens, dim), str(folder)
+    index, total = _sidecar_index(folder), len(shards)
+    present = None if is_remote(folder) and not index else set(index) if is_remote(folder) else set(list_names(folder))
+    repair = f"`python -m data.embed shards={split(shards[0].location)[0]} out={folder}"
     missing = [shard.name for shard in shards if present is not None and shard.name not in present]
     if missing:
-        source = split(shards[0].location)[0]
         raise ValueError(
-            f"{len(missing)} of {len(shards)} shards have no embeddings in '{folder}' (first: {missing[0]}): "
-            f"run `python -m data.embed shards={source} out={folder}` again, it adds what is missing, "
-            "or set text.mode=online"
+            f"{len(missing)} of {total} shards have no embeddings in '{folder}' (first: {missing[0]}): "
+            f"run {repair}` again, it adds what is missing, or set text.mode=online"
         )
+    with ThreadPoolExecutor(READERS) as readers:
+        found = list(readers.map(lambda shard: _sidecar_fault(shard, folder, index.get(shard.name)), shards))
+    first = {fault: shard.name for fault, shard in reversed(list(zip(found, shards, strict=True)))}
+    if CUT in first:
+        raise ValueError(
+            f"{found.count(CUT)} of {total} sidecars in '{folder}' were cut or changed since they were written "
+            f"(first: {first[CUT]}): run {repair} mode=repair`"
+        )
+    if OTHER_CAPTIONS in first:
+        raise WrongSidecar(
+            f"the embeddings in '{folder}' are of other captions than {found.count(OTHER_CAPTIONS)} of {total} shards "
+            f"hold (first: {first[OTHER_CAPTIONS]}): name the embeddings of these shards, or, if their captions were "
+            f"changed since, run {repair}`, which makes anew what changed"
+        )
+    if NO_RECORD in first:
+        logger.warning(
+            "%d of %d sidecars in '%s' do not record their captions (first: %s), so nothing tells whether they are of "
+            "these shards; data.embed records them", found.count(NO_RECORD), total, folder, first[NO_RECORD],
+        )  # fmt: skip
     return meta
 
 
-def _sidecar_names(folder: str) -> set[str] | None:
-    """The names in a folder of embeddings; behind a URL those in its index, or None if it has no index.
+def _sidecar_fault(shard: Shard, folder: str, entry: Shard | None) -> str:
+    """What is wrong with the sidecar of a shard, or ''.  entry: the sidecar in the folder's index, if that has it."""
+    sidecar = sidecar_location(shard, folder)
+    if is_remote(folder):
+        digest = current_digest(shard) if entry and entry.digest else None
+        return OTHER_CAPTIONS if entry and digest and digest != entry.digest else ""
+    size = os.path.getsize(sidecar)
+    if entry and entry.size == size and entry.digest and entry.digest == shard.digest:
+        return ""
+    stats = read_stats(sidecar)
+    if stats is None or stats.sidecar_size is None:
+        return NO_RECORD
+    if stats.sidecar_size != size:
+        return CUT
+    digest = current_digest(shard)
+    return OTHER_CAPTIONS if digest and digest != stats.digest else ""
+
+
+def _sidecar_index(folder: str) -> dict[str, Shard]:
+    """The sidecars by name in the index of a folder of embeddings; none if it has no index.
 
     Raises: ValueError.
     """
     try:
-        if is_remote(folder):
-            return {shard.name for shard in read_index(join(folder, INDEX))}
-        return set(list_names(folder))
+        return {sidecar.name: sidecar for sidecar in read_index(join(folder, INDEX))}
     except FileNotFoundError:
-        return None
+        return {}
     except OSError as error:
         raise ValueError(f"the text embeddings in '{folder}' cannot be read: {error}") from None

@@ -1,8 +1,7 @@
 """Writing a sidecar: the text embeddings of one shard."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,12 @@ import torch
 from torch import Tensor
 
 from data.storage.claims import Claim
-from data.storage.digests import caption_digest
+from data.storage.digests import ShardDigest
+from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
-from data.storage.tars import Sample, Span, read_shard, write_stats, write_tar
+from data.storage.tar_headers import DamagedTar
+from data.storage.tars import Sample, Span, printable_key, read_shard, write_stats, write_tar
+from data.text.decode import decode_caption
 from data.text.embeddings import encode_states, to_bytes
 from data.text.encoder import TextEncoder
 from data.text.meta import sidecar_location
@@ -23,12 +25,28 @@ from data.text.sidecar_record import SidecarRecord
 TOKENIZED_AHEAD, ENCODED_AHEAD = 4, 2
 
 
+class UnreadableShard(ValueError):
+    """A shard cannot be read to its end, so its captions cannot be embedded."""
+
+
+@dataclass(slots=True)
+class Written:
+    """What a sidecar was made of: captions that were embedded, embeddings that were kept, samples without a caption.
+
+    not_text: SHARD:KEY of each sample whose caption is not UTF-8. It has no embedding.
+    """
+
+    embedded: int = 0
+    kept: int = 0
+    without_caption: int = 0
+    not_text: list[str] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class _CaptionBatch:
     """Some captions of a shard on their way to embeddings.
 
     kept: the embeddings that are taken over as they are, None for a caption that is to be encoded.
-    without_caption: the samples among them that have no caption.
     ids, fetch_states: token ids and then the states of the captions that are to be encoded, None if there are none.
     """
 
@@ -36,7 +54,6 @@ class _CaptionBatch:
     digests: list[str]
     captions: list[str]
     kept: list[Span | None]
-    without_caption: int
     ids: Tensor | None = None
     fetch_states: Callable[[], Tensor] | None = None
 
@@ -48,21 +65,19 @@ class _CaptionBatch:
 def write_sidecar(
     shard: Shard, out: Path, encoder: TextEncoder, dtype: str, batch: int, claim: Claim,
     progress: Callable[[int], object], valid: dict[str, Span | None] | None = None,
-) -> int:  # fmt: skip
-    """Embed the captions of a shard. Returns how many samples have no caption. Only a few batches are in memory.
+) -> Written:  # fmt: skip
+    """Embed the captions of a shard. Only a few batches are in memory.
 
     progress: called with the number of captions of each batch that is done.
-    valid: embeddings by key that are taken over as they are.
-    Raises: ValueError if states are not finite or too large for the dtype; OSError.
+    valid: embeddings by caption_digest that are taken over as they are.
+    Raises: UnreadableShard; MachineError; ValueError if states are not finite or too large for the dtype; OSError.
     """
-    record, without_caption = SidecarRecord(), 0
+    record, written, source = SidecarRecord(), Written(), ShardDigest()
 
     def samples() -> Iterator[Sample]:
-        nonlocal without_caption
-        read = _read_captions(shard, batch, valid or {})
+        read = _read_captions(shard, batch, valid or {}, source, written)
         tokenized = prefetch(_tokenize(read, encoder), TOKENIZED_AHEAD)
         for part in prefetch(_start_encoding(tokenized, encoder), ENCODED_AHEAD):
-            without_caption += part.without_caption
             states = iter(_finite_states(part, encoder))
             for key, digest, caption, kept in zip(part.keys, part.digests, part.captions, part.kept, strict=True):
                 npy = to_bytes(_stored(next(states), dtype, caption)) if kept is None else kept.read()
@@ -73,21 +88,44 @@ def write_sidecar(
 
     path = Path(sidecar_location(shard, out))
     count = write_tar(path, samples(), claim.aside)
+    record.source, record.size = source.hexdigest(), path.stat().st_size
     write_stats(path, count, record.stats())
-    return without_caption
+    return written
 
 
-def _read_captions(shard: Shard, batch: int, valid: dict[str, Span | None]) -> Iterator[_CaptionBatch]:
-    samples = read_shard(shard.location, {"txt"})
-    while some := list(islice(samples, batch)):
-        captions = [(key, members["txt"]) for key, members in some if "txt" in members]
-        yield _CaptionBatch(
-            keys=[key for key, _ in captions],
-            digests=[caption_digest(key, caption) for key, caption in captions],
-            captions=[caption.decode("utf-8", "replace") for _, caption in captions],
-            kept=[valid.get(key) for key, _ in captions],
-            without_caption=len(some) - len(captions),
-        )
+def _read_captions(
+    shard: Shard, batch: int, valid: dict[str, Span | None], source: ShardDigest, written: Written
+) -> Iterator[_CaptionBatch]:
+    """The captions of a shard in batches; counts them in `written`, and adds all samples to `source`."""
+    part = _CaptionBatch([], [], [], [])
+    try:
+        for key, members in read_shard(shard.location, {"txt"}):
+            caption = members.get("txt")
+            digest = source.add(key, caption)
+            if caption is None:
+                written.without_caption += 1
+                continue
+            try:
+                text = decode_caption(caption)
+            except ValueError:
+                written.not_text.append(f"{shard.name.removesuffix('.tar')}:{printable_key(key)}")
+                continue
+            kept = valid.get(digest)
+            written.embedded, written.kept = written.embedded + (kept is None), written.kept + (kept is not None)
+            part.keys.append(key)
+            part.digests.append(digest)
+            part.captions.append(text)
+            part.kept.append(kept)
+            if len(part.keys) == batch:
+                yield part
+                part = _CaptionBatch([], [], [], [])
+    except DamagedTar as error:
+        raise UnreadableShard(str(error)) from None
+    except OSError as error:
+        raise_if_machine(error, shard.location)
+        raise UnreadableShard(error.strerror or str(error)) from None
+    if part.keys:
+        yield part
 
 
 def _tokenize(batches: Iterable[_CaptionBatch], encoder: TextEncoder) -> Iterator[_CaptionBatch]:

@@ -10,6 +10,7 @@ import numpy as np
 from data.images import preprocess
 from data.loader.cursor import RawSample, ShardCursor
 from data.storage.shards import Shard, find_shards
+from data.text.decode import decode_caption
 from data.text.embeddings import read_empty, read_into
 from data.text.meta import TextMeta, check_sidecars
 from train.evaluation.evaluated_net import EvaluatedNet
@@ -43,8 +44,17 @@ class Pictures:
         return hashlib.sha256(json.dumps(choice).encode()).hexdigest()
 
     def captions(self, first: int, stop: int) -> list[str]:
-        """The captions of the pictures from first to stop."""
-        return [raw.caption.decode("utf-8", "replace") for raw in self._read(first, stop, "")]
+        """The captions of the pictures from first to stop.
+
+        Raises: ValueError if one is not UTF-8.
+        """
+        captions = []
+        for raw in self._read(first, stop, ""):
+            try:
+                captions.append(decode_caption(raw.caption))
+            except ValueError as error:
+                raise ValueError(_unusable(raw, error)) from None
+        return captions
 
     def pictures(self, first: int, stop: int, image_size: int) -> np.ndarray:
         """The pictures from first to stop, uint8 [n, 3, H, W], preprocessed as in training, but with a central crop.

@@ -1,6 +1,10 @@
 """The pictures of a DreamBooth: those of the concept, and those of its class. The command is train.dreambooth."""
 
+import hashlib
 import io
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,14 +13,17 @@ from tqdm import tqdm
 
 from data.images import BadImage, decode
 from data.prepare.packing import key_of
-from data.storage.tars import write_shard
+from data.storage.tars import stats_path, write_json, write_shard
 from data.text.encoder import load_encoder
+from data.text.meta import TextMeta
 from train.checkpoint.checkpoint import Checkpoint
 from train.sampling.sampler import make_scheduler, sample, set_steps
 from train.weights.trained_net import default_device, load_net
 
 # A concept has at most this many pictures.
 FEW = 100
+# How the pictures of the class were drawn, beside their shards.
+RECORD = "class.json"
 
 
 def read_concept(files: list[Path]) -> list[bytes]:
@@ -49,16 +56,54 @@ def read_prompts(text: str, count: int) -> list[str]:
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
-def draw_class(
-    checkpoint: Checkpoint, prompts: list[str], encoder: str, guidance_scale: float, steps: str, seed: int,
-    micro_batch: int,
-) -> list[tuple[bytes, str]]:  # fmt: skip
+@dataclass(frozen=True)
+class Drawing:
+    """What decides the pictures of a class; kept beside them in class.json.
+
+    checkpoint: a hash of its files.  prompts: one for each picture.  seed: of the first.
+    """
+
+    checkpoint: str
+    prompts: list[str]
+    guidance_scale: float
+    steps: str
+    seed: int
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, prompts: list[str], guidance_scale: float, steps: str, seed: int) -> "Drawing":
+        """The drawing by a checkpoint's net."""
+        files = json.dumps([checkpoint.manifest["sha256"], checkpoint.config.get("init_from")], sort_keys=True)
+        return Drawing(hashlib.sha256(files.encode()).hexdigest(), prompts, guidance_scale, steps, seed)
+
+    def to_draw(self, folder: Path) -> str:
+        """Why these pictures are to be drawn; '' if they are in the folder."""
+        try:
+            there = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return "there are none yet"
+        changed = [name for name, value in asdict(self).items() if there.get(name) != value]
+        if changed:
+            return f"those there were drawn with another {', '.join(changed)}"
+        return "" if stats_path(folder / "shards" / "00000.tar").exists() else "they were not finished"
+
+    def write(self, folder: Path, pictures: list[tuple[bytes, str]]) -> None:
+        """Write the pictures, and then the record of how they were drawn.
+
+        Raises: OSError.
+        """
+        (folder / RECORD).unlink(missing_ok=True)  # until all is written it would be of other pictures
+        write_pictures(folder, pictures)
+        write_json(folder / RECORD, asdict(self))
+
+
+def draw_class(checkpoint: Checkpoint, drawing: Drawing, encoder: str, micro_batch: int) -> list[tuple[bytes, str]]:
     """A picture as PNG for each prompt, drawn before the net is tuned, with its prompt.
 
     encoder: its folder or name on the hub, '' for what the checkpoint names.
     Raises: ValueError if the encoder or the weights cannot be loaded, or these steps cannot be taken.
     Source: Ruiz et al. 2023, section 3.3.
     """
+    prompts, steps, seed = drawing.prompts, drawing.steps, drawing.seed
     scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma)
     set_steps(scheduler, steps)
     text_encoder = load_encoder(checkpoint.text, encoder)
@@ -69,7 +114,7 @@ def draw_class(
         batch = prompts[first : first + micro_batch]
         text_emb = torch.from_numpy(text_encoder(batch))
         seeds = range(seed + first, seed + first + len(batch))
-        images = sample(unet, scheduler, text_emb, empty, guidance_scale, steps, seeds).numpy()
+        images = sample(unet, scheduler, text_emb, empty, drawing.guidance_scale, steps, seeds).numpy()
         for image, prompt in zip(images, batch, strict=True):
             file = io.BytesIO()
             Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
@@ -84,3 +129,18 @@ def write_pictures(folder: Path, pictures: list[tuple[bytes, str]]) -> None:
         for i, (data, prompt) in enumerate(pictures)
     ]
     write_shard(folder / "shards" / "00000.tar", samples)
+
+
+def remove_other_embeddings(folder: Path, meta: TextMeta) -> None:
+    """Remove the embeddings that an earlier call made otherwise, as for a checkpoint with another cleaning.
+
+    Raises: OSError.
+    """
+    try:
+        there = replace(TextMeta.read(folder), encoder=meta.encoder)  # only its place
+    except ValueError:
+        return
+    changed = [name for name, value in asdict(meta).items() if getattr(there, name) != value]
+    if changed:
+        print(f"the embeddings in {folder} were made with another {', '.join(changed)}: they are made anew")
+        shutil.rmtree(folder)

@@ -12,6 +12,7 @@ from torch import Tensor
 from data.config import DataConfig
 from data.loader.dataset import Dataset, find_datasets
 from data.loader.prompts import stored_prompts
+from data.text.captions import cleaner, lost_words
 from data.text.embeddings import read_empty
 from data.text.encoder import TextEncoder, load_encoder
 from data.text.meta import TextMeta
@@ -39,6 +40,7 @@ def find_prompts(
     if prompt is not None and (prompt.strip() or encoder):
         text_encoder = load_encoder(meta, encoder, device)
         warn_of_cut(text_encoder, prompt)
+        warn_of_lost_words(prompt, meta.cleaning)
         text_emb, empty = torch.from_numpy(text_encoder([prompt, ""])).split(1)
         return Prompts([prompt], text_emb, empty[0])
     if embeddings:
@@ -127,5 +129,17 @@ def warn_of_cut(encoder: TextEncoder, prompt: str) -> None:
         print(
             f"warning: the prompt has {len(ids)} tokens, of which the net takes {limit}; left out: {cut!r}; "
             f"kept: {kept!r}",
+            file=sys.stderr,
+        )
+
+
+def warn_of_lost_words(prompt: str, cleaning: str) -> None:
+    """Print the words that the cleaning cuts out of a prompt: the net is given the prompt without them."""
+    clean = cleaner(cleaning)
+    if lost := lost_words(prompt, clean):
+        words = ", ".join(repr(word[:40]) for word in lost[:8])
+        print(
+            f"warning: the cleaning {cleaning} cuts {words} out of the prompt {prompt[:80]!r}, and the net is given "
+            f"{clean(prompt)[:80]!r}: for a rare word take a few letters without digits or signs, such as zwx",
             file=sys.stderr,
         )
