@@ -163,7 +163,7 @@ class UNet(nn.Module):
             return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
         for stage in (*self.input_blocks, self.middle_block, *self.output_blocks):
-            stage.forward = compiled(stage.forward)  # type: ignore[method-assign]
+            stage.forward = compiled(stage.forward)
         for name in ("_encode_text", "_embed", "_predict"):
             setattr(self, name, compiled(getattr(self, name)))
 

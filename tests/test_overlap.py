@@ -20,20 +20,21 @@ from train.inputs import Inputs
 from train.loop import build
 
 RANKS = 2
-TINY = """
-    +experiment=smoke steps=100 data.streams=1 optim.warmup_steps=2 micro_batch=1 data.tokens=5 model.encoder_dim=64
-    model.image_size=16 model.channel_mult=[1,2] model.attention_resolutions=[8]
-""".split()
+TINY = [
+    "+experiment=smoke", "steps=100", "data.streams=1", "optim.warmup_steps=2", "micro_batch=1", "data.tokens=5",
+    "model.encoder_dim=64", "model.image_size=16", "model.channel_mult=[1,2]", "model.attention_resolutions=[8]",
+]  # fmt: skip
 # Micro batches in a step; 2 are added up before the all-reduce.
 ONE, MORE = f"global_batch={RANKS}", f"global_batch={2 * RANKS}"
 LORA = ["lora.rank=4", "init_from=released", "optim.name=adamw"]
 FAST = [["precision=bf16", MORE, "model.activation=gelu_3bit", "recompute=cheap"]]
+PRECISIONS, BATCHES, FEW_BIT = ("precision=bf16", "precision=fp32"), (ONE, MORE), "model.activation=gelu_3bit"
 SLOW = [
-    *([f"precision={p}", batch, f"recompute={r}"] for p in ("bf16", "fp32") for batch in (ONE, MORE) for r in RECOMPUTE),
-    *([f"precision={p}", ONE, "model.activation=gelu_3bit", f"recompute={r}"] for p in ("bf16", "fp32") for r in RECOMPUTE),
-    *([f"precision={p}", batch, *LORA] for p in ("bf16", "fp32") for batch in (ONE, MORE)),
+    *([p, batch, f"recompute={r}"] for p in PRECISIONS for batch in BATCHES for r in RECOMPUTE),
+    *([p, ONE, FEW_BIT, f"recompute={r}"] for p in PRECISIONS for r in RECOMPUTE),
+    *([p, batch, *LORA] for p in PRECISIONS for batch in BATCHES),
     ["precision=fp32", ONE, "optim.name=adamw"],
-]  # fmt: skip
+]
 
 
 def run(repo, out, cases: list[list[str]]) -> list[list[list[dict]]]:

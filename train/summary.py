@@ -13,6 +13,11 @@ def parameters(config: Config) -> tuple[int, int]:
     return trained, sum(p.numel() for p in unet.parameters()) - trained
 
 
+def largest_parameter(config: Config) -> int:
+    """Elements of the largest parameter that is trained, and so of a bucket of the all-reduce."""
+    return max(p.numel() for p in unet_on_meta(config.model, config.lora).parameters() if p.requires_grad)
+
+
 def describe(config: Config, ranks: int) -> str:
     """The resolved run in a few lines; missing data is mentioned, not raised.
 
