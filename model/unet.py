@@ -1,6 +1,7 @@
 """The IF stage I UNet: predicts the noise in small images, and its variance, from a timestep and T5 states."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,16 +132,12 @@ class UNet(nn.Module):
                 f"text_emb is {list(text_emb.shape)}, the net takes [N, L, {self.config.encoder_dim}]: "
                 "embed the captions with the net's encoder, or set model.encoder_dim"
             )
-        text_emb = text_emb.to(self.dtype)
-        states = self.encoder_proj(text_emb).transpose(1, 2).contiguous()
-        return TextState(states, self.encoder_pooling(text_emb))
+        return TextState(*self._encode_text(text_emb))
 
     def forward(self, x: Tensor, timesteps: Tensor, text_emb: Tensor | TextState) -> Tensor:
         text = text_emb if isinstance(text_emb, TextState) else self.encode_text(text_emb)
         self._check_input(x, timesteps, text)
-        emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(self.dtype))
-        emb = self.emb_activation(emb + text.pooled)
-
+        emb = self._embed(timesteps, text.pooled)
         h = x.to(self.dtype)
         skips = []
         for block in self.input_blocks:
@@ -149,6 +146,36 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb, text.states)
         for block in self.output_blocks:
             h = block(h, emb, text.states, skips.pop())
+        return self._predict(h)
+
+    def compile_stages(self, backend: str = "inductor") -> None:
+        """Let torch.compile compile each Stage by itself, and what comes before and after them; equal Stages once.
+
+        Not the forward as a whole: its backward would be one function, and no gradient would be there before its end,
+        so that none could be all-reduced meanwhile.
+        """
+        import torch._dynamo.config as dynamo  # not at the top: it takes seconds, and sampling needs none of it
+
+        # Each kind of Stage is a compilation of the same code; at torch's limit of 8 it would raise.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 128)
+
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+        for stage in (*self.input_blocks, self.middle_block, *self.output_blocks):
+            stage.forward = compiled(stage.forward)
+        for name in ("_encode_text", "_embed", "_predict"):
+            setattr(self, name, compiled(getattr(self, name)))
+
+    def _encode_text(self, text_emb: Tensor) -> tuple[Tensor, Tensor]:
+        text_emb = text_emb.to(self.dtype)
+        return self.encoder_proj(text_emb).transpose(1, 2).contiguous(), self.encoder_pooling(text_emb)
+
+    def _embed(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
+        emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(self.dtype))
+        return self.emb_activation(emb + pooled)
+
+    def _predict(self, h: Tensor) -> Tensor:
         return self.run(self.out, h)
 
     def _check_input(self, x: Tensor, timesteps: Tensor, text: TextState) -> None:

@@ -22,8 +22,9 @@ from train.config import LoRAConfig, OptimConfig
 from train.engine import optimizer
 from train.monitor.flops import peak_flops, training_flops
 from train.monitor.gpus import GPUS, find_device
-from train.monitor.memory import REDUCE_BUCKET, most_that_fits, partition, states
+from train.monitor.memory import most_that_fits, partition, states
 from train.monitor.step_memory import step_bytes
+from train.summary import largest_parameter
 
 SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16", "model.encoder_dim=64"]
 TINY = [*SMALL, "precision=bf16", "model.image_size=16", "model.channel_mult=[1,2]", "model.attention_resolutions=[8]"]
@@ -63,7 +64,7 @@ def test_bytes_of_a_real_step(repo, tmp_path, ranks, precision, optimizer, recom
     planned = states(found["parameters"], ranks, optimizer, width)
     for name in ("weights", "master", "moments", "ema"):
         assert getattr(planned, name) == pytest.approx(found[name], rel=0.001), name
-    assert found["gradients"] == width * found["parameters"] and found["bucket"] == width * REDUCE_BUCKET
+    assert found["gradients"] == width * found["parameters"] and found["bucket"] == width * largest_parameter(config)
 
     for accumulated, name in ((False, "peak"), (True, "accumulated_peak")):
         step = step_bytes(

@@ -172,6 +172,16 @@ class Engine:
         self.engine.global_steps = step
 
 
+def zero_1(unet: nn.Module) -> dict[str, object]:
+    """DeepSpeed's ZeRO stage 1: gradients are all-reduced by bucket while the backward goes on.
+
+    A bucket holds the largest parameter and no more: a larger one is full later, and two of them are in memory.
+    """
+    largest = max(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    # With reduce_scatter, stage 1 would all-reduce all the same, but a copy of the bucket.
+    return {"stage": 1, "overlap_comm": True, "reduce_scatter": False, "reduce_bucket_size": largest}
+
+
 def build_engine(unet: UNet, config: Config, ranks: int) -> Engine:
     """Wrap a net that is on its device for training."""
     bf16 = config.precision == "bf16"
@@ -186,7 +196,7 @@ def build_engine(unet: UNet, config: Config, ranks: int) -> Engine:
             "train_micro_batch_size_per_gpu": config.micro_batch,
             "gradient_accumulation_steps": accumulation(config, ranks),
             "gradient_clipping": config.optim.grad_clip,
-            "zero_optimization": {"stage": 1},
+            "zero_optimization": zero_1(unet),
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             # DeepSpeed's default for bf16, fp32, would keep a whole fp32 gradient on every GPU.

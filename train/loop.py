@@ -122,8 +122,8 @@ def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
     """The net with the matrices of LoRA, if those are what is trained."""
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
         unet = UNet(config.model, config.recompute)
-    if config.compile:  # the forward alone: DeepSpeed adds hooks to the module that cannot be traced
-        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+    if config.compile:
+        unet.compile_stages()
     if config.lora.rank:
         add_lora(unet, config.lora, inputs.weights)
         inputs.weights = None

@@ -17,7 +17,7 @@ from train.monitor.flops import Flops, training_flops
 from train.monitor.gpus import GPU, find_gpu
 from train.monitor.memory import WEIGHT_BYTES, Peak, States, most_that_fits, peak, states
 from train.monitor.step_memory import Bytes, step_bytes
-from train.summary import parameters
+from train.summary import largest_parameter, parameters
 
 GB = 1e9
 
@@ -62,14 +62,15 @@ class Times:
 class Plan:
     """Everything that launch/cost/page.py prints.
 
-    parameters: that are trained.  costs: by choice of recomputation.  checkpoint: bytes.
-    times, limit: as assumed, and at the physical limit.
+    parameters: that are trained.  largest: elements of the largest of them.  costs: by choice of recomputation.
+    checkpoint: bytes.  times, limit: as assumed, and at the physical limit.
     """
 
     options: PlanOptions
     config: Config
     gpu: GPU
     parameters: int
+    largest: int
     accumulate: int
     states: States
     costs: dict[str, RecomputeCost]
@@ -122,29 +123,27 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     limit = Times(max(at_peak, at_full_rate), 0.0, 0.0, times.reading)
     checkpoint = checkpoint_bytes(resident, ranks)
     return Plan(
-        options, config, gpu, trained, accumulate, resident, costs, traffic, reading, assumed_text, checkpoint, times,
-        limit,
+        options, config, gpu, trained, largest_parameter(config), accumulate, resident, costs, traffic, reading,
+        assumed_text, checkpoint, times, limit,
     )  # fmt: skip
 
 
 def recompute_cost(config: Config, recompute: str, trained: int, ranks: int, available: float) -> RecomputeCost:
     """What a choice of recomputation costs.  available: bytes of a GPU for what a step adds to its states."""
     weight_bytes, per_rank = WEIGHT_BYTES[config.precision], config.global_batch // ranks
-    tokens, lora = config.data.tokens, config.lora
+    tokens, lora, largest = config.data.tokens, config.lora, largest_parameter(config)
 
     @cache
     def step(micro_batch: int) -> Bytes:
         return step_bytes(config.model, micro_batch, config.precision, per_rank > micro_batch, tokens, lora, recompute)
 
     def peak_at(micro_batch: int) -> Peak:
-        return peak(step(micro_batch), trained, ranks, weight_bytes)
+        return peak(step(micro_batch), trained, ranks, weight_bytes, largest)
 
-    largest = most_that_fits(lambda micro_batch: peak_at(micro_batch).most, config.micro_batch, available)
-    dividing = [m for m in range(1, min(largest, per_rank) + 1) if per_rank % m == 0]
+    fits = most_that_fits(lambda micro_batch: peak_at(micro_batch).most, config.micro_batch, available)
+    dividing = [m for m in range(1, min(fits, per_rank) + 1) if per_rank % m == 0]
     flops = training_flops(config.model, tokens, lora, recompute)
-    return RecomputeCost(
-        step(config.micro_batch), peak_at(config.micro_batch), flops, largest, max(dividing, default=0)
-    )
+    return RecomputeCost(step(config.micro_batch), peak_at(config.micro_batch), flops, fits, max(dividing, default=0))
 
 
 def estimate_reading(options: PlanOptions, config: Config) -> Reading:

@@ -2,7 +2,7 @@
 
 from launch.cost.estimate import GB, Plan, Times
 from train.monitor.gpus import NODE_LINKS
-from train.monitor.memory import ALIGNMENT, REDUCE_BUCKET, WEIGHT_BYTES, partition
+from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, partition
 
 DAY = 86_400
 FLOP_UNITS = (("ZFLOP", 1e21), ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
@@ -59,13 +59,12 @@ def memory(plan: Plan) -> list[str]:
         row(f"moments of {plan.config.optim.name}, 1/{ranks}", gb(resident.moments)),
         row(f"EMA, fp32, 1/{ranks}", gb(resident.ema)),
         row("gradients", gb(weight_bytes * plan.parameters)),
-        row("bucket of the all-reduce", gb(weight_bytes * REDUCE_BUCKET)),
+        row(f"{BUCKETS} buckets of the all-reduce", gb(BUCKETS * weight_bytes * plan.largest)),
         row("reserve", gb(reserve)),
         "",
         row(f"recompute, micro batch {plan.config.micro_batch}", *plan.costs),
         row("activations kept for backward", *(gb(cost.step.kept) for cost in costs)),
-        row("backward: activations, gradients, bucket", *(gb(cost.peak.backward) for cost in costs)),
-        row("all-reduce: gradients, bucket, its copy", *(gb(cost.peak.reduction) for cost in costs)),
+        row("backward: activations, gradients, buckets", *(gb(cost.peak.backward) for cost in costs)),
         row("update: gradients, the part in fp32", *(gb(cost.peak.update) for cost in costs)),
         row("in all", *map(gb, total)),
         row("fits", *("yes" if t <= plan.gpu.memory else "NO" for t in total)),
@@ -196,10 +195,10 @@ def assumptions(plan: Plan) -> list[str]:
         f"{gpu.memory_rate / 1e12:g} TB/s, {gpu.link_rate / GB:g} GB/s to its neighbours (data sheets)",
         f"  mfu={options.mfu:g}: not measured here; `make gpu-check` measures it on your GPU",
         f"  link={options.link:g} Gbit/s a node each way, of which collectives reach link_efficiency="
-        f"{options.link_efficiency:g}; nothing overlaps with backward (DeepSpeed's ZeRO-1 as set up here)",
+        f"{options.link_efficiency:g}; counted as if nothing overlapped with backward, as the all-reduces do",
         f"  reserve_gb={options.reserve_gb:g} for CUDA, NCCL, cuDNN's workspaces and fragments",
         f"  data: {data}; embeddings as data.embed stores them"
         + (f", {text} as T5-XXL's" if plan.assumed_text else ""),
-        f"  weights padded to {ALIGNMENT} x the ranks; one bucket of {REDUCE_BUCKET:,} elements (DeepSpeed's defaults)",
+        f"  weights padded to {ALIGNMENT} x the ranks; a bucket holds {plan.largest:,} elements, the largest parameter",
         "  activations: eager; torch.compile may keep less. At the limit: peak FLOP/s, communication hidden behind it",
     ]

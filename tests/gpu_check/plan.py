@@ -20,8 +20,13 @@ RANKS = 512
 
 def parameters(config: UNetConfig) -> int:
     """Parameters of the net."""
+    return sum(sizes(config))
+
+
+def sizes(config: UNetConfig) -> list[int]:
+    """Elements of each parameter."""
     with torch.device("meta"):
-        return sum(p.numel() for p in UNet(config).parameters())
+        return [p.numel() for p in UNet(config).parameters()]
 
 
 def net_bytes(
@@ -36,7 +41,7 @@ def training_bytes(config: UNetConfig, micro_batch: int, activation: str, recomp
     """The most of a training on one rank that accumulates: weights, masters, moments, average, and a step."""
     count = parameters(config)
     step = net_bytes(config, micro_batch, activation, recompute, accumulated=True)
-    return states(count, 1, "adamw8bit", BF16_BYTES).total + peak(step, count, 1, BF16_BYTES).most
+    return states(count, 1, "adamw8bit", BF16_BYTES).total + peak(step, count, 1, BF16_BYTES, max(sizes(config))).most
 
 
 def largest_micro_batch(config: UNetConfig, memory: float, activation: str, beside: int = 0) -> int:
@@ -46,8 +51,10 @@ def largest_micro_batch(config: UNetConfig, memory: float, activation: str, besi
     """
     count = parameters(config)
     room = memory - RESERVE - states(count, RANKS, "adamw8bit", BF16_BYTES).total - beside
+    largest = max(sizes(config))
     one, two = (
-        peak(net_bytes(config, n, activation, accumulated=True), count, RANKS, BF16_BYTES).backward for n in (1, 2)
+        peak(net_bytes(config, n, activation, accumulated=True), count, RANKS, BF16_BYTES, largest).backward
+        for n in (1, 2)
     )
     return max(1, int((room - one) // (two - one)) + 1)
 

@@ -7,9 +7,9 @@ from train.adam_state import FP32, moments_bytes
 from train.monitor.step_memory import Bytes
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": FP32}
-# DeepSpeed's own: the elements of the bucket through which gradients are reduced, and the multiple of the ranks to
-# which it pads the flat weights. Source: zero/config.py and stage_1_and_2.py of DeepSpeed 0.19.
-REDUCE_BUCKET = 500_000_000
+# DeepSpeed's own: the buckets of the all-reduce, which take turns, and the multiple of the ranks to which it pads the
+# flat weights. Source: stage_1_and_2.py of DeepSpeed 0.19. A bucket holds the largest parameter: train/engine.py.
+BUCKETS = 2
 ALIGNMENT = 2
 
 
@@ -33,15 +33,14 @@ class States:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The most bytes that a step adds to States: during the backward, during the all-reduce, and during the update."""
+    """The most bytes that a step adds to States: during the backward, with its all-reduces, and during the update."""
 
     backward: int
-    reduction: int
     update: int
 
     @property
     def most(self) -> int:
-        return max(self.backward, self.reduction, self.update)
+        return max(self.backward, self.update)
 
 
 def partition(trained: int, ranks: int) -> int:
@@ -59,19 +58,16 @@ def states(trained: int, ranks: int, optimizer: str, weight_bytes: int, frozen: 
     return States(weights, FP32 * part, moments_bytes(part, optimizer), FP32 * part)
 
 
-def peak(step: Bytes, trained: int, ranks: int, weight_bytes: int) -> Peak:
-    """What a step adds to that.
+def peak(step: Bytes, trained: int, ranks: int, weight_bytes: int, largest: int) -> Peak:
+    """What a step adds to that; at most, for a gradient that was handed over is counted until the backward's end.
 
-    The bucket is there from the first gradient on; a full bucket is copied for the all-reduce. The update holds at most
-    all gradients, the rank's part of them, and that part twice in fp32.
+    From the last micro batch's first gradient on there are the buckets and room for the gradients of the rank's part,
+    which may begin and end within a parameter. The update holds those too, the part of them, and that twice in fp32.
+    largest: elements of the largest parameter that is trained.
     """
-    gradients, bucket = weight_bytes * trained, weight_bytes * REDUCE_BUCKET
     part = partition(trained, ranks)
-    return Peak(
-        backward=step.peak + bucket,
-        reduction=gradients + bucket + min(gradients, bucket),
-        update=gradients + (weight_bytes + 2 * FP32) * part,
-    )
+    reducing = weight_bytes * (BUCKETS * largest + min(trained, part + 2 * largest))
+    return Peak(backward=step.peak + reducing, update=reducing + (weight_bytes + 2 * FP32) * part)
 
 
 def most_that_fits(bytes_needed: Callable[[int], int], first: int, available: float) -> int:
