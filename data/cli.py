@@ -20,21 +20,27 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
+from data.interrupt import INTERRUPTED, begin_to_act, tell_interrupted
+from data.quiet import quiet_libraries
 from data.storage.machine import raise_open_file_limit
 
 T = TypeVar("T")
 
 HELP = {"-h", "--help", "help"}
 # Exit statuses: a mistake that the user can mend; a training that was asked to leave and is to be started again
-# (EX_TEMPFAIL of sysexits.h); Ctrl-C.
-MISTAKE, REQUEUE, INTERRUPTED = 2, 75, 130
+# (EX_TEMPFAIL of sysexits.h).
+MISTAKE, REQUEUE = 2, 75
 WIDTH = 110
+# An item of a list a,b: a comma within a pair of quotes does not part it.
+ITEM = re.compile(r"""(?:^|,)\s*("[^"]*"(?=\s*(?:,|$))|'[^']*'(?=\s*(?:,|$))|[^,]*)""")
 # How help and errors call a type: one value, and several in a list.
 KINDS: dict[Any, tuple[str, str]] = {
     str: ("text", "texts"),
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
     bool: ("true or false", "true or false"),
+    # OmegaConf has no union of the two.
+    Any: ("a whole number or a list of texts", ""),
 }
 
 
@@ -62,13 +68,15 @@ def run_command(
     if HELP & set(argv):
         print(help_page())
         sys.exit(0)
+    quiet_libraries()
     raise_open_file_limit()
     try:
+        begin_to_act()
         action(argv)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
+        tell_interrupted()
         sys.exit(INTERRUPTED)
 
 
@@ -93,7 +101,7 @@ def reason(error: object) -> str:
 def parse(schema: type[T], argv: list[str]) -> T:
     """Read key=value arguments into a dataclass.
 
-    A text is taken as it stands. A list may be written a,b or [a,b].
+    A text is taken as it stands. A list may be written a,b or [a,b], an item with a comma "a,b".
     Raises: ValueError in one line for an unknown or missing key, or a value of a wrong type.
     """
     values = OmegaConf.structured(schema)
@@ -274,9 +282,14 @@ def _read(text: str, kind: Any, is_location: bool) -> Any:
     """The value that a text stands for. Raises: ValueError, KeyError if it stands for none of this type."""
     if kind != (kind := _without_none(kind)) and text == "null":
         return None
+    if kind is Any:
+        try:
+            return int(text)
+        except ValueError:
+            return _read(text, list[str], is_location)
     if get_origin(kind) in (list, tuple):
         inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-        parts = [unquoted(part.strip()) for part in inside.split(",")] if inside.strip() else []
+        parts = [unquoted(part.strip()) for part in ITEM.findall(inside)] if inside.strip() else []
         inner = get_args(kind)
         if get_origin(kind) is tuple and len(parts) != len(inner):
             raise ValueError

@@ -13,4 +13,5 @@ python -m data.embed shards=runs/demo/shards out=runs/demo/text encoder=runs/dem
 
 # A free port, so that two runs on one machine do not meet on the launcher's default.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-deepspeed --num_gpus 2 --master_port "$port" train/main.py +experiment=smoke
+# -q: of the launcher's own lines only its errors.
+deepspeed -q --num_gpus 2 --master_port "$port" train/main.py +experiment=smoke

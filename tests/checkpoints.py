@@ -48,7 +48,7 @@ def write_run(run_dir: Path, net: UNetConfig, embeddings: Path, **settings: obje
         for rank, part in enumerate(padded.chunk(2)):
             parts[rank][name] = part.clone()
     parameters = {name: list(p.shape) for name, p in nets["ema"].named_parameters()}
-    described = {"text": asdict(TextMeta.read(embeddings)), "config": asdict(config), "samples": [1000]}
+    described = {"text": asdict(TextMeta.read(embeddings)), "config": asdict(config)}
     write_checkpoint(step_folder(run_dir, 7), parts, parameters, step=7, schedule_step=7, **described)
     return run_dir
 
@@ -60,7 +60,8 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     for rank, part in enumerate(parts):
         save_file(part, folder / part_file(rank))
-    manifest |= {"ranks": len(parts), "parameters": parameters}
+    unknown = {"schedule_step": manifest["step"], "samples": [1000], "data": ["0" * 32], "base": "", "changes": []}
+    manifest = unknown | manifest | {"ranks": len(parts), "parameters": parameters}
     return write_manifest(folder, manifest)
 
 

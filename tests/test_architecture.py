@@ -33,6 +33,7 @@ ONLY_IN = {
 # The only files that may end the process. A library raises an error instead.
 MAY_EXIT = {
     "data/cli.py",
+    "data/interrupt.py",
     "train/main.py",
     "launch/slurm/batch.py",
     "launch/preflight.py",

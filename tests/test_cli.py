@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data import cli
+from data import cli, interrupt
 from data.cli import keys, location, parse
 from tests.support.trainings import SMALL
 from train.compose import compose_config, names
@@ -175,13 +175,15 @@ def test_errors_of_the_system_name_the_absolute_path(capsys, tmp_path, monkeypat
     assert capsys.readouterr().err == f"error: '{tmp_path}/absent': No such file or directory\n"
 
 
-def test_ctrl_c_is_one_line(capsys):
+def test_ctrl_c_is_one_line(capfd, monkeypatch):
+    monkeypatch.setitem(interrupt._state, "told", False)
+
     def interrupted(_: Part) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
         cli.command(interrupted, Part, ["place=x"])
-    assert caught.value.code == 130 and capsys.readouterr().err == "stopped by Ctrl-C\n"
+    assert caught.value.code == 130 and capfd.readouterr().err == "stopped by Ctrl-C\n"
 
 
 @pytest.mark.parametrize(
@@ -248,6 +250,14 @@ def test_texts_in_overrides_are_taken_as_they_stand():
     assert config.run_dir == "runs/a=b, [c] ${d}" and config.data.shards == "quoted = 1"
     mixed = config.data.mixture["a"]
     assert (mixed.shards, mixed.text, mixed.weight) == ("x=1, y", "t={2}", 2.0)
+
+
+def test_a_number_or_texts_of_which_some_have_commas():
+    for typed, value in (
+        ("4", 4), ("[4]", ["4"]), ("a red circle", ["a red circle"]), ("[a, 'b, c']", ["a", "b, c"]),
+        ("""["a, b",it's, 'c']""", ["a, b", "it's", "c"]), ("a,,b", ["a", "", "b"]),
+    ):  # fmt: skip
+        assert compose_config([*SMALL, f"sample.prompts={typed}"]).sample.prompts == value
 
 
 def test_the_ways_to_write_an_override_mean_the_same():
@@ -319,5 +329,8 @@ def test_help_of_the_training_as_a_script_names_experiments_and_keys():
 
 
 def test_a_dry_run_of_a_path_with_an_equals_sign(tmp_path):
-    done = run_command("train/main.py", *SMALL, "dry_run=true", f"run_dir={tmp_path}/a=b c", "--local_rank=0")
-    assert done.returncode == 0 and f"{tmp_path}/a=b c" in done.stdout and not done.stderr, done.stderr
+    given = [*SMALL, "dry_run=true", "data.shards=absent", f"run_dir={tmp_path}/a=b c", "--local_rank=0"]
+    done = run_command("train/main.py", *given)
+    assert f"{tmp_path}/a=b c" in done.stdout and "none usable yet" in done.stdout
+    assert done.returncode == 2, "what cannot run has not succeeded"
+    assert done.stderr.startswith("error: no folder '") and done.stderr.count("\n") == 1, done.stderr

@@ -1,6 +1,11 @@
 """The frozen encoder: the one that a meta describes is found again, and no other is taken for it."""
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from data.storage.tars import write_shard
 from data.text.encoder import TextEncoder, load_encoder
 from data.tiny_t5 import TinyT5, write_tiny_t5
 
@@ -85,3 +91,28 @@ def test_a_model_that_overflows_says_which_caption(t5, tmp_path):
     AutoTokenizer.from_pretrained(t5).save_pretrained(tmp_path / "hot")
     with pytest.raises(ValueError, match=r"is not finite in float32 on the caption 'a cat'"):
         TextEncoder(str(tmp_path / "hot"), 20, "float32", CPU)(["a cat"])
+
+
+def test_a_hub_that_is_not_there_is_told_in_one_line(repo, tmp_path):
+    """The server takes connections and counts them, and answers none: transformers alone would try each file again."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "DS_ACCELERATOR": "cpu",
+        }  # fmt: skip
+        write_shard(tmp_path / "shards" / "00000.tar", [("0", {"txt": b"a"})])
+        given = [f"shards={tmp_path / 'shards'}", f"out={tmp_path / 'out'}", "encoder=nobody/nothing"]
+        done = subprocess.run(
+            [sys.executable, "-m", "data.embed", *given], cwd=repo, env=environment, capture_output=True, text=True,
+            timeout=120,
+        )  # fmt: skip
+        server.setblocking(False)
+        tried = 0
+        with suppress(BlockingIOError):
+            while server.accept():
+                tried += 1
+    assert 1 <= tried <= 2, "one question of ours, and one that huggingface_hub may have of its own"
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: the encoder 'nobody/nothing' cannot be loaded (there is no such folder")

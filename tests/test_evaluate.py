@@ -262,7 +262,8 @@ def test_the_nearest_training_pictures_are_found(base, one, tmp_path, capsys):
     np.testing.assert_allclose(copied[:, 0], 0, atol=1e-3)
     assert copied[:, 1].min() > 1 and within.min() > 1 and Image.open(out).size[0] > 300
     assert "100% of the images are nearer to one than 95 %" in capsys.readouterr().out
-    drawn, _ = neighbours(Neighbours(str(one / "guidance-1"), str(base / "shards"), str(out), shown=2))
+    drawn, _ = neighbours(Neighbours(str(one / "guidance-1"), str(base / "shards"), shown=2))
+    assert (one / "guidance-1-neighbours.png").is_file(), "a plot that says what it is of, and is none of the pictures"
     assert drawn.shape == (SAMPLES, 4) and drawn[:, 0].min() > np.median(within)
 
 

@@ -20,7 +20,6 @@ from model.convert import diffusers_config
 from model.unet import UNet
 from tests.checkpoints import changed_run, write_manifest, write_run
 from train.checkpoint.checkpoint import Checkpoint
-from train.checkpoint.format import latest_checkpoint
 from train.export import Export, export, main
 from train.sampling.sampler import make_scheduler, sample
 from train.weights.pretrained import load_pretrained
@@ -205,12 +204,39 @@ def test_of_several_copies_the_fullest_precision_is_read(base, tmp_path):
     assert load_pretrained(tmp_path, NET)["out.2.bias"].dtype == torch.float16
 
 
-def test_of_a_run_the_latest_whole_checkpoint_is_meant(base, tmp_path):
-    for step in (3, 7, 12):
+@pytest.fixture
+def torn(base, tmp_path) -> Path:
+    """A run whose two newest checkpoints are damaged: a byte of one is another, a file of the other is cut."""
+    for step in (3, 7, 12, 15):
         shutil.copytree(base / "run" / "checkpoints" / "step-00000007", tmp_path / "checkpoints" / f"step-{step:08d}")
+    newest = tmp_path / "checkpoints" / "step-00000015" / "rank-00000.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\1")
     (tmp_path / "checkpoints" / "step-00000012" / "rank-00001.safetensors").write_bytes(b"half")
-    assert Checkpoint.open(tmp_path).folder.name == latest_checkpoint(tmp_path).name == "step-00000007"
-    assert Checkpoint.open(tmp_path / "checkpoints" / "step-00000003").folder.name == "step-00000003"
+    return tmp_path
+
+
+def test_of_a_run_the_latest_whole_checkpoint_is_meant_and_newer_ones_are_named(torn, base, capsys):
+    assert Checkpoint.open(torn).folder.name == "step-00000007"
+    passed_over = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(passed_over) == 2 and all(line.endswith("'step-00000007' before it is taken.") for line in passed_over)
+    assert "step-00000015': the contents of rank-00000.safetensors are not those" in passed_over[0]
+    assert "step-00000012': rank-00001.safetensors has 4 bytes, not " in passed_over[1]
+    assert same(load_pretrained(torn, NET), trained(base, "run").state_dict())
+    assert capsys.readouterr().err.count("DAMAGED CHECKPOINT") == 2
+    export(Export(str(torn), str(torn / "if")))
+    assert capsys.readouterr().err.count("DAMAGED CHECKPOINT") == 2
+    assert Checkpoint.open(torn / "checkpoints" / "step-00000003").folder.name == "step-00000003"
+    assert not capsys.readouterr().err and (torn / "checkpoints" / "step-00000015").exists(), "nothing is renamed"
+
+
+@pytest.mark.parametrize("step", [12, 15])
+def test_a_damaged_step_that_is_named_itself_is_refused(torn, step):
+    folder = torn / "checkpoints" / f"step-{step:08d}"
+    for read in (lambda: export(Export(str(folder), str(torn / "if"))), lambda: load_pretrained(folder, NET)):
+        with pytest.raises(
+            ValueError, match=r"is not a whole checkpoint \(.*rank-0000.*\): name another step-NNNNNNNN"
+        ):
+            read()
 
 
 def refused(message: str, path: Path, config: UNetConfig = NET) -> None:

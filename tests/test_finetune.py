@@ -23,19 +23,19 @@ from data.storage.shards import find_shards
 from data.text.embeddings import from_bytes
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
-from launch.cost.step_cost import inputs, step_bytes, walk_bytes
 from model.config import UNetConfig
 from model.convert import lora_to_diffusers, merge_lora
 from model.unet import UNet
-from tests.checkpoints import changed_run, random_net, write_run
+from tests.checkpoints import changed_run, random_net, write_manifest, write_run
 from tests.test_evaluate import NET, assert_one_line
 from train import dreambooth, export_lora
 from train.checkpoint.checkpoint import Checkpoint
-from train.checkpoint.format import latest_checkpoint
+from train.checkpoint.format import latest_checkpoint, step_folder
 from train.config import Config, LoRAConfig
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.eval_set import EvalSet
 from train.export import Export, export
+from train.monitor.step_memory import inputs, step_bytes, walk_bytes
 from train.sampling.sampler import make_scheduler, sample
 from train.summary import parameters
 from train.weights.diffusers_folder import build_unet
@@ -332,6 +332,28 @@ def test_tuning_goes_on_where_it_was(repo, base, tuned):
     lines = [[json.loads(line)["loss"] for line in text.splitlines()]
              for text in (told, (tuned / "metrics.jsonl").read_text())]  # fmt: skip
     assert lines[0] == lines[1]
+
+
+def test_a_lora_serves_no_other_weights_than_those_it_was_trained_on(repo, base, tuned, tmp_path, capsys):
+    """The run that it began from trains on; later its newest checkpoint is damaged, and the earlier one is read."""
+    folder = step_folder(base / "run", 8)
+    shutil.copytree(step_folder(base / "run", 7), folder)
+    try:
+        weights = load_file(folder / "rank-00000.safetensors")
+        weights["ema"][0] += 1
+        save_file(weights, folder / "rank-00000.safetensors")
+        write_manifest(folder, json.loads((folder / "manifest.json").read_text()) | {"step": 8})
+        with pytest.raises(ValueError, match=r"run' has other weights than when the LoRA in '.*' was trained on them"):
+            load_net(Checkpoint.open(tuned), "ema", torch.device("cpu"))
+        shutil.copytree(tuned, tmp_path / "again")
+        done = train(repo, base, f"run_dir={tmp_path / 'again'}", "steps=7")
+        assert done.returncode == 2, done.stderr[-3000:]
+        assert "trains a LoRA on other weights than those that init_from=" in done.stderr
+        (folder / "rank-00000.safetensors").write_bytes(b"half")
+        load_net(Checkpoint.open(tuned), "ema", torch.device("cpu"))
+        assert f"DAMAGED CHECKPOINT '{folder}'" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow

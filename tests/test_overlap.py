@@ -9,7 +9,6 @@ from functools import partialmethod
 import pytest
 
 from data.text.meta import TextMeta
-from launch.cost.step_cost import inputs
 from model.config import RECOMPUTE
 from model.unet import UNet
 from tests.support.handed_over import handed_over
@@ -18,6 +17,7 @@ from train.compose import compose_config
 from train.engine import init_distributed
 from train.inputs import Inputs
 from train.loop import build
+from train.monitor.step_memory import inputs
 
 RANKS = 2
 TINY = [

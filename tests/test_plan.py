@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from launch.cost.estimate import Plan, make_plan
-from launch.cost.memory import most_that_fits, partition, states
 from launch.cost.options import PlanOptions
 from launch.cost.page import render
-from launch.cost.step_cost import step_bytes
 from launch.cost.traffic import checkpoint_bytes, collectives
 from launch.plan import main
 from model.config import RECOMPUTE, UNetConfig
@@ -24,7 +22,8 @@ from train.config import LoRAConfig, OptimConfig
 from train.engine import optimizer
 from train.monitor.flops import peak_flops, training_flops
 from train.monitor.gpus import GPUS, find_device
-from train.summary import largest_parameter
+from train.monitor.memory import largest_parameter, most_that_fits, partition, states
+from train.monitor.step_memory import step_bytes
 
 SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16", "model.encoder_dim=64"]
 TINY = [*SMALL, "precision=bf16", "model.image_size=16", "model.channel_mult=[1,2]", "model.attention_resolutions=[8]"]

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from data.text.meta import TextMeta
-from launch.cost.step_cost import kept_bytes
 from model.config import RECOMPUTE, UNetConfig
 from model.unet import UNet
 from tests.benchmarks.nets import DIFFUSERS, OURS
 from tests.benchmarks.unet_memory import per_image
 from train.config import Config, OptimConfig
 from train.inputs import Inputs
+from train.monitor.step_memory import kept_bytes
 
 ACTIVATIONS = ("gelu", "gelu_3bit")
 

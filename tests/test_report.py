@@ -84,6 +84,27 @@ def test_of_several_runs_what_differs_stands_out(tmp_path):
     assert [trace["name"] for trace in lr["data"]] == [str(tmp_path / "elsewhere" / "one"), str(tmp_path / "one")]
 
 
+def test_a_recipe_is_shown_with_its_changes(tmp_path):
+    run = write_run(tmp_path / "run")
+    recipes = [(0, 1e-3, 600, 2), (300, 2e-3, 600, 2), (450, 9e-3, 600, 2), (200, 2e-3, 600, 2), (400, 2e-3, 800, 4)]
+    starts = [{"time": "2026-01-01", "step": step, "launch": ["main.py"], "ranks": ranks,
+               "config": {"optim": {"lr_peak": lr, "name": HOSTILE}, "steps": steps}}
+              for step, lr, steps, ranks in recipes]  # fmt: skip
+    (run / "starts.jsonl").write_text("".join(json.dumps(s) + "\n" for s in starts))
+    report([run], tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    # What was trained from step 300 on was made again from step 200 on.
+    assert "<p>run changed on the way:</p><ul><li>from step 201 on: optim.lr_peak 1e-3 -&gt; 2e-3</li>" in page
+    assert "<li>from step 401 on: ranks 2 -&gt; 4, steps 600 -&gt; 800</li></ul>" in page
+    assert "<th>optim.lr_peak</th><td>0.001; from step 201 on: 0.002</td>" in page
+    assert "<th>steps</th><td>600; from step 401 on: 800</td>" in page and "9e-3" not in page
+    assert HOSTILE not in page
+    report([run, write_run(tmp_path / "other", lr=2e-3)], tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    differs = "<tr class=differs><th>optim.lr_peak</th><td>0.001; from step 201 on: 0.002</td><td>0.002</td></tr>"
+    assert page.count(differs) == 2 and "other changed on the way" not in page
+
+
 def test_a_file_cut_mid_line_is_read_to_there_and_told(tmp_path, capsys):
     run = write_run(tmp_path / "run", lines=5)
     path = run / "metrics.jsonl"
@@ -123,10 +144,11 @@ def test_a_long_run_is_thinned(tmp_path):
         ([], "missing runs=..."),
         (["run"], "'run' is not of the form key=value"),
         (["runs=absent"], "is not the folder of a run (no metrics.jsonl)"),
-        (["runs=run,absent"], "is not the folder of a run (no metrics.jsonl)"),
+        (["runs=run,absent", "out=x.html"], "is not the folder of a run (no metrics.jsonl)"),
         (["runs=empty"], "has no line that can be read"),
         (["runs=run", "out=run/metrics.jsonl/x.html"], "could not be written"),
         (["runs=run", "out="], "out= is empty"),
+        (["runs=run,run"], "name the page of these 2 runs, as out=FILE.html"),
     ],
 )
 def test_mistakes_end_in_words_and_leave_nothing(tmp_path, monkeypatch, capsys, arguments, message):
@@ -140,6 +162,16 @@ def test_mistakes_end_in_words_and_leave_nothing(tmp_path, monkeypatch, capsys, 
     said = capsys.readouterr().err
     assert caught.value.code == 2 and message in said and said.count("\n") == 1
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_the_page_of_a_run_lies_in_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", lines=2)
+    write_run(tmp_path / "b", lines=2)
+    for name in "ab":
+        main([f"runs={name}"])
+        assert capsys.readouterr().out.startswith(f"{name}/report.html: 1 runs")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [], "no page in the folder of the command"
 
 
 def test_a_full_disk_leaves_the_page_before(tmp_path):

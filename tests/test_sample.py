@@ -121,6 +121,12 @@ def test_the_empty_prompt_needs_no_encoder_and_is_not_guided(base):
     )).abs().max() <= 1  # fmt: skip
 
 
+def test_the_bar_counts_the_steps_of_every_image(base, capsys):
+    draw(base, "prompt=a red circle", "n=3", "steps=4", "micro_batch=2")
+    said = capsys.readouterr().err
+    assert "3 images: " in said and "12/12 [" in said
+
+
 def test_what_is_beyond_the_tokens_is_named(base, capsys):
     prompt = " ".join(["red"] * 200 + ["giraffe"])
     draw(base, f"prompt={prompt}")

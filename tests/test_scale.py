@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.loader.order import Order
-from launch.cost.memory import partition, states
 from launch.cost.traffic import checkpoint_bytes
 from train.checkpoint.format import part_file
 from train.checkpoint.reader import CheckpointReader
 from train.compose import compose_config
 from train.config import accumulation
+from train.monitor.memory import partition, states
 
 RANKS = 512
 OVERRIDES = (

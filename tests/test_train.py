@@ -1,6 +1,7 @@
 """Real trainings: the deepspeed launcher, ZeRO-1, AdamW8bit; small scenes and a small net."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,13 +17,19 @@ from data.index import Index, index
 from data.loader.dataset import Dataset
 from data.storage.shards import Shard, find_shards
 from data.storage.tars import read_shard, write_shard
+from data.text.encoder import load_encoder
 from model.unet import UNet
 from tests.support.faulty_server import serving
-from tests.support.trainings import STEPS, free_port, launch, make_data, metrics
+from tests.support.trainings import SMALL, STEPS, free_port, launch, make_data, metrics
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 from train.checkpoint.resume import check_same_everywhere
+from train.compose import compose_config
 from train.config import Config
+from train.faults.compiler import check_compiler
+from train.inputs import find_inputs, resolve_text_shape
+from train.monitor.rank_memory import needed_bytes
+from train.summary import parameters
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +37,19 @@ def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+def foreign_lines(done) -> list[str]:
+    """What a run that is well shows on the screen and is not ours: neither the bar nor where the files are."""
+    ours = re.compile(r"\S+: +\d+%\||(W&B|curves|samples|checkpoint) +/")
+    shown = (line.strip() for line in re.split(r"[\r\n]", done.stdout + "\n" + done.stderr))
+    return [line for line in shown if line and not ours.match(line)]
+
+
 @pytest.fixture(scope="module")
 def two_ranks(repo, data, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "two"
     done = launch(repo, data, run_dir, "wandb.mode=offline", ranks=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not foreign_lines(done)
     for what in ("curves", "samples", "checkpoint"):
         assert f"{what:10}  {run_dir}" in done.stdout, "it says where everything lies"
     return run_dir
@@ -59,8 +74,10 @@ def test_a_run_leaves_curves_samples_and_checkpoints(two_ranks):
 
 
 def test_one_rank_gives_the_same_curve_as_two(repo, data, two_ranks, tmp_path):
-    done = launch(repo, data, tmp_path / "one", "wandb.mode=disabled")
+    prompts = "sample.prompts=['a red circle, left', a blue square]"
+    done = launch(repo, data, tmp_path / "one", "wandb.mode=disabled", prompts)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "one" / "samples" / f"step-{STEPS:08d}.png").exists()
     for one, two in zip(metrics(tmp_path / "one"), metrics(two_ranks), strict=True):
         for name in ("loss", "mse", "vb"):
             assert one[name] == pytest.approx(two[name], rel=2e-3), (one["step"], name)
@@ -77,6 +94,18 @@ def test_an_encoder_on_the_rank_gives_the_curve_of_stored_embeddings(repo, data,
     for made, stored in list(zip(metrics(tmp_path / "online"), metrics(two_ranks), strict=False))[:2]:
         assert made["loss"] == pytest.approx(stored["loss"], rel=1e-4)
     assert (tmp_path / "online" / "samples" / "step-00000003.png").exists()
+
+
+def test_prompts_of_ones_own_are_encoded_before_the_start(data):
+    given = [o for o in SMALL if "prompts" not in o] + [f"data.{name}={data / name}" for name in ("shards", "text")]
+    config = compose_config([*given, "sample.prompts=['a red circle, left', a cat's toy]"])
+    found = find_inputs(config, rank=0)
+    assert [caption for caption, _ in found.prompts] == ["a red circle, left", "a cat's toy"]
+    expected = load_encoder(found.meta)(["a cat's toy"])[0]
+    np.testing.assert_allclose(found.prompts[1][1], expected, atol=1e-5)
+    assert not find_inputs(config, rank=1).prompts and not find_inputs(compose_config(given), rank=0).prompts
+    with pytest.raises(ValueError, match=r"sample.prompts are captions of your own, .*'gone' cannot be loaded.*number"):
+        find_inputs(compose_config([*given, "sample.prompts=[a]", "text.encoder=gone"]), rank=0)
 
 
 def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):
@@ -102,6 +131,26 @@ def test_a_compiled_net_follows_the_eager_one(repo, data, two_ranks, tmp_path):
         assert ours["loss"] == pytest.approx(eager["loss"], rel=2e-3)
 
 
+def test_compile_without_a_compiler_is_told_in_one_line_before_anything_starts(repo, data, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'fatal error: omp.h: No such file or directory' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    for compiler, fault in (("no-such-compiler", "cannot be started: No such"), (broken, "fails: omp.h: No such file")):
+        monkeypatch.setenv("CXX", str(compiler))
+        done = launch(repo, data, tmp_path / "run", "compile=true")
+        assert done.returncode == 2 and not (tmp_path / "run").exists()
+        (line,) = [line for line in done.stderr.splitlines() if "compile" in line]
+        assert line.startswith(f"error: compile=true needs a C++ compiler, and '{compiler}' {fault}")
+        assert line.endswith("install g++ and python3-dev, name another one in CXX, or set compile=false")
+    # With one that runs nothing is said, and for a GPU that is a compiler of C.
+    monkeypatch.delenv("CXX")
+    check_compiler(on_gpu=False)
+    check_compiler(on_gpu=True)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ValueError, match="needs a C compiler, and 'no-such-compiler' cannot be started"):
+        check_compiler(on_gpu=True)
+
+
 def test_nothing_is_compiled_and_a_lock_left_by_a_killed_compilation_holds_nobody_up(repo, data, tmp_path, monkeypatch):
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
@@ -123,6 +172,7 @@ def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
     # What is kept for backward may change on the way: it makes no difference to a single bit.
     done = launch(repo, data, run_dir, "wandb.mode=disabled", "recompute=cheap", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not foreign_lines(done)
     names = ("step", "loss", "mse", "vb", "lr", "grad_norm")
     assert [[line[n] for n in names] for line in metrics(run_dir)] == [
         [line[n] for n in names] for line in metrics(two_ranks)
@@ -263,10 +313,11 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(re
 
 def say_what_is_seen(rank: int, port: int, cases: list, told: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for number, (folders, counts) in enumerate(cases):
+    for number, (folders, counts, digests) in enumerate(cases):
         said = "nothing"
+        dataset = Dataset([Shard("0.tar", counts[rank])], "")
         try:
-            check_same_everywhere(Config(run_dir=folders[rank]), [Dataset([Shard("0.tar", counts[rank])], "")])
+            check_same_everywhere(Config(run_dir=folders[rank]), [dataset], [digests[rank]])
         except ValueError as error:
             said = str(error)
         Path(told, f"{number}-{rank}").write_text(said)
@@ -275,9 +326,14 @@ def say_what_is_seen(rank: int, port: int, cases: list, told: str) -> None:
 
 def test_ranks_that_see_different_disks_are_told(two_ranks, tmp_path):
     run, empty = str(two_ranks), str(tmp_path / "another disk")
-    cases = [((run, run), (5, 5)), ((run, empty), (5, 5)), ((run, run), (5, 4))]
+    same, seen = ((run, run), (5, 5)), ("d1", "d1")
+    cases = [
+        (*same, seen), ((run, empty), (5, 5), seen), ((run, run), (5, 4), seen), (*same, ("d1", "d2")),
+        (*same, ("d1", None)),  # the second rank does not know it
+    ]  # fmt: skip
     torch.multiprocessing.spawn(say_what_is_seen, (free_port(), cases, str(tmp_path)), nprocs=2)
-    expected = ["nothing", "rank 1 sees another run_dir=", "rank 1 sees another data.shards="]
+    another = "rank 1 sees another data.shards="
+    expected = ["nothing", "rank 1 sees another run_dir=", another, another, "nothing"]
     for number, words in enumerate(expected):
         for rank in range(2):
             assert (tmp_path / f"{number}-{rank}").read_text().startswith(words)
@@ -293,4 +349,19 @@ def test_dry_run_says_what_would_run_and_leaves(repo, data, tmp_path):
         "parameters",
     ):
         assert words in done.stdout
+    assert re.search(r"host memory  about \d+\.\d GB a rank; \d+\.\d GB are free here", done.stdout)
     assert not (tmp_path / "run").exists()
+    missing = launch(repo, data, tmp_path / "run", "dry_run=true", "data.shards=nowhere", "global_batch=9")
+    assert missing.returncode == 2, missing.stdout
+    of_data, of_batch = missing.stderr.splitlines()[-2:]
+    assert of_data.startswith("error: ") and "make shards with" in of_data
+    assert of_batch.startswith("error: global_batch=9 is not a multiple of 1 ranks x micro_batch=4")
+
+
+def test_the_memory_of_a_rank_is_told_before_it_is_taken(repo, data, two_ranks):
+    """The peak of a real rank, libraries included, against the estimate of dry_run."""
+    config = compose_config([o for o in SMALL if "sample" not in o] + [f"data.text={data / 'text'}"])
+    resolve_text_shape(config)
+    needed = sum(needed_bytes(config, 2, *parameters(config), on_gpu=False))
+    measured = metrics(two_ranks)[-1]["memory_gb"] * 1e9
+    assert 0.6 * measured < needed < 1.7 * measured, (needed, measured)

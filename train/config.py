@@ -1,12 +1,16 @@
 """The typed configuration of a run. Imports no torch, so that it is read and checked at once."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from data.checks import check_at_least, check_choice, check_share
 from data.cli import location
 from data.config import DataConfig, TextConfig
 from data.loader.mixture import share_out
 from model.config import RECOMPUTE, UNetConfig
+
+CODE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(slots=True)
@@ -47,22 +51,28 @@ class OptimConfig:
 
 @dataclass(slots=True)
 class SampleConfig:
-    """The sample grids of a run, drawn from captions of its data.
+    """The sample grids of a run.
 
     every: steps between grids; 0 for one at the end alone.
-    prompts: captions of a grid.
+    prompts: a number, of captions of the data; or captions of your own, which text.encoder or the encoder of the
+        embeddings' meta.json encodes before the start.
     guidance_scales: classifier-free guidance, a row of the grid for each.
     steps: steps of the sampler.
     """
 
     every: int = 0
-    prompts: int = 8
+    prompts: Any = 8  # int | list[str], a union that OmegaConf does not have
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 4.0, 7.0])
     steps: int = 50
 
     def __post_init__(self) -> None:
         check_at_least("sample.every", self.every, 0)
-        check_at_least("sample.prompts", self.prompts, 1)
+        if isinstance(self.prompts, int):
+            check_at_least("sample.prompts", self.prompts, 1)
+        elif not isinstance(self.prompts, list) or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(f"sample.prompts={self.prompts} must be a whole number, or a list of captions of your own")
+        elif not self.prompts:
+            raise ValueError("sample.prompts=[] has no caption: give some, or a number of captions of the data")
         check_at_least("sample.steps", self.steps, 2)
         if not self.guidance_scales or min(self.guidance_scales) < 0:
             raise ValueError(
@@ -104,7 +114,8 @@ class LoRAConfig:
 class Config:
     """One run.
 
-    run_dir: folder of the run: checkpoints, metrics, samples. A run goes on from the latest checkpoint in it.
+    run_dir: folder of the run: checkpoints, metrics, samples. A run goes on from the latest checkpoint in it. It is not
+        the folder of this code.
     init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; without, random ones. It has
         no effect once run_dir has a checkpoint.
     seed: of every random draw.
@@ -115,7 +126,7 @@ class Config:
     precision: bf16 or fp32.
     recompute: what backward computes again to save memory: none, cheap (norms, activations, copies) or blocks
         (everything inside the blocks); the gradients are the same. docs/measurements/benchmarks.md.
-    compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs.
+    compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs. Needs g++, or gcc for a GPU.
     ema_decay: decay a step of the weights' exponential moving average.
     log_every: optimizer steps between lines of metrics.
     save_every: optimizer steps between checkpoints.
@@ -124,7 +135,7 @@ class Config:
     max_skipped: the run ends after so many steps in a row without a finite loss and gradient; each is skipped.
     hang_seconds: a rank that makes no micro batch for so long prints its stacks and ends. Above the 540 s that the
         loader waits for storage, and below the 600 s of the collectives' own limit, whose message says less.
-    dry_run: say what would run, and leave.
+    dry_run: check everything, say what would run and the memory that it needs, and leave; status 2 if it cannot run.
     model: the shape of the net.
     lora: fine-tuning of low-rank matrices.
     data: where the samples lie and how they are read.
@@ -161,6 +172,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
+        check_run_dir(self.run_dir)
         for name in ("steps", "global_batch", "micro_batch", "diffusion_steps", "log_every", "save_every",
                      "keep_checkpoints", "max_skipped", "hang_seconds"):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
@@ -183,6 +195,14 @@ class Config:
                 f"data.streams={self.data.streams} must lie between 1 and global_batch={self.global_batch}"
             )
         share_out(self.global_batch, [dataset.weight for dataset in self.data.datasets()])
+
+
+def check_run_dir(run_dir: str) -> None:
+    """Raises: ValueError if it is empty, or the folder of this code, which would fill with the files of a run."""
+    if not run_dir.strip():
+        raise ValueError("run_dir= is empty: give the folder of the run, or leave the key out")
+    if Path(run_dir).resolve() == CODE:
+        raise ValueError(f"run_dir={run_dir} is the folder of the code itself: give the run a folder of its own")
 
 
 def accumulation(config: Config, ranks: int) -> int:

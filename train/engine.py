@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO-1, AdamW8bit and OneCycle; the only file that imports deepspeed or bitsandbytes."""
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import bitsandbytes
@@ -164,7 +165,10 @@ class Engine:
             self.base_optimizer.state[self.master] = adam_state.for_optimizer(moments, self.master.device)
         # Not by the schedule's own state dict, which would bring back the number of steps of the earlier configuration.
         self.scheduler.last_epoch = schedule_step - 1
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # It is right here: the steps of the optimizer that came before were made by an earlier process.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
+            self.scheduler.step()
         self.engine.global_steps = step
 
 

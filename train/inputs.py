@@ -1,10 +1,11 @@
 """What a run needs from outside, found and checked before any training: data, embeddings, weights to begin from."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from data.loader.dataset import Dataset, find_datasets
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
 from train.checkpoint.format import latest_checkpoint
+from train.checkpoint.identity import DataIdentity, data_digest, weights_digest
 from train.config import Config
 from train.weights.pretrained import load_pretrained
 
@@ -27,13 +29,17 @@ RELEASED_TEXT = (77, 4096)
 class Inputs:
     """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin from, if any.
 
-    encoder: makes the embeddings where they are not stored.
+    encoder: makes the embeddings where they are not stored.  base: weights_digest of the net that a LoRA is added to;
+    '' without LoRA, None on the other ranks, which do not read it.
+    prompts: on the first rank the captions of one's own for the sample grids, if any, with embeddings [tokens, dim].
     """
 
     datasets: list[Dataset]
     meta: TextMeta
     weights: dict[str, Tensor] | None = None
     encoder: "TextEncoder | None" = None
+    base: str | None = ""
+    prompts: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> None:
         """Move the text encoder to the device, if the run has one."""
@@ -47,9 +53,10 @@ class Inputs:
         return batch.text_emb.to(device, non_blocking=True)
 
     @property
-    def samples(self) -> list[int]:
-        """Samples in each dataset."""
-        return [dataset.samples for dataset in self.datasets]
+    def identity(self) -> DataIdentity:
+        """What a checkpoint keeps of the inputs, so that the run goes on with no others."""
+        samples = [dataset.samples for dataset in self.datasets]
+        return DataIdentity(samples, [data_digest(dataset) for dataset in self.datasets], self.meta, self.base)
 
 
 def begins_from_weights(config: Config) -> bool:
@@ -78,10 +85,33 @@ def find_inputs(config: Config, rank: int) -> Inputs:
         read_empty(dataset.text, meta)
     _set_text_shape(config, *metas[0].shape)
     encoder = _load_encoder(config, datasets, metas[0]) if online else None
+    prompts = (
+        _encode_prompts(config, metas[0], encoder) if rank == 0 and isinstance(config.sample.prompts, list) else []
+    )
     weights = None
     if rank == 0 and (begins_from_weights(config) or config.lora.rank):
         weights = load_pretrained(config.init_from, config.model)
-    return Inputs(datasets, metas[0], weights, encoder)
+    base: str | None = ""
+    if config.lora.rank:
+        base = weights_digest(weights) if weights else None
+    return Inputs(datasets, metas[0], weights, encoder, base, prompts)
+
+
+def _encode_prompts(config: Config, meta: TextMeta, encoder: "TextEncoder | None") -> list[tuple[str, np.ndarray]]:
+    """The captions of sample.prompts, each with its embedding [tokens, dim].
+
+    Raises: ValueError if the run's encoder is not here.
+    """
+    from data.text.encoder import load_encoder
+
+    try:
+        encoder = encoder or load_encoder(meta, config.text.encoder)
+    except ValueError as error:
+        raise ValueError(
+            f"sample.prompts are captions of your own, which need the encoder of the embeddings: {error}; name its "
+            "folder in text.encoder, or give a number of captions of the data"
+        ) from None
+    return list(zip(config.sample.prompts, encoder(config.sample.prompts), strict=True))
 
 
 def resolve_text_shape(config: Config) -> bool:

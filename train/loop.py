@@ -37,13 +37,13 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     ema = EMA(engine, config.ema_decay)
     diffusion = Diffusion(config.diffusion_steps).to(device)
     # Resume
-    first_step = resume(run_dir, engine, ema)
+    first_step, changes = resume(config, inputs.identity, engine, ema)
     last = first_step == config.steps
     # Load data
     consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
     stream, batches = load(config, inputs, rank, ranks, first_step, device)
     # Save, measure, show, watch
-    writer, metrics = CheckpointWriter(config, inputs.samples, inputs.meta, consensus), Metrics(device, config)
+    writer, metrics = CheckpointWriter(config, inputs.identity, changes, consensus), Metrics(device, config)
     progress = RunProgress(config, inputs, run_dir, first_step, device) if rank == 0 else None
     guard, watchdog = Guard(config, rank, stream, consensus), Watchdog(rank, config.hang_seconds)
 

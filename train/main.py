@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, NoReturn
 if __name__ == "__main__":
     # The launcher runs this file as a script, which puts train/ first on the path; the packages lie one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from data.interrupt import handle_ctrl_c
 
-from data.cli import HELP, INTERRUPTED, MISTAKE, REQUEUE, arguments, reason
+    handle_ctrl_c()
+
+from data.cli import HELP, MISTAKE, REQUEUE, arguments, reason
+from data.quiet import quiet_libraries
 from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
 from train.config import Config, accumulation
@@ -25,7 +29,9 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exits: 2 with one line for what the user can mend; 75 when asked to leave before the end; 130 after Ctrl-C."""
+    """Exits: 2 with one line for what the user can mend; 75 when asked to leave before the end; 130 for Ctrl-C before
+    the first step, or a second one.
+    """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     given = arguments(argv)
     if HELP & set(given):
@@ -36,11 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         config = compose_config(given)
     except ValueError as error:
         leave(error, tell=rank == 0)
-    try:
-        run(config, rank, ranks)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    run(config, rank, ranks)
 
 
 def help_page() -> str:
@@ -51,27 +53,35 @@ def help_page() -> str:
 
 def run(config: Config, rank: int, ranks: int) -> None:
     """Look at everything that can be looked at before the ranks meet, then train."""
+    quiet_libraries()
     # Imported here: torch takes seconds, and --help and a mistyped key are answered before.
+    from train.checkpoint.identity import add_missing_digests
     from train.checkpoint.resume import check_resumable
     from train.faults.preempt import install_signal_handlers
     from train.inputs import find_inputs
     from train.monitor.tracker import check_login
-    from train.summary import describe
 
     raise_open_file_limit()
     install_signal_handlers()
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    # At INFO setuptools, for one, shows how DeepSpeed looks for a library with gcc. Ours alone is of interest.
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    for name in ("train", "data"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    if config.dry_run:
+        if rank == 0:
+            dry_run(config, ranks)
+        return
     try:
-        if config.dry_run:
-            if rank == 0:
-                print(describe(config, ranks))
-            return
+        if config.compile:
+            find_compiler(tell=os.environ.get("LOCAL_RANK", "0") == "0")
         check_nodes(os.environ, ranks)
         check_open_files(config.data.workers, ranks)
         accumulation(config, ranks)
         inputs = find_inputs(config, rank)
-        check_resumable(config, inputs.samples)
+        if rank == 0:
+            add_missing_digests(inputs.datasets)
+        check_resumable(config, inputs.identity)
         if rank == 0:
             check_login(config.wandb.mode)
     except ValueError as error:
@@ -79,6 +89,46 @@ def run(config: Config, rank: int, ranks: int) -> None:
     except OSError as error:
         leave(error, tell=True)
     train_together(config, inputs)
+
+
+def dry_run(config: Config, ranks: int) -> None:
+    """Make every look that a training begins with, print what would run, then each mistake in a line of its own.
+
+    Exits: 2 if there is a mistake.
+    """
+    from train.checkpoint.identity import add_missing_digests
+    from train.checkpoint.resume import check_resumable
+    from train.faults.compiler import check_compiler
+    from train.inputs import find_inputs
+    from train.monitor.rank_memory import trains_on_gpu
+    from train.monitor.tracker import check_login
+    from train.summary import describe
+
+    mistakes: list[str] = []
+    inputs: Inputs | None = None
+
+    def find() -> None:
+        nonlocal inputs
+        inputs = find_inputs(config, rank=0)
+        add_missing_digests(inputs.datasets)
+        check_resumable(config, inputs.identity)
+
+    for look in (
+        lambda: check_compiler(trains_on_gpu()) if config.compile else None,
+        lambda: check_nodes(os.environ, ranks),
+        lambda: check_open_files(config.data.workers, ranks),
+        find,
+        lambda: check_login(config.wandb.mode),
+        lambda: print(describe(config, ranks, inputs)),
+    ):
+        try:
+            look()
+        except (ValueError, OSError) as error:
+            mistakes.append(reason(error))
+    for mistake in dict.fromkeys(mistakes):
+        print(f"error: {mistake}", file=sys.stderr)
+    if mistakes:
+        sys.exit(MISTAKE)
 
 
 def train_together(config: Config, inputs: "Inputs") -> None:
@@ -99,7 +149,7 @@ def train_together(config: Config, inputs: "Inputs") -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         rank, ranks, device = init_distributed()
-        check_same_everywhere(config, inputs.datasets)
+        check_same_everywhere(config, inputs.datasets, inputs.identity.digests)
     except ValueError as error:
         leave(error, tell=rank == 0)
     try:
@@ -119,6 +169,17 @@ def train_together(config: Config, inputs: "Inputs") -> None:
     dist.destroy_process_group()
     if not finished:
         sys.exit(REQUEUE)
+
+
+def find_compiler(tell: bool) -> None:
+    """Look for the compiler that compile=true needs, on every node.  tell: whether this rank tells what is wrong."""
+    from train.faults.compiler import check_compiler
+    from train.monitor.rank_memory import trains_on_gpu
+
+    try:
+        check_compiler(trains_on_gpu())
+    except ValueError as error:
+        leave(error, tell)
 
 
 def check_nodes(environment: Mapping[str, str], ranks: int) -> None:

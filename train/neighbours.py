@@ -1,4 +1,4 @@
-"""Has the net memorized pictures? `python -m train.neighbours images=evals/mine/guidance-4 shards=DIR out=FILE.png`."""
+"""Has the net memorized pictures? `python -m train.neighbours images=evals/mine/guidance-4 shards=DIR`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ class Neighbours:
 
     images: a guidance-SCALE folder of train.evaluate, or a folder of .png as train.sample writes
     shards: the training pictures
-    out: the plot to write
+    out: the plot to write; IMAGES-neighbours.png, beside the folder of the images, if left out
     of: compare with this many training pictures, chosen at random; 0 for all
     shown: rows of the plot, one for each image
     nearest: training pictures beside each image
@@ -25,7 +25,7 @@ class Neighbours:
 
     images: str = location()
     shards: str = location()
-    out: str = location("neighbours.png")
+    out: str = location("")
     of: int = 0
     shown: int = 8
     nearest: int = 4
@@ -49,6 +49,8 @@ def neighbours(args: Neighbours) -> "tuple[np.ndarray, np.ndarray]":
     from train.weights.trained_net import default_device
 
     images = read_images(Path(args.images))
+    folder = Path(args.images).absolute()
+    out = Path(args.out) if args.out else folder.with_name(f"{folder.name}-neighbours.png")
     shards = find_shards(args.shards)
     training = Pictures(shards, args.of or sum(shard.count for shard in shards), seed=0)
     if args.nearest >= training.samples:
@@ -58,9 +60,9 @@ def neighbours(args: Neighbours) -> "tuple[np.ndarray, np.ndarray]":
     indices, distances = nearest(image_features(extract, images), of_training, args.nearest)
     within = nearest(of_training, of_training, 2)[1][:, 1]  # each picture's nearest is itself
     title = f"{args.images}, the first of each row, and the training pictures nearest to it"
-    plot_neighbours(Path(args.out), title, images[: args.shown], training, indices, distances)
+    plot_neighbours(out, title, images[: args.shown], training, indices, distances)
     print(
-        f"{args.out}: {len(images)} images and {training.samples:,} training pictures; distance to the nearest, "
+        f"{out}: {len(images)} images and {training.samples:,} training pictures; distance to the nearest, "
         f"median: {np.median(distances[:, 0]):.2f} (a training picture to the nearest other one: "
         f"{np.median(within):.2f}); {np.mean(distances[:, 0] < np.quantile(within, 0.05)):.0%} of the images are "
         "nearer to one than 95 % of the training pictures are to each other"

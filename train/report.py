@@ -1,4 +1,4 @@
-"""Runs as one HTML page that needs no network: `python -m train.report runs=runs/a,runs/b out=report.html`."""
+"""Runs as one HTML page that needs no network: `python -m train.report runs=runs/a`."""
 
 import sys
 from dataclasses import dataclass
@@ -13,18 +13,21 @@ class Report:
     """Writes one HTML page of one or several runs: their curves, sample grids and configurations.
 
     runs: the folders of the runs, as in runs=runs/a,runs/b.
-    out: the page.
+    out: the page; RUN/report.html of one run if left out.
     """
 
     runs: list[str] = location()
-    out: str = location("report.html")
+    out: str = location("")
 
 
 def write_report(args: Report) -> None:
     """Write the page; what could not be read is printed on stderr and stands in the page.
 
-    Raises: ValueError if a folder is not a run's; OSError if the page cannot be written.
+    Raises: ValueError if a folder is not a run's, or several have no out; OSError if the page cannot be written.
     """
+    if not args.out and len(args.runs) > 1:
+        raise ValueError(f"name the page of these {len(args.runs)} runs, as out=FILE.html")
+    out = Path(args.out or Path(args.runs[0], "report.html"))
     # Imported here, since plotly takes a while.
     from train.monitor.report_page import page
     from train.monitor.run_log import read_run
@@ -36,7 +39,6 @@ def write_report(args: Report) -> None:
             run.name = folder
         for warning in run.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    out = Path(args.out)
     with atomic_file(out) as aside:
         aside.write_text(page(runs), encoding="utf-8")
     size, lines = out.stat().st_size / 1e6, sum(len(run.lines) for run in runs)

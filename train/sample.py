@@ -14,8 +14,8 @@ class Sample:
     """Draws images from a checkpoint: a folder with grid.png, the single images, and sample.json on how they were made.
 
     checkpoint: the folder of a run, whose newest checkpoint is taken, or of one step
-    prompt: what to draw; "" is the empty caption, without guidance; left out: embeddings=, or else captions of the
-        run's own data
+    prompt: what to draw; "" is the empty caption, without guidance; left out: embeddings=, or else the prompts of the
+        run's grids
     embeddings: a .npy file, [tokens, dim] or several of them, in place of a prompt
     n: images of each prompt, with the seeds seed, seed+1, ...
     guidance_scale: 1 follows the prompt as trained, more exaggerates it

@@ -2,7 +2,8 @@
 
 from data.loader.mixture import share_out
 from train.config import Config, accumulation
-from train.inputs import find_inputs, resolve_text_shape
+from train.inputs import Inputs, resolve_text_shape
+from train.monitor.rank_memory import describe_memory
 from train.weights.lora import unet_on_meta
 
 
@@ -13,18 +14,12 @@ def parameters(config: Config) -> tuple[int, int]:
     return trained, sum(p.numel() for p in unet.parameters()) - trained
 
 
-def largest_parameter(config: Config) -> int:
-    """Elements of the largest parameter that is trained, and so of a bucket of the all-reduce."""
-    return max(p.numel() for p in unet_on_meta(config.model, config.lora).parameters() if p.requires_grad)
-
-
-def describe(config: Config, ranks: int) -> str:
-    """The resolved run in a few lines; missing data is mentioned, not raised.
+def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
+    """The resolved run in a few lines.  inputs: what was found; None if it is not there.
 
     Raises: ValueError if the ranks don't fit the batch, or without data the width of the embeddings is not known.
     """
-    try:
-        inputs = find_inputs(config, rank=0)
+    if inputs:
         sizes = share_out(config.global_batch, [dataset.weight for dataset in inputs.datasets])
         data = "; ".join(
             f"{len(found.shards)} shards, {found.samples:,} samples in {given.shards}, "
@@ -35,8 +30,8 @@ def describe(config: Config, ranks: int) -> str:
         source = f"computed online in {meta.compute}, as" if inputs.encoder else f"{meta.dtype} in"
         folders = ", ".join(dataset.text for dataset in inputs.datasets)
         text = f"{meta.encoder}, {meta.tokens} x {meta.dim}, {source} {folders}"
-    except ValueError as error:
-        data, text = f"none usable yet: {error}", "-"
+    else:
+        data, text = "none usable yet", "-"
         if resolve_text_shape(config):
             text = f"{config.data.tokens} x {config.model.encoder_dim} assumed, as T5-XXL's"
     accumulate, optim = accumulation(config, ranks), config.optim
@@ -58,5 +53,5 @@ def describe(config: Config, ranks: int) -> str:
         "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one",
         "data": data,
         "embeddings": text,
-    }
+    } | describe_memory(config, ranks, trained, frozen)
     return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())

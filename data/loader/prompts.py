@@ -39,7 +39,8 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
         except (ValueError, OSError) as problem:
             if isinstance(problem, OSError):
                 raise_if_machine(problem, raw.name)
-            logger.warning("%s cannot serve as a prompt: %s", raw.name, raw.problem or problem)
+            reason = " ".join(str(raw.problem or problem).split())
+            logger.warning("%s cannot serve as a prompt: %s", raw.name, reason[:200])
     if not prompts:
         raise ValueError(
             f"none of {n} samples, taken evenly from {len(shards)} shards, can be read: look at the shards"

@@ -2,14 +2,20 @@
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from data.text.captions import CLEANING, cleaner
 from data.text.meta import COMPUTE, TextMeta
+
+# How long the hub may take to say whether it has an encoder.
+HUB_SECONDS = 2.0
 
 
 class TextEncoder:
@@ -25,8 +31,7 @@ class TextEncoder:
             raise ValueError(f"compute={compute} must be one of {', '.join(COMPUTE)} (float16 overflows in T5 v1.1)")
         self.clean = cleaner(cleaning)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForTextEncoding.from_pretrained(name, dtype=getattr(torch, compute))
+            self.tokenizer, model = _from_pretrained(name, getattr(torch, compute))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the encoder '{name}' cannot be loaded ({str(error).splitlines()[0]}): "
@@ -117,6 +122,32 @@ class TextEncoder:
             encoder=self.name, weights_sha256=weights.hexdigest(), tokenizer_sha256=tokenizer.hexdigest(),
             tokens=self.tokens, dim=self.dim, dtype=dtype, compute=self.compute, cleaning=self.cleaning,
         )  # fmt: skip
+
+
+def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The tokenizer and the encoder of a folder, of the hub's cache, or else of the hub.
+
+    The cache comes first, and the hub is asked once whether it is there: transformers' own retries take a minute.
+    Raises: OSError, ValueError.
+    """
+
+    def load(local_files_only: bool) -> tuple[Any, Any]:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+        return tokenizer, AutoModelForTextEncoding.from_pretrained(name, dtype=dtype, local_files_only=local_files_only)
+
+    try:
+        return load(local_files_only=True)
+    except (OSError, ValueError):
+        if Path(name).is_dir():
+            raise
+    if name.startswith((".", "/")) or name.count("/") > 1:
+        raise ValueError("there is no such folder")
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except Exception as error:  # its client has errors of its own for each way that a network can fail
+        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ValueError(f"there is no such folder, nothing in the hub's cache, and the hub says: {first[0]}") from None
+    return load(local_files_only=False)
 
 
 def load_encoder(meta: TextMeta, name: str = "", device: torch.device | None = None) -> TextEncoder:

@@ -8,16 +8,16 @@ from tqdm import tqdm
 
 from data.loader.dataset import find_datasets
 from data.text.meta import TextMeta
-from launch.cost.memory import WEIGHT_BYTES, Peak, States, most_that_fits, peak, states
 from launch.cost.options import PlanOptions, check_options
-from launch.cost.step_cost import Bytes, step_bytes
 from launch.cost.traffic import Collectives, Reading, checkpoint_bytes, collectives, embedding_bytes
 from model.config import RECOMPUTE
 from train.config import Config, accumulation
 from train.inputs import resolve_text_shape
 from train.monitor.flops import Flops, training_flops
 from train.monitor.gpus import GPU, find_gpu
-from train.summary import largest_parameter, parameters
+from train.monitor.memory import WEIGHT_BYTES, Peak, States, largest_parameter, most_that_fits, peak, states
+from train.monitor.step_memory import Bytes, step_bytes
+from train.summary import parameters
 
 GB = 1e9
 

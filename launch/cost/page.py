@@ -1,8 +1,8 @@
 """The plan as a page of plain text."""
 
 from launch.cost.estimate import GB, Plan, Times
-from launch.cost.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, partition
 from train.monitor.gpus import NODE_LINKS
+from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, partition
 
 DAY = 86_400
 FLOP_UNITS = (("ZFLOP", 1e21), ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))

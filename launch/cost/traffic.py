@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from launch.cost.memory import States, partition
 from train.monitor.gpus import GPU
+from train.monitor.memory import States, partition
 
 
 @dataclass(frozen=True, slots=True)

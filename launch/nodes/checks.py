@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from data.storage.locations import open_location
 from data.text.meta import sidecar_location
-from launch.cost.memory import WEIGHT_BYTES, states
 from launch.cost.traffic import checkpoint_bytes
 from train.compose import ROOT
 from train.config import Config
 from train.inputs import find_inputs
+from train.monitor.memory import WEIGHT_BYTES, states
 from train.summary import parameters
 
 LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "numpy", "pillow", "safetensors", "omegaconf")

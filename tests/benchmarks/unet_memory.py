@@ -9,8 +9,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from data.cli import command
-from launch.cost.step_cost import kept_bytes
 from tests.benchmarks.nets import DIFFUSERS, ORIGINAL, OURS, build, inputs, size
+from train.monitor.step_memory import kept_bytes
 
 
 def per_image(name: str, size_name: str, dtype: torch.dtype) -> float:

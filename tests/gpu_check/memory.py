@@ -47,7 +47,7 @@ def net_row(name: str, check: Check, size: str, mode: str) -> Row:
         step()
         measured = torch.cuda.max_memory_allocated() - before
     else:
-        from launch.cost.step_cost import walk_bytes  # counts storages as they come and go, of real tensors too
+        from train.monitor.step_memory import walk_bytes  # counts storages as they come and go, of real tensors too
 
         measured = BF16_BYTES * parameters(config) + walk_bytes(net, (batch.noise, batch.t, batch.text_emb)).peak
     return against_plan(name, measured, plan, f"micro batch {micro_batch}")

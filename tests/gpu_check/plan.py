@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from launch.cost.memory import peak, states
-from launch.cost.step_cost import Bytes, step_bytes
 from model.config import UNetConfig
 from model.unet import UNet
 from tests.gpu_check.nets import KEEP, TOKENS
 from train.monitor.flops import peak_flops, training_flops
+from train.monitor.memory import peak, states
+from train.monitor.step_memory import Bytes, step_bytes
 
 BF16_BYTES = 2
 # Of a card: CUDA, cuDNN's workspaces and fragments, as launch.plan's reserve_gb.
@@ -20,8 +20,13 @@ RANKS = 512
 
 def parameters(config: UNetConfig) -> int:
     """Parameters of the net."""
+    return sum(sizes(config))
+
+
+def sizes(config: UNetConfig) -> list[int]:
+    """Elements of each parameter."""
     with torch.device("meta"):
-        return sum(p.numel() for p in UNet(config).parameters())
+        return [p.numel() for p in UNet(config).parameters()]
 
 
 def net_bytes(
@@ -34,9 +39,9 @@ def net_bytes(
 
 def training_bytes(config: UNetConfig, micro_batch: int, activation: str, recompute: str) -> int:
     """The most of a training on one rank that accumulates: weights, masters, moments, average, and a step."""
-    count = parameters(config)
+    count, largest = parameters(config), max(sizes(config))
     step = net_bytes(config, micro_batch, activation, recompute, accumulated=True)
-    return states(count, 1, "adamw8bit", BF16_BYTES).total + peak(step, count, 1, BF16_BYTES).most
+    return states(count, 1, "adamw8bit", BF16_BYTES).total + peak(step, count, 1, BF16_BYTES, largest).most
 
 
 def largest_micro_batch(config: UNetConfig, memory: float, activation: str, beside: int = 0) -> int:
@@ -44,10 +49,11 @@ def largest_micro_batch(config: UNetConfig, memory: float, activation: str, besi
 
     The bytes of a step grow by the same for each image.
     """
-    count = parameters(config)
+    count, largest = parameters(config), max(sizes(config))
     room = memory - RESERVE - states(count, RANKS, "adamw8bit", BF16_BYTES).total - beside
     one, two = (
-        peak(net_bytes(config, n, activation, accumulated=True), count, RANKS, BF16_BYTES).backward for n in (1, 2)
+        peak(net_bytes(config, n, activation, accumulated=True), count, RANKS, BF16_BYTES, largest).backward
+        for n in (1, 2)
     )
     return max(1, int((room - one) // (two - one)) + 1)
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from launch.cost.step_cost import inputs
 from model.unet import UNet
 from train.compose import compose_config
 from train.ema import EMA
 from train.engine import build_engine, init_distributed
+from train.monitor.step_memory import inputs
 
 
 def size(tensors) -> int:

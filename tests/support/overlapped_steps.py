@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.cost.step_cost import inputs
 from model.unet import UNet
 from tests.support.handed_over import handed_over
 from train import engine as engine_module
 from train.compose import compose_config
 from train.config import Config, accumulation
 from train.engine import build_engine, init_distributed
+from train.monitor.step_memory import inputs
 from train.weights.lora import add_lora
 
 STEPS = 3

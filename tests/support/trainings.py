@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -43,7 +44,16 @@ def start(
     launcher = Path(sys.executable).with_name("deepspeed")
     program = [sys.executable, script]
     if ranks > 1:
-        program = [sys.executable, str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()), script]
+        program = [
+            sys.executable,
+            str(launcher),
+            "-q",
+            "--num_gpus",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+            script,
+        ]
     given = {o.split("=")[0] for o in overrides}
     program += [o for o in SMALL if o.split("=")[0] not in given]
     command = [*program, f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
@@ -57,6 +67,7 @@ def start(
     run_dir.parent.mkdir(parents=True, exist_ok=True)
 
     def limit() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
         if file_size:
             resource.setrlimit(resource.RLIMIT_FSIZE, file_size)
 

@@ -1,5 +1,6 @@
 """A checkpoint that was opened: what its manifest says, whether its files are intact, and its weights."""
 
+import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,13 +19,16 @@ from train.checkpoint.format import (
 )
 from train.checkpoint.reader import CheckpointReader
 
+# Entries of a manifest that a resume or a model card reads, beside those that Checkpoint keeps.
+ENTRIES = ("schedule_step", "samples", "data", "base", "changes", "parameters", "files", "sha256")
+
 
 @dataclass(slots=True)
 class Checkpoint:
     """One checkpoint of a run; its manifest is read once, when it is opened.
 
     ranks: that wrote it.  config: the run's configuration, as plain dicts.  text: describes the embeddings that the net
-    was trained on.
+    was trained on.  verified: its files were found intact.
     """
 
     folder: Path
@@ -35,26 +39,42 @@ class Checkpoint:
     model: UNetConfig
     diffusion_steps: int
     text: TextMeta
+    verified: bool = False
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
-        """The newest complete checkpoint of a run's folder, or the checkpoint of a step's folder.
+        """The newest undamaged checkpoint of a run's folder, or the checkpoint of a step's folder.
 
-        Raises: ValueError if there is none, or it is not of this version.
+        All files of a run's checkpoint are verified. A newer one that is damaged is named on stderr and passed over.
+        Raises: ValueError if there is none, or it is not of this version; OSError if it cannot be read.
         """
         path = Path(path)
         if (path / MANIFEST).is_file():
-            return cls.read(path)
-        if checkpoint := cls.latest(path):
-            return checkpoint
+            try:
+                return cls.read(path)
+            except ValueError as error:
+                raise ValueError(f"{error}: name another checkpoint of the run") from None
+        faults = []
+        for folder in step_folders(path):
+            try:
+                manifest = read_manifest(folder)
+            except ValueError as error:
+                faults.append(f"'{folder}': {error}")
+                continue
+            checkpoint = cls._from_manifest(folder, manifest)
+            if not (fault := checkpoint.verify()):
+                for passed_over in faults:
+                    print(f"\nDAMAGED CHECKPOINT {passed_over}. '{folder.name}' before it is taken.\n", file=sys.stderr)
+                return checkpoint
+            faults.append(f"'{folder}': {fault}")
         raise ValueError(
-            f"'{path.absolute()}' has no whole checkpoint: name the folder of a run, or a step-NNNNNNNN folder in its "
-            "checkpoints"
+            f"'{path.absolute()}' has no whole checkpoint{f' ({faults[0]})' if faults else ''}: name the folder of a "
+            "run, or a step-NNNNNNNN folder in its checkpoints"
         )
 
     @classmethod
     def latest(cls, run_dir: Path) -> "Checkpoint | None":
-        """The newest complete checkpoint of a run, if there is one.
+        """The newest complete checkpoint of a run, if there is one; its files are not verified.
 
         Raises: ValueError if it is not of this version.
         """
@@ -67,13 +87,15 @@ class Checkpoint:
     def read(cls, folder: Path) -> "Checkpoint":
         """The checkpoint of a step's folder.
 
-        Raises: ValueError if its manifest is missing, damaged or not of this version.
+        Raises: ValueError if its manifest is missing, damaged or not of this version; OSError if it cannot be read.
         """
         return cls._from_manifest(folder, read_manifest(folder))
 
     @classmethod
     def _from_manifest(cls, folder: Path, manifest: dict) -> "Checkpoint":
         try:
+            if missing := [entry for entry in ENTRIES if entry not in manifest]:
+                raise ValueError(f"it lacks {', '.join(missing)}")
             config = manifest["config"]
             model = UNetConfig(**config["model"])
             return cls(
@@ -84,17 +106,21 @@ class Checkpoint:
             raise ValueError(f"the manifest in '{folder}' is not one of this version ({error!r})") from None
 
     def verify(self, rank: int = 0, ranks: int = 1) -> str:
-        """What is wrong with the files, '' for nothing; each of several ranks reads its share of them."""
+        """What is wrong with the files, '' for nothing; each of several ranks reads its share of them.
+
+        Raises: OSError if a file is there and cannot be read: that is a fault of the machine, and not damage.
+        """
         if fault := size_fault(self.folder, self.manifest):
             return fault
         hashes = self.manifest["sha256"]
         for name in sorted(hashes)[rank::ranks]:
             try:
                 intact = file_sha256(self.folder / name) == hashes[name]
-            except OSError as error:
+            except FileNotFoundError as error:
                 return str(error)
             if not intact:
                 return f"the contents of {name} are not those that were written (sha256)"
+        self.verified = ranks == 1
         return ""
 
     def reader(self) -> CheckpointReader:
@@ -108,7 +134,7 @@ class Checkpoint:
         name: 'ema' or 'master'.
         Raises: ValueError if the files are not intact.
         """
-        if fault := self.verify():
+        if not self.verified and (fault := self.verify()):
             raise ValueError(
                 f"'{self.folder}' is not a whole checkpoint ({fault}): name another step-NNNNNNNN folder of the run"
             )

@@ -46,23 +46,26 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if there is one."""
+    """The newest complete checkpoint of a run, if there is one.
+
+    It says nothing of newer folders that are incomplete: train.checkpoint.resume and Checkpoint.open name those.
+    """
     return next(filter(complete_manifest, step_folders(run_dir)), None)
 
 
 def complete_manifest(folder: Path) -> dict | None:
-    """The manifest of a complete checkpoint; None if it is damaged, or a file is missing or has another size."""
+    """The manifest of a complete checkpoint; None if it is damaged or unreadable, or a file is missing or cut."""
     try:
         manifest = read_manifest(folder)
         return None if size_fault(folder, manifest) else manifest
-    except ValueError:
+    except (OSError, ValueError):
         return None
 
 
 def read_manifest(folder: Path) -> dict:
     """The manifest of a checkpoint's folder.
 
-    Raises: ValueError if it is missing or damaged.
+    Raises: ValueError if it is missing or damaged; OSError if it is there and cannot be read.
     """
     path = folder / MANIFEST
     try:
@@ -70,8 +73,8 @@ def read_manifest(folder: Path) -> dict:
         if manifest != sealed(manifest):
             raise ValueError("its checksum does not fit")
         return manifest
-    except (OSError, ValueError, AttributeError) as error:  # the last if it holds no JSON object
-        raise ValueError(f"'{path}' is missing or damaged ({error}): name another checkpoint of the run") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError) as error:  # the last: no JSON object
+        raise ValueError(f"'{path}' is missing or damaged ({error})") from None
 
 
 def sealed(manifest: dict) -> dict:
@@ -86,7 +89,7 @@ def size_fault(folder: Path, manifest: dict) -> str:
     for name, size in manifest["files"].items():
         try:
             found = (folder / name).stat().st_size
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             return str(error)
         if found != size:
             return f"{name} has {found} bytes, not {size}"

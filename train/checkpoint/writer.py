@@ -15,7 +15,6 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from data.storage.atomic import WRITE_ERRORS, flush_to_disk
-from data.text.meta import TextMeta
 from train.checkpoint.format import (
     MANIFEST,
     CheckpointFailed,
@@ -26,6 +25,7 @@ from train.checkpoint.format import (
     step_folder,
     step_of,
 )
+from train.checkpoint.identity import DataIdentity
 from train.config import Config
 from train.ema import EMA
 from train.engine import Engine
@@ -37,11 +37,12 @@ class CheckpointWriter:
 
     The writing threads touch files and host memory alone, never a process group. The training threads find out between
     two steps (poll) that all ranks have written. Only then the first rank's thread writes the manifest and renames.
+    changes: of the configuration since the run's first step, as train.checkpoint.resume.find_history makes them.
     Methods raise: CheckpointFailed on all ranks if one of them could not write; older checkpoints stay untouched.
     """
 
-    def __init__(self, config: Config, samples: list[int], meta: TextMeta, consensus: RankConsensus) -> None:
-        self._config, self._samples, self._meta, self._consensus = config, samples, meta, consensus
+    def __init__(self, config: Config, data: DataIdentity, changes: list[dict], consensus: RankConsensus) -> None:
+        self._config, self._data, self._changes, self._consensus = config, data, changes, consensus
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._thread: threading.Thread | None = None
         # What the first rank does once all ranks have written; None while no checkpoint is under way.
@@ -130,10 +131,10 @@ class CheckpointWriter:
             "step": step,
             "schedule_step": engine.schedule_step,
             "ranks": self._ranks,
-            "samples": self._samples,
-            "text": asdict(self._meta),
+            **self._data.entries(),
             "parameters": {name: list(p.shape) for name, p in engine.model.named_parameters() if p.requires_grad},
             "config": asdict(self._config),
+            "changes": self._changes,
             "versions": {name: version(name) for name in ("torch", "deepspeed", "bitsandbytes", "safetensors")}
             | {"python": platform.python_version()},
         }

@@ -9,29 +9,42 @@ import torch
 import torch.distributed as dist
 
 from data.cli import REQUEUE
+from data.interrupt import INTERRUPTED, tell, tell_interrupted
 from data.storage.tars import write_json
 
 # Slurm's warning before the time limit or a preemption; what launchers send when they are ended; Ctrl-C.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-_state = {"stop_requested": False, "training": False}
+_state = {"process": 0, "stop_requested": False, "interrupted": False, "training": False}
 
 
 def install_signal_handlers() -> None:
     """Handle SIGNALS: before training begins the process exits at once, during training the signal requests a stop.
 
+    A second Ctrl-C during training ends the process at once.
     A signal that the launcher ignores is handled here all the same: a handler replaces an inherited disposition.
     """
+    _state["process"] = os.getpid()
     for number in SIGNALS:
         signal.signal(number, _on_signal)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    if not _state["training"]:
-        os._exit(REQUEUE)
+    if os.getpid() != _state["process"]:
+        return  # a loader worker, which its rank ends
+    if number != signal.SIGINT:
+        if not _state["training"]:
+            os._exit(REQUEUE)
+    elif not _state["training"]:
+        tell_interrupted()
+        os._exit(INTERRUPTED)
+    elif _state["interrupted"]:
+        tell("stopped at once by Ctrl-C; the checkpoints before are whole")
+        os._exit(INTERRUPTED)
+    else:
+        _state["interrupted"] = True
+        tell("Ctrl-C: this step is finished and saved, then the run ends; press again to end at once, without saving")
     _state["stop_requested"] = True
-    if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class RankConsensus:
@@ -59,7 +72,7 @@ class RankConsensus:
 
     def stop_requested(self) -> bool:
         """Whether a signal asked any rank to stop; a collective call."""
-        return self.any(_state["stop_requested"])[0]
+        return self.any(bool(_state["stop_requested"]))[0]
 
 
 def mark_done(run_dir: Path, step: int) -> None:

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.offline import get_plotlyjs
 
+from train.checkpoint.changes import describe_changes, flatten
 from train.monitor.run_log import Run
 
 # Title, metrics, and whether the axis is logarithmic.
@@ -189,27 +190,39 @@ def _grids(runs: list[Run]) -> str:
 
 
 def _recipes(runs: list[Run]) -> str:
-    """The configuration of each run's last start; with several runs, what differs comes first and is highlighted."""
-    flat = [_flatten(run.starts[-1].get("config", {})) if run.starts else {} for run in runs]
-    keys = list(dict.fromkeys(key for one in flat for key in one))
-    rows = {key: [one.get(key, "-") for one in flat] for key in keys}
+    """The configuration of each run with its changes; with several runs, what differs comes first, highlighted."""
+    recipes = [_recipe(run) for run in runs]
+    keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
+    rows = {key: [recipe.get(key, "-") for recipe in recipes] for key in keys}
     differing = {key: cells for key, cells in rows.items() if len(set(cells)) > 1}
     names = [run.name for run in runs]
     first = f"<p>What differs:</p>{_table(names, differing, mark=True)}" if differing else ""
     all_keys = (
         f"<details{'' if first else ' open'}><summary>All of it</summary>{_table(names, rows, mark=True)}</details>"
     )
-    return f"<h2>Recipe, as run</h2>{first}{all_keys if rows else '<p>Not recorded.</p>'}"
+    changes = "".join(_changes(run) for run in runs)
+    return f"<h2>Recipe, as run</h2>{changes}{first}{all_keys if rows else '<p>Not recorded.</p>'}"
 
 
-def _flatten(config: dict, prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = str(value)
-    return flat
+def _recipe(run: Run) -> dict[str, str]:
+    """The values of the first step by key, each followed by what it was changed to on the way."""
+    if not run.parts:
+        return {}
+    recipe = {key: str(value) for key, value in flatten(run.parts[0].recipe).items()}
+    for part in run.parts[1:]:
+        for key, (_, new) in part.changes.items():
+            recipe[key] = f"{recipe.get(key, '-')}; from step {part.first_step:,} on: {'-' if new is None else new}"
+    return recipe
+
+
+def _changes(run: Run) -> str:
+    """What changed on the way, a line for each start that changed something."""
+    lines = "".join(
+        f"<li>from step {part.first_step:,} on: {escape(describe_changes(part.changes))}</li>"
+        for part in run.parts
+        if part.changes
+    )
+    return f"<p>{escape(run.name)} changed on the way:</p><ul>{lines}</ul>" if lines else ""
 
 
 def _starts(runs: list[Run]) -> str:

@@ -1,10 +1,24 @@
 """Reads what a run has logged: its metrics, its starts, its sample grids."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from train.checkpoint.changes import find_changes
+
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
+
+
+@dataclass(slots=True)
+class RunPart:
+    """Steps of a run with one recipe: the configuration and the number of ranks.
+
+    changes: from the part before, by key the values before and now.
+    """
+
+    first_step: int
+    recipe: dict
+    changes: dict[str, list] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -20,6 +34,23 @@ class Run:
     starts: list[dict]
     grids: list[tuple[int, Path]]
     warnings: list[str]
+
+    @property
+    def parts(self) -> list[RunPart]:
+        """The recipes that the steps of the run were made with, by rising step.
+
+        A start that went on from a step before that of an earlier start made the earlier one's steps again.
+        """
+        kept: list[dict] = []
+        for start in self.starts:
+            if isinstance(start.get("config"), dict) and isinstance(start.get("step"), int):
+                kept = [*(before for before in kept if before["step"] < start["step"]), start]
+        parts: list[RunPart] = []
+        for start in kept:
+            recipe = start["config"] | {"ranks": start.get("ranks")}
+            changes = find_changes(parts[-1].recipe, recipe) if parts else {}
+            parts.append(RunPart(start["step"] + 1, recipe, changes))
+        return parts
 
 
 def read_run(folder: Path) -> Run:

@@ -55,6 +55,8 @@ class Tracker:
         settings = {
             "project": config.wandb.project, "dir": run_dir, "group": run_dir.name,
             "config": start.pop("config") | {"start": start},
+            # Online it prints where the run is to be seen. Offline there is nothing to see, and close() has one line.
+            "settings": wandb.Settings(silent=not online),
         }  # fmt: skip
         self._run: wandb.Run | None
         try:
@@ -66,6 +68,8 @@ class Tracker:
                 str(error).splitlines()[0], run_dir / "wandb",
             )  # fmt: skip
             self._run = wandb.init(mode="offline", **settings)
+        is_kept = self._run.offline and config.wandb.mode != "disabled"
+        self._offline_run = Path(self._run.dir).parent if is_kept else None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -87,6 +91,8 @@ class Tracker:
         """Close the file and finish the W&B run."""
         self._file.close()
         self._send(lambda run: run.finish())
+        if self._offline_run:
+            print(f"W&B         {self._offline_run}  (`wandb sync` sends it)")
 
     def _send(self, action: Callable[[wandb.Run], object]) -> None:
         """Call W&B. Its own process may be gone, for example by a signal to the whole job: the training goes on."""

@@ -31,7 +31,7 @@ class Prompts:
 def find_prompts(
     checkpoint: Checkpoint, device: torch.device, prompt: str | None, embeddings: str, encoder: str, guided: bool
 ) -> Prompts:
-    """The prompt, or the embeddings of a file, or without either captions of the training's data.
+    """The prompt, or the embeddings of a file, or without either the prompts of the run's grids.
 
     encoder: its folder or name on the hub, '' for what the checkpoint names.
     Raises: ValueError if what is needed is missing, or does not fit the training.
@@ -50,12 +50,16 @@ def find_prompts(
     if prompt is not None:
         empty = find_empty(checkpoint, device, encoder)
         return Prompts([""], empty[None], empty)
+    of_run = checkpoint.config["sample"]["prompts"]
+    if isinstance(of_run, list):
+        states = torch.from_numpy(load_encoder(meta, encoder, device)([*of_run, ""]))
+        return Prompts(of_run, states[:-1], states[-1])
     datasets = find_data(checkpoint)
     if checkpoint.config["text"]["mode"] == "online":
         text_encoder = load_encoder(meta, encoder, device)
         for dataset in datasets:
             dataset.encoder = text_encoder
-    stored = stored_prompts(datasets, meta, checkpoint.config["sample"]["prompts"])
+    stored = stored_prompts(datasets, meta, of_run)
     text_emb = torch.stack([torch.from_numpy(embedding) for _, embedding in stored])
     return Prompts([caption for caption, _ in stored], text_emb, find_empty(checkpoint, device, encoder))
 

@@ -1,6 +1,7 @@
 """Text embeddings to images: classifier-free guidance with a scheduler of diffusers. The command is train.sample."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
@@ -83,13 +84,14 @@ def set_steps(scheduler: SchedulerMixin, steps: int | str) -> None:
 @torch.no_grad()
 def sample(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
-    steps: int | str, seeds: Sequence[int],
+    steps: int | str, seeds: Sequence[int], after_step: Callable[[int], object] = lambda images: None,
 ) -> Tensor:  # fmt: skip
     """Sample one image per caption and seed: [N, 3, H, W] uint8 on the CPU.
 
     Each image has a generator of its own, so it does not depend, beyond rounding, on the others in its batch.
     Shapes: text_emb [N, L, D], or unet.encode_text of it; empty [L, D], the embedding of the empty caption.
     guidance_scale: 1 samples as trained, more exaggerates the prompt.
+    after_step: called after each step with the number of images that took it.
     Raises: ValueError, as set_steps.
     Source: Ho & Salimans 2022, equation 6, where guidance_scale is 1 + w.
     """
@@ -113,6 +115,7 @@ def sample(
             eps = eps[n:] + guidance_scale * (eps[:n] - eps[n:])
         model_output = torch.cat([eps, variance], dim=1) if learned else eps
         x_t = scheduler.step(model_output, t, x_t, generator=generators).prev_sample
+        after_step(n)
     return ((x_t.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
@@ -120,7 +123,7 @@ def sample_batches(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor, empty: Tensor, guidance_scale: float, steps: int | str,
     seeds: Sequence[int], micro_batch: int,
 ) -> Tensor:  # fmt: skip
-    """As sample, `micro_batch` images at a time, with a bar; consecutive seeds share a prompt.
+    """As sample, `micro_batch` images at a time, with a bar of all images' steps; consecutive seeds share a prompt.
 
     Shapes: text_emb [P, L, D], empty [L, D], seeds P x n, of which the first n are for the first prompt.
     """
@@ -128,10 +131,13 @@ def sample_batches(
         of_prompts = unet.encode_text(text_emb.to(next(unet.parameters()).device))
     text = TextState(*(value.repeat_interleave(len(seeds) // len(text_emb), 0) for value in of_prompts))
     images = []
-    with tqdm(total=len(seeds), unit="image", disable=None) as bar:
+    set_steps(scheduler, steps)
+    # In a file, where each state of the bar is a line, a state every half minute is enough.
+    seconds = 0.1 if sys.stderr.isatty() else 30.0
+    total = len(seeds) * len(scheduler.timesteps)
+    with tqdm(total=total, unit="step", desc=f"{len(seeds)} images", mininterval=seconds) as bar:
         for start in range(0, len(seeds), micro_batch):
             part = slice(start, start + micro_batch)
             batch = TextState(*(value[part] for value in text))
-            images.append(sample(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part]))
-            bar.update(len(images[-1]))
+            images.append(sample(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part], bar.update))
     return torch.cat(images)

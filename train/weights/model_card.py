@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from data.text.captions import cleaner, lower_strip
 from data.text.meta import TextMeta
+from train.checkpoint.changes import describe_changes
 from train.checkpoint.checkpoint import Checkpoint
 
 # What a reader of a card looks for, and the keys of the run's configuration that hold it.
@@ -26,6 +27,8 @@ RECIPE: dict[str, str | tuple[str, ...]] = {
     "captions dropped to the empty one": "data.cond_drop_prob",
     "seed": "seed",
 }
+# Keys that name places, which a card does not show.
+PRIVATE = re.compile(r"run_dir|init_from|wandb\..*|text\.encoder|embeddings\.encoder|data\.(.*\.)?(shards|text)")
 TEXT = """
 # {name}
 
@@ -52,7 +55,7 @@ Images of a further stage, such as IF-II, are made from `images` (with `output_t
 |---|---|
 {recipe}
 
-The whole configuration, without paths:
+{changes}The whole configuration, without paths:
 
 ```yaml
 {config}```
@@ -102,6 +105,7 @@ def model_card(checkpoint: Checkpoint, name: str, weights: str, license: str, ha
         call=BY_PROMPT.format(clean=_cleans(checkpoint.text)) if has_encoder else BY_EMBEDDING,
         conditions=_conditions(checkpoint.text, has_encoder),
         recipe="\n".join(f"| {label} | {value} |" for label, value in rows.items()),
+        changes=_changes(checkpoint),
         config=OmegaConf.to_yaml(OmegaConf.create(_without_paths(config))),
         data=_data(checkpoint),
         license=_license(config, license),
@@ -115,6 +119,16 @@ def _setting(config: dict, keys: str | tuple[str, ...]) -> str:
         return ", ".join(_setting(config, key) for key in keys)
     value = reduce(getitem, keys.split("."), config)
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _changes(checkpoint: Checkpoint) -> str:
+    """What changed on the way; the recipe is that of the last steps."""
+    lines = []
+    for change in checkpoint.manifest["changes"]:
+        public = {key: values for key, values in change["changes"].items() if not PRIVATE.fullmatch(key)}
+        if public:
+            lines.append(f"- from step {change['step'] + 1:,} on: {describe_changes(public)}\n")
+    return f"This is the recipe of the last steps. It changed on the way:\n\n{''.join(lines)}\n" if lines else ""
 
 
 def _conditions(text: TextMeta, has_encoder: bool) -> str:

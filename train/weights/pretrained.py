@@ -1,6 +1,7 @@
 """Weights to start from, under our names: a released file, a diffusers folder, or a checkpoint of this repository."""
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -11,21 +12,28 @@ from model.config import UNetConfig
 from model.convert import from_diffusers, merge_lora, to_diffusers
 from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
+from train.checkpoint.identity import weights_digest
 from train.weights.lora import trained_adapter
+from train.weights.prefixes import SHOWN, flatten, take_off_prefix
 
-# An error names at most this many weights or files.
-SHOWN = 3
+logger = logging.getLogger(__name__)
 
 
 def net_weights(checkpoint: Checkpoint, name: str = "ema") -> dict[str, Tensor]:
     """The state dict of a checkpoint's net; a LoRA that the run trained is merged into the net it started from.
 
     name: 'ema' or 'master'.
-    Raises: ValueError if the files are not intact, are of another net, or the net that the run started from is missing.
+    Raises: ValueError if the files are not intact, are of another net, or the net that the run started from is missing
+    or has other weights by now.
     """
     if checkpoint.config["lora"]["rank"]:
-        adapter = trained_adapter(checkpoint, name)
-        weights = load_pretrained(checkpoint.config["init_from"], checkpoint.model)
+        adapter, path = trained_adapter(checkpoint, name), checkpoint.config["init_from"]
+        weights = load_pretrained(path, checkpoint.model)
+        if weights_digest(weights) != checkpoint.manifest["base"]:
+            raise ValueError(
+                f"'{path}' has other weights than when the LoRA in '{checkpoint.folder}' was trained on them; if it is "
+                "a run, it may have trained on: put the earlier weights there"
+            )
         return merge_lora(weights, adapter.lora, adapter.scale, checkpoint.model)
     with torch.device("meta"):
         net = UNet(checkpoint.model).state_dict()
@@ -39,17 +47,19 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
 
     path: a .safetensors, .pt or .bin file or an .index.json of shards, under the released names or diffusers'; the
     folder of a diffusers pipeline or UNet, where the copy of the highest precision is read; a run or one of its
-    checkpoints, where the moving average is read.
+    checkpoints, where the moving average is read.  The names may have a prefix, or lie nested in the file.
     Raises: ValueError if nothing can be read there, or the weights don't fit the net; it names the first of them.
     """
     path = Path(path)
-    state = _read(path)
     with torch.device("meta"):
         ours = UNet(config).state_dict()
     theirs = to_diffusers(ours, config)
+    state, taken_off = take_off_prefix(_read(path), [ours, theirs], path)
     is_diffusers = bool(state.keys() & theirs.keys())
     state = _without_idle_variance(state, config)
-    _check_fit(state, theirs if is_diffusers else ours, path)
+    _check_fit(state, theirs if is_diffusers else ours, path, taken_off)
+    if taken_off:
+        logger.warning("%s: %s: taken off", path, taken_off)
     return from_diffusers(state, config) if is_diffusers else state
 
 
@@ -100,7 +110,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; nothing else is unpickled."""
+    """The tensors of a file by name, those of nested dicts too; nothing else is unpickled."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -110,13 +120,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             f"'{path}' cannot be read as weights ({repr(error)[:200]}): it is damaged, or holds more than tensors; "
             "fetch it again, or save its tensors by name as .safetensors"
         ) from None
-    odd = [key for key, value in state.items() if not isinstance(value, Tensor)] if isinstance(state, dict) else ["-"]
-    if odd:
+    tensors = flatten(state) if isinstance(state, dict) else {}
+    if not tensors:
+        odd = next(iter(state), "-") if isinstance(state, dict) else "-"
         raise ValueError(
-            f"'{path}' is not a dict of names and tensors (first entry that is no tensor: {odd[0]!r}): "
+            f"'{path}' is not a dict of names and tensors (first entry that is no tensor: {odd!r}): "
             "save the net's state dict alone"
         )
-    return state
+    return tensors
 
 
 def _without_idle_variance(state: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
@@ -128,7 +139,7 @@ def _without_idle_variance(state: dict[str, Tensor], config: UNetConfig) -> dict
     return state | {name: values[0] for name, values in outputs.items()}
 
 
-def _check_fit(state: dict[str, Tensor], net: dict[str, Tensor], path: Path) -> None:
+def _check_fit(state: dict[str, Tensor], net: dict[str, Tensor], path: Path, taken_off: str = "") -> None:
     faults = {
         "missing": [name for name in net if name not in state],
         "unexpected": [name for name in state if name not in net],
@@ -140,7 +151,8 @@ def _check_fit(state: dict[str, Tensor], net: dict[str, Tensor], path: Path) -> 
     }
     problems = [f"{len(names)} {kind} ({', '.join(names[:SHOWN])})" for kind, names in faults.items() if names]
     if problems:
+        without = f", without {taken_off}," if taken_off else ""
         raise ValueError(
-            f"the weights in '{path}' don't fit the net: {'; '.join(problems)}: "
+            f"the weights in '{path}'{without} don't fit the net: {'; '.join(problems)}: "
             "set model to the net that they are of and embed the captions with its encoder, or name other weights"
         )

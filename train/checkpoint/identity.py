@@ -1,0 +1,146 @@
+"""What a run may not change on its way: the contents of its data, its net, and the order of its samples."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.loader.dataset import Dataset
+from data.storage.locations import absolute, split
+from data.storage.tars import shard_digest
+from data.text.meta import TextMeta
+
+logger = logging.getLogger(__name__)
+
+# What decides the embeddings of a caption. The encoder may lie elsewhere, and be stored or computed in another dtype.
+TEXT_IDENTITY = ("weights_sha256", "tokenizer_sha256", "tokens", "dim", "cleaning")
+# Bytes of a data digest.
+DIGEST_BYTES = 16
+
+
+@dataclass(slots=True)
+class DataIdentity:
+    """What a run is trained on, by its contents; places are free.
+
+    samples: in each dataset.  digests: data_digest of each; None where it is not known to this rank.
+    text: describes the embeddings.  base: weights_digest of the net that a LoRA is added to; '' without LoRA, None if
+    this rank has not read the net.
+    """
+
+    samples: list[int]
+    digests: list[str | None]
+    text: TextMeta
+    base: str | None = ""
+
+    def entries(self) -> dict[str, object]:
+        """The entries of a checkpoint's manifest."""
+        return {"samples": self.samples, "data": self.digests, "text": asdict(self.text), "base": self.base}
+
+
+def identity(config: dict) -> dict[str, object]:
+    """What of a configuration may not change, by key: the order of the samples and the layout of the files follow.
+
+    config: as the manifest of a checkpoint holds it.
+    """
+    kept = {key: config[key] for key in ("seed", "global_batch", "diffusion_steps")}
+    kept |= {f"model.{key}": value for key, value in config["model"].items()}
+    # Without a rank there is no LoRA, and alpha changes nothing.
+    kept["lora"] = config["lora"] if config["lora"]["rank"] else None
+    kept |= {f"data.{key}": config["data"][key] for key in ("streams", "phases", "shuffle_block")}
+    # The datasets may be moved.
+    kept["data.mixture"] = {name: dataset["weight"] for name, dataset in config["data"]["mixture"].items()}
+    return kept
+
+
+def data_digest(dataset: Dataset) -> str | None:
+    """A hash over the shards' digests and counts, in their order; None if a shard has no digest."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for shard in dataset.shards:
+        if not shard.digest:
+            return None
+        digest.update(f"{shard.count} {shard.digest}\n".encode())
+    return digest.hexdigest()
+
+
+def add_missing_digests(datasets: list[Dataset]) -> None:
+    """Compute the digests of the shards that neither an index nor a stats file of ours gives.
+
+    Raises: OSError if a shard cannot be read.
+    """
+    for dataset in datasets:
+        missing = [shard.location for shard in dataset.shards if not shard.digest]
+        if not missing:
+            continue
+        folder = split(missing[0])[0]
+        logger.warning(
+            "%d of %d shards in '%s' have no digest yet, so their headers and captions are read: "
+            "run `python -m data.index shards=%s` to make this once",
+            len(missing), len(dataset.shards), absolute(folder), folder,
+        )  # fmt: skip
+        digests = {location: shard_digest(location) for location in tqdm(missing, unit="shard", desc="digests")}
+        dataset.shards = [replace(s, digest=s.digest or digests[s.location]) for s in dataset.shards]
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """A hash that changes with the names, the dtypes and every bit of some weights; about a second for 2 GB."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name]
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity) -> None:
+    """Make sure that a run which is now configured so may go on from a checkpoint.
+
+    folder, manifest: of the checkpoint.  config: as plain dicts.
+    Raises: ValueError if the checkpoint is of another run, another net or other data.
+    """
+    here = identity(config)
+    for key, value in identity(manifest["config"]).items():
+        if json.dumps(value) != json.dumps(here[key]):  # as text, since the order of a mixture matters
+            raise ValueError(
+                f"'{folder}' was trained with {key}={value}, now it is {here[key]}: "
+                "set it back, or choose another run_dir"
+            )
+    names = [f"data.mixture.{name}.shards" for name in config["data"]["mixture"]] or ["data.shards"]
+    _check_data(folder, manifest, names, now)
+    for name in TEXT_IDENTITY:
+        if manifest["text"][name] != (value := getattr(now.text, name)):
+            raise ValueError(
+                f"'{folder}' was trained with other embeddings (their meta.json: {name} "
+                f"{_short(manifest['text'][name])}, now {_short(value)}): give it the same embeddings, or begin anew "
+                "in another run_dir"
+            )
+    if now.base is not None and manifest["base"] != now.base:
+        raise ValueError(
+            f"'{folder}' trains a LoRA on other weights than those that init_from={config['init_from']} has now "
+            f"({_short(manifest['base'])}, now {_short(now.base)}): give it the same weights, or begin anew in another "
+            "run_dir"
+        )
+
+
+def _check_data(folder: str, manifest: dict, names: list[str], now: DataIdentity) -> None:
+    end = "give it the same shards, or begin anew in another run_dir"
+    if manifest["samples"] != now.samples:
+        raise ValueError(
+            f"'{folder}' was trained on other data ({manifest['samples']} samples, {', '.join(names)} now has "
+            f"{now.samples}): {end}"
+        )
+    for name, before, digest in zip(names, manifest["data"], now.digests, strict=True):
+        if digest and before != digest:
+            raise ValueError(
+                f"'{folder}' was trained on other data (its digest {_short(before)}, that of {name} is "
+                f"{_short(digest)}): {end}"
+            )
+
+
+def _short(value: object) -> str:
+    """A hash is told by its first digits."""
+    return str(value)[:12]
