@@ -18,6 +18,7 @@ from train.compose import compose_config
 from train.engine import init_distributed
 from train.inputs import Inputs
 from train.loop import build
+from train.monitor.step_memory import inputs
 
 RANKS = 2
 TINY = [

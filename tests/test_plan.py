@@ -22,9 +22,8 @@ from train.config import LoRAConfig, OptimConfig
 from train.engine import optimizer
 from train.monitor.flops import peak_flops, training_flops
 from train.monitor.gpus import GPUS, find_device
-from train.monitor.memory import most_that_fits, partition, states
+from train.monitor.memory import largest_parameter, most_that_fits, partition, states
 from train.monitor.step_memory import step_bytes
-from train.summary import largest_parameter
 
 SMALL = ["+experiment=smoke", "micro_batch=2", "global_batch=8", "data.tokens=16", "model.encoder_dim=64"]
 TINY = [*SMALL, "precision=bf16", "model.image_size=16", "model.channel_mult=[1,2]", "model.attention_resolutions=[8]"]

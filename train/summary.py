@@ -14,11 +14,6 @@ def parameters(config: Config) -> tuple[int, int]:
     return trained, sum(p.numel() for p in unet.parameters()) - trained
 
 
-def largest_parameter(config: Config) -> int:
-    """Elements of the largest parameter that is trained, and so of a bucket of the all-reduce."""
-    return max(p.numel() for p in unet_on_meta(config.model, config.lora).parameters() if p.requires_grad)
-
-
 def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     """The resolved run in a few lines.  inputs: what was found; None if it is not there.
 
@@ -58,5 +53,5 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
         "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one",
         "data": data,
         "embeddings": text,
-    } | describe_memory(config, ranks, trained, frozen, largest_parameter(config))
+    } | describe_memory(config, ranks, trained, frozen)
     return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())

@@ -15,9 +15,9 @@ from train.config import Config, accumulation
 from train.inputs import resolve_text_shape
 from train.monitor.flops import Flops, training_flops
 from train.monitor.gpus import GPU, find_gpu
-from train.monitor.memory import WEIGHT_BYTES, Peak, States, most_that_fits, peak, states
+from train.monitor.memory import WEIGHT_BYTES, Peak, States, largest_parameter, most_that_fits, peak, states
 from train.monitor.step_memory import Bytes, step_bytes
-from train.summary import largest_parameter, parameters
+from train.summary import parameters
 
 GB = 1e9
 

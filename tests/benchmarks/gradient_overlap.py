@@ -21,6 +21,7 @@ from tests.benchmarks.nets import FEW_BIT, size
 from tests.support.handed_over import handed_over
 from train.config import Config, OptimConfig
 from train.engine import build_engine, init_distributed
+from train.monitor.step_memory import inputs
 
 MOMENTS = (0.25, 0.5, 0.6, 0.75, 0.8, 0.9, 0.95)
 WAYS = ("eager", "stages", "whole")

@@ -39,9 +39,9 @@ def net_bytes(
 
 def training_bytes(config: UNetConfig, micro_batch: int, activation: str, recompute: str) -> int:
     """The most of a training on one rank that accumulates: weights, masters, moments, average, and a step."""
-    count = parameters(config)
+    count, largest = parameters(config), max(sizes(config))
     step = net_bytes(config, micro_batch, activation, recompute, accumulated=True)
-    return states(count, 1, "adamw8bit", BF16_BYTES).total + peak(step, count, 1, BF16_BYTES, max(sizes(config))).most
+    return states(count, 1, "adamw8bit", BF16_BYTES).total + peak(step, count, 1, BF16_BYTES, largest).most
 
 
 def largest_micro_batch(config: UNetConfig, memory: float, activation: str, beside: int = 0) -> int:
@@ -49,9 +49,8 @@ def largest_micro_batch(config: UNetConfig, memory: float, activation: str, besi
 
     The bytes of a step grow by the same for each image.
     """
-    count = parameters(config)
+    count, largest = parameters(config), max(sizes(config))
     room = memory - RESERVE - states(count, RANKS, "adamw8bit", BF16_BYTES).total - beside
-    largest = max(sizes(config))
     one, two = (
         peak(net_bytes(config, n, activation, accumulated=True), count, RANKS, BF16_BYTES, largest).backward
         for n in (1, 2)

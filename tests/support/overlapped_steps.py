@@ -20,6 +20,7 @@ from train import engine as engine_module
 from train.compose import compose_config
 from train.config import Config, accumulation
 from train.engine import build_engine, init_distributed
+from train.monitor.step_memory import inputs
 from train.weights.lora import add_lora
 
 STEPS = 3

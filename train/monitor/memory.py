@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from train.adam_state import FP32, moments_bytes
+from train.config import Config
 from train.monitor.step_memory import Bytes
+from train.weights.lora import unet_on_meta
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": FP32}
 # DeepSpeed's own: the buckets of the all-reduce, which take turns, and the multiple of the ranks to which it pads the
@@ -68,6 +70,11 @@ def peak(step: Bytes, trained: int, ranks: int, weight_bytes: int, largest: int)
     part = partition(trained, ranks)
     reducing = weight_bytes * (BUCKETS * largest + min(trained, part + 2 * largest))
     return Peak(backward=step.peak + reducing, update=reducing + (weight_bytes + 2 * FP32) * part)
+
+
+def largest_parameter(config: Config) -> int:
+    """Elements of the largest parameter that is trained, and so of a bucket of the all-reduce."""
+    return max(p.numel() for p in unet_on_meta(config.model, config.lora).parameters() if p.requires_grad)
 
 
 def most_that_fits(bytes_needed: Callable[[int], int], first: int, available: float) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from data.loader.workers import PREFETCH, SAMPLES_PER_MESSAGE
 from train.config import Config, accumulation
-from train.monitor.memory import WEIGHT_BYTES, peak, states
+from train.monitor.memory import WEIGHT_BYTES, largest_parameter, peak, states
 from train.monitor.step_memory import step_bytes
 
 GB = 1e9
@@ -21,13 +21,13 @@ CGROUPS = (
 )
 
 
-def describe_memory(config: Config, ranks: int, trained: int, frozen: int, largest: int) -> dict[str, str]:
+def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> dict[str, str]:
     """What a rank needs and what there is, by kind of memory: of the GPU and of the host, or on a CPU of the host.
 
-    trained, frozen: numbers of parameters.  largest: elements of the largest one that is trained.
+    trained, frozen: numbers of parameters.
     """
     on_gpu = trains_on_gpu()
-    device, host = needed_bytes(config, ranks, trained, frozen, largest, on_gpu)
+    device, host = needed_bytes(config, ranks, trained, frozen, on_gpu)
     of_this_node = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     available = available_bytes()
     lines = {}
@@ -50,7 +50,7 @@ def trains_on_gpu() -> bool:
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
-def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, largest: int, on_gpu: bool) -> tuple[int, int]:
+def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: bool) -> tuple[int, int]:
     """Bytes that a rank needs for the net and its step, and beside that on the host: libraries, loader, checkpoint."""
     weight_bytes = WEIGHT_BYTES[config.precision]
     held = states(trained, ranks, config.optim.name, weight_bytes, frozen)
@@ -59,8 +59,9 @@ def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, largest:
         config.model, config.micro_batch, config.precision, accumulated, config.data.tokens, config.lora,
         config.recompute,
     )  # fmt: skip
-    # On a host the buckets and the reduced gradients take the pages that were written: twice the gradients at most.
-    most = peak(step, trained, ranks, weight_bytes, largest).most if on_gpu else step.peak + 2 * weight_bytes * trained
+    # A GPU holds whole buckets of gradients. A host holds the pages of them that were written, the gradients at most.
+    on_device = peak(step, trained, ranks, weight_bytes, largest_parameter(config)).most
+    most = on_device if on_gpu else step.peak + 2 * weight_bytes * trained
     sample = 3 * config.model.image_size**2 + 4 * config.data.tokens * config.model.encoder_dim
     # Each worker is some messages ahead and writes the next one; a message has one micro batch or more.
     loaded = config.data.workers * (PREFETCH + 1) * max(SAMPLES_PER_MESSAGE, config.micro_batch) * sample
