@@ -7,7 +7,6 @@ import sys
 from functools import partialmethod
 
 import pytest
-from launch.cost.step_cost import inputs
 
 from data.text.meta import TextMeta
 from model.config import RECOMPUTE

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch._inductor.config as inductor
-from launch.cost.step_cost import inputs
 from torch._dynamo.utils import counters
 
 from data.checks import check_choice

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launch.cost.step_cost import inputs
 from torch import Tensor, nn
 
 from model.unet import UNet
