@@ -7,7 +7,14 @@ from data.cli import command, location
 from data.storage.shards import find_shards
 from data.text.captions import CLEANING, cleaner
 from data.text.meta import COMPUTE, STORED
-from data.text.sidecar_check import CHANGED, DAMAGED, check_embeddings, not_text_line, unreadable_line
+from data.text.sidecar_check import (
+    CHANGED,
+    DAMAGED,
+    check_embeddings,
+    cleaned_away_line,
+    not_text_line,
+    unreadable_line,
+)
 
 MODES = ("embed", "meta", "check", "repair")
 # What is taken where neither the arguments nor a meta file says otherwise.
@@ -70,15 +77,17 @@ def embed(args: Embed) -> None:
     work = write_sidecars(shards, out, encoder, meta, args.batch, repair=args.mode == "repair")
     unreadable |= work.unreadable
     made = len(shards) - len(work.unreadable)
-    print(f"{out}: {made} shards of embeddings, {meta.tokens} x {meta.dim} {meta.dtype}, {work.new} new")
+    counts = f"{work.new} new" + (f", {work.anew.total()} made again" if work.anew else "")
+    print(f"{out}: {made} shards of embeddings, {meta.tokens} x {meta.dim} {meta.dtype}, {counts}")
     if work.anew:
         reasons = {CHANGED: "shards were packed anew", DAMAGED: "sidecars were damaged or of other captions"}
-        counts = ", ".join(f"{count} {reasons[reason]}" for reason, count in work.anew.items())
-        print(f"{counts}: {work.embedded} captions embedded, {work.kept} kept")
+        causes = ", ".join(f"{count} {reasons[reason]}" for reason, count in work.anew.items())
+        print(f"{causes}: {work.embedded} captions embedded, {work.kept} kept")
     if work.without_caption:
         print(f"{work.without_caption} samples have no caption and so no embedding; the training will skip them")
-    if line := not_text_line(work.not_text):
-        print(line)
+    for line in (not_text_line(work.not_text), cleaned_away_line(work.cleaned_away, meta.cleaning)):
+        if line:
+            print(line)
     if unreadable:
         raise ValueError(unreadable_line(unreadable))
 

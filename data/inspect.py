@@ -14,6 +14,7 @@ from data.inspection.findings import Findings, TrainingView, inspect_samples
 from data.inspection.page import DatasetSummary, page
 from data.storage.locations import write_whole
 from data.storage.shards import Shard, find_shards, shard_bytes
+from data.text.captions import cleaner
 from data.text.meta import TextMeta, check_sidecars
 from data.text.sidecar_record import WrongSidecar
 
@@ -104,6 +105,9 @@ def _lines(summary: DatasetSummary, found: Findings) -> list[str]:
             f"{found.without_caption:,} missing or empty, {repeated:,} repeat another{unknown}"
         )
     if summary.meta:
+        clean = cleaner(summary.meta.cleaning)
+        if emptied := sum(not clean(caption).strip() for caption in found.captions if caption.strip()):
+            lines.append(f"captions: {emptied:,} are empty after cleaning={summary.meta.cleaning}")
         lines.append(f"embeddings: {summary.meta.tokens} x {summary.meta.dim} {summary.meta.dtype}")
     reasons = Counter(reason for _, reason in found.bad).most_common()
     counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "none"

@@ -481,3 +481,13 @@ def test_the_meta_alone(t5, tmp_path):
     assert (meta.tokens, meta.compute, meta.dtype, meta.cleaning) == (77, "bfloat16", "float16", "if-1")
     assert {path.name for path in (tmp_path / "text").iterdir()} == {"meta.json", "empty.npy"}
     assert read_empty(tmp_path / "text", meta).shape == (77, 64)
+
+
+def test_captions_that_the_cleaning_leaves_nothing_of_are_named(t5, tmp_path, capsys):
+    captions = {"a": "a red circle", "b": "\u4e00\u4e2a\u7ea2\u8272\u7684\u5706", "c": "  "}
+    write_shard(tmp_path / "shards" / "00000.tar", [(key, {"txt": text.encode()}) for key, text in captions.items()])
+    embed(arguments(tmp_path / "shards", tmp_path / "if-1", t5, cleaning="if-1"))
+    said = capsys.readouterr().out
+    assert "1 caption is empty after cleaning=if-1 (00000:b)" in said and "cleaning=lower-strip" in said
+    embed(arguments(tmp_path / "shards", tmp_path / "lower", t5, cleaning="lower-strip"))
+    assert "empty after cleaning" not in capsys.readouterr().out

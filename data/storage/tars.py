@@ -180,6 +180,11 @@ class ShardReader:
             skip = padded(self._size)
 
 
+def sample_name(shard_name: str, key: str) -> str:
+    """SHARD:KEY, by which messages name a sample."""
+    return f"{shard_name.removesuffix('.tar')}:{printable_key(key)}"
+
+
 def printable_key(key: str) -> str:
     r"""A key for a message; bytes that are not UTF-8 are written as \xNN."""
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -82,7 +82,7 @@ class Work:
     """What a process did.
 
     new: sidecars that were missing.  anew: those that were there and had to be made anew, by the reason; `embedded` and
-    `kept` are captions of these.  without_caption, not_text: as in Written, of all that were written.
+    `kept` are captions of these.  without_caption, not_text, cleaned_away: as in Written, of all that were written.
     unreadable: the reason by name for each shard that could not be read.
     """
 
@@ -92,6 +92,7 @@ class Work:
     kept: int = 0
     without_caption: int = 0
     not_text: list[str] = field(default_factory=list)
+    cleaned_away: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
@@ -125,6 +126,7 @@ def write_sidecars(
         written = write_sidecar(shard, out, encoder, meta.dtype, batch, held, progress, valid)
         work.without_caption += written.without_caption
         work.not_text += written.not_text
+        work.cleaned_away += written.cleaned_away
         if reason:
             work.anew[reason] += 1
             work.embedded, work.kept = work.embedded + written.embedded, work.kept + written.kept

@@ -13,7 +13,7 @@ from data.storage.locations import is_remote, join, list_names, open_location, s
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard, current_digest
 from data.storage.tar_headers import DamagedTar
-from data.storage.tars import STATS, ShardReader, Span, printable_key, read_shard, scan_shard
+from data.storage.tars import STATS, ShardReader, Span, printable_key, read_shard, sample_name, scan_shard
 from data.text.decode import is_text
 from data.text.embeddings import from_bytes, read_empty
 from data.text.meta import TextMeta, sidecar_location
@@ -84,7 +84,7 @@ def check_sidecar(shard: Shard, folder: str, meta: TextMeta) -> SidecarReport:
             if "txt" in members and is_text(members["txt"]):
                 digests[key] = caption_digest(key, members["txt"])
             elif "txt" in members:
-                not_text.append(f"{shard.name.removesuffix('.tar')}:{printable_key(key)}")
+                not_text.append(sample_name(shard.name, key))
     except DamagedTar as error:
         return SidecarReport(shard_unreadable=str(error))
     except OSError as error:
@@ -224,6 +224,18 @@ def unreadable_line(shards: dict[str, str]) -> str:
     named = ", ".join(f"{name} ({reason})" for name, reason in list(shards.items())[:MAX_PRINTED])
     more = f" and {len(shards) - MAX_PRINTED} more" if len(shards) > MAX_PRINTED else ""
     return f"{len(shards)} shards cannot be read: {named}{more}; mend or remove them, then run data.embed again"
+
+
+def cleaned_away_line(keys: list[str], cleaning: str) -> str:
+    """What is said of captions of which the cleaning leaves nothing, '' if there are none.  keys: SHARD:KEY of each."""
+    if not keys:
+        return ""
+    count = "1 caption is" if len(keys) == 1 else f"{len(keys)} captions are"
+    return (
+        f"{count} empty after cleaning={cleaning} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}), which "
+        "removes Chinese, Japanese and Korean characters among others: the training sees no caption there; "
+        "cleaning=lower-strip with another out= keeps them"
+    )
 
 
 def not_text_line(keys: list[str]) -> str:

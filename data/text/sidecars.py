@@ -13,7 +13,7 @@ from data.storage.digests import ShardDigest
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
 from data.storage.tar_headers import DamagedTar
-from data.storage.tars import Sample, Span, printable_key, read_shard, write_stats, write_tar
+from data.storage.tars import Sample, Span, read_shard, sample_name, write_stats, write_tar
 from data.text.decode import decode_caption
 from data.text.embeddings import encode_states, to_bytes
 from data.text.encoder import TextEncoder
@@ -34,12 +34,14 @@ class Written:
     """What a sidecar was made of: captions that were embedded, embeddings that were kept, samples without a caption.
 
     not_text: SHARD:KEY of each sample whose caption is not UTF-8. It has no embedding.
+    cleaned_away: SHARD:KEY of each caption of which the cleaning leaves nothing. Its embedding is the empty caption's.
     """
 
     embedded: int = 0
     kept: int = 0
     without_caption: int = 0
     not_text: list[str] = field(default_factory=list)
+    cleaned_away: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -76,7 +78,7 @@ def write_sidecar(
 
     def samples() -> Iterator[Sample]:
         read = _read_captions(shard, batch, valid or {}, source, written)
-        tokenized = prefetch(_tokenize(read, encoder), TOKENIZED_AHEAD)
+        tokenized = prefetch(_tokenize(read, encoder, shard.name, written), TOKENIZED_AHEAD)
         for part in prefetch(_start_encoding(tokenized, encoder), ENCODED_AHEAD):
             states = iter(_finite_states(part, encoder))
             for key, digest, caption, kept in zip(part.keys, part.digests, part.captions, part.kept, strict=True):
@@ -108,7 +110,7 @@ def _read_captions(
             try:
                 text = decode_caption(caption)
             except ValueError:
-                written.not_text.append(f"{shard.name.removesuffix('.tar')}:{printable_key(key)}")
+                written.not_text.append(sample_name(shard.name, key))
                 continue
             kept = valid.get(digest)
             written.embedded, written.kept = written.embedded + (kept is None), written.kept + (kept is not None)
@@ -128,10 +130,21 @@ def _read_captions(
         yield part
 
 
-def _tokenize(batches: Iterable[_CaptionBatch], encoder: TextEncoder) -> Iterator[_CaptionBatch]:
+def _tokenize(
+    batches: Iterable[_CaptionBatch], encoder: TextEncoder, shard_name: str, written: Written
+) -> Iterator[_CaptionBatch]:
+    """Add the token ids; names the captions in `written` that have no tokens beyond the encoder's special ones."""
+    special = encoder.tokenizer.num_special_tokens_to_add()
     for batch in batches:
         if captions := batch.to_encode:
             batch.ids = torch.from_numpy(encoder.token_ids(captions))
+            fresh = [key for key, kept in zip(batch.keys, batch.kept, strict=True) if kept is None]
+            tokens = (batch.ids >= 0).sum(1).tolist()
+            written.cleaned_away += [
+                sample_name(shard_name, key)
+                for key, caption, count in zip(fresh, captions, tokens, strict=True)
+                if count <= special and caption.strip()
+            ]
         yield batch
 
 

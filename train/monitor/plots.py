@@ -1,6 +1,7 @@
 """Figures of a run: curves over its steps, grids of samples, scores over the guidance scale."""
 
 import textwrap
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -42,7 +43,7 @@ def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path, c
     for ax, image, caption in zip(axes.flat, images, captions, strict=False):
         ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
         ax.set_title("\n".join(textwrap.wrap(caption, 22)[:4]), fontsize=7, y=-0.05, va="top", parse_math=False)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(title, 26 * columns)), fontsize=9)
     save_figure(figure, path)
 
 
@@ -75,6 +76,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all, and close it."""
-    with atomic_file(path) as aside:
+    with atomic_file(path) as aside, warnings.catch_warnings():
+        # matplotlib's font shows a box for a letter that it lacks, as in a Chinese caption, and warns of each.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         figure.savefig(aside, dpi=120, format="png")
     plt.close(figure)
