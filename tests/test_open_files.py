@@ -4,11 +4,13 @@ import errno
 import gc
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,8 +232,10 @@ def test_a_machine_that_is_out_of_something_ends_the_run(config, monkeypatch, nu
         rows(config, unreadable)
 
 
-def test_no_sidecar_is_written_off_where_no_handle_is_left(config, monkeypatch):
+def test_no_sidecar_is_written_off_where_no_handle_is_left(config, monkeypatch, tmp_path):
     """data.embed mode=repair would make all its embeddings anew."""
+    text = shutil.copytree(config.text, tmp_path / "text")
+    config = replace(config, text=str(text))
     shard, meta = find_shards(config.shards)[0], TextMeta.read(config.text)
     write_stats(Path(config.text) / "00000.tar", 3, SidecarRecord(["0" * 16] * 3, ["0" * 8] * 3).stats())
     assert len(check_sidecar(shard, config.text, meta).damaged) == 3, "it is read"
