@@ -39,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 
 def foreign_lines(done) -> list[str]:
     """What a run that is well shows on the screen and is not ours: neither the bar nor where the files are."""
-    ours = re.compile(r"\S+: +\d+%\||(W&B|curves|samples|checkpoint) +/|goes on from step \d+")
+    ours = re.compile(r"\S+: +\d+%\||(W&B|curves|samples|checkpoint) +/|resumes from step \d+")
     shown = (line.strip() for line in re.split(r"[\r\n]", done.stdout + "\n" + done.stderr))
     return [line for line in shown if line and not ours.match(line)]
 
