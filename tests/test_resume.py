@@ -167,8 +167,8 @@ def test_the_rate_is_that_of_the_schedule_of_a_training():
     [
         # The schedule before has ended; by hand, 1e-6 + (5e-3 - 1e-6) x (1 + cos(7/8 pi)) / 2 = 1.9e-4.
         ({"steps": 10, "lr_peak": 5e-3}, 8, "the learning rate jumps from 1e-6 to 1.9e-4"),
-        ({"lr_peak": 2e-4}, 1, "the rate falls from 1e-3 to 2e-4"),
-        ({"lr_peak": 1.2e-3}, 1, "the rate goes from 1e-3 to 1.2e-3"),
+        ({"lr_peak": 2e-4}, 1, "the learning rate falls from 1e-3 to 2e-4"),
+        ({"lr_peak": 1.2e-3}, 1, "the learning rate goes from 1e-3 to 1.2e-3"),
         ({"weight_decay": 0.5}, 3, ""),
         ({"steps": 8, "lr_peak": 5e-3}, 8, ""),  # there is no further step
     ],
@@ -197,7 +197,7 @@ def test_changes_are_told_in_one_line_and_added_to_those_before(tmp_path):
     assert history == [{"step": 3, "changes": {"seconds": [1, 2]}}, now]
     moved = replace(DATA, text=replace(TEXT, dtype="float16"))
     assert find_history(checkpoint, config, moved, 2)[1] == (
-        "resumes from step 8 with embeddings.dtype float32 -> float16, ranks 1 -> 2"
+        "resumes from step 8 with embeddings.dtype float32 -> float16, ranks 1 -> 2: all 8 steps are already made"
     )
 
 

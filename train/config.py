@@ -187,8 +187,8 @@ class Config:
             raise ValueError(f"sample.steps={self.sample.steps} must be at most diffusion_steps={self.diffusion_steps}")
         if self.optim.warmup_steps >= self.steps:
             raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps} must lie between 2 and steps - 1, {self.steps - 1}: "
-                "change one of them"
+                f"optim.warmup_steps={self.optim.warmup_steps} must lie between 2 and {self.steps - 1}, "
+                f"one less than steps={self.steps}: change one of them"
             )
         if self.data.streams > self.global_batch:
             raise ValueError(

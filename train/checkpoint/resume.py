@@ -96,7 +96,7 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
         if problem := next((unreadable for _, unreadable in faults if unreadable), ""):
             raise CheckpointFailed(
                 f"the checkpoint '{folder}' cannot be read ({problem}), which is no damage of it: repair the storage "
-                "or raise the limit, then run the same command; or move that folder away to go on from the one before it"
+                "or raise the limit, then run the same command; or move that folder away to resume from the one before"
             )
         if not any(fault for fault, _ in faults):
             return _restore(checkpoint, config, data, engine, ema)
