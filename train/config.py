@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.checks import check_at_least, check_choice, check_share
+from data.checks import check_at_least, check_choice, check_share, count
 from data.cli import location
 from data.config import DataConfig, TextConfig
 from data.loader.mixture import share_out
@@ -214,12 +214,12 @@ def accumulation(config: Config, ranks: int) -> int:
     if rest or not whole:
         fitting = [m for m in range(1, config.global_batch // ranks + 1) if config.global_batch % (ranks * m) == 0]
         remedy = (
-            f"micro_batch={min(fitting, key=lambda m: abs(m - config.micro_batch))} would fit {ranks} ranks"
+            f"micro_batch={min(fitting, key=lambda m: abs(m - config.micro_batch))} would fit {count(ranks, 'rank')}"
             if fitting
             else f"no micro_batch fits {ranks} ranks; take a number of ranks that divides {config.global_batch}"
         )
         raise ValueError(
-            f"global_batch={config.global_batch} is not a multiple of {ranks} ranks x "
+            f"global_batch={config.global_batch} is not a multiple of {count(ranks, 'rank')} x "
             f"micro_batch={config.micro_batch}: {remedy}"
         )
     return whole
