@@ -245,7 +245,7 @@ def test_a_rare_word_that_the_cleaning_cuts_away_is_named(base, capsys, word):
         f"warning: caption cleaning ('if-1') removes '{word}' from the prompt 'a {word} toy', and the net is given "
         "'a toy'" in said
     )
-    assert said.count("warning: the cleaning") == 1, "the prompt of the class has no such word"
+    assert said.count("warning: caption cleaning") == 1, "the prompt of the class has no such word"
 
 
 @torch.no_grad()
