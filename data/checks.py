@@ -12,6 +12,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun: '1 shard', '2,000 shards'."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def one_line(text: str, width: int = 100) -> str:
     """A text as a message repeats it: of at most `width` characters, without line breaks, in printable UTF-8."""
     if len(text) > width:

@@ -27,7 +27,7 @@ from data.storage.machine import raise_open_file_limit
 T = TypeVar("T")
 
 HELP = {"-h", "--help", "help"}
-# Exit statuses: a mistake that the user can mend; a training that was asked to leave and is to be started again
+# Exit statuses: a mistake that the user can fix; a training that was asked to leave and is to be started again
 # (EX_TEMPFAIL of sysexits.h).
 MISTAKE, REQUEUE = 2, 75
 WIDTH = 110
@@ -55,7 +55,7 @@ def location(default: Any = MISSING) -> Any:
 def command(action: Callable[[T], object], schema: type[T], argv: list[str] | None = None) -> None:
     """Run a command with the arguments of the command line.
 
-    Exits: 0 after --help; 2 with one line for what the user can mend, a ValueError or OSError; 130 after Ctrl-C.
+    Exits: 0 after --help; 2 with one line for what the user can fix, a ValueError or OSError; 130 after Ctrl-C.
     """
     run_command(lambda given: action(parse(schema, given)), lambda: help_text(schema), argv)
 
@@ -321,7 +321,7 @@ def _default(f: Field) -> str:
     if value is NO_DEFAULT or (isinstance(value, str) and value == MISSING):
         return "required"
     if value in ("", None) or value in ({}, []):
-        return "none by default"
+        return "optional"
     if isinstance(value, bool):
         return f"{value} by default".lower()
     if isinstance(value, (list, tuple)):

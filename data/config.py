@@ -71,11 +71,12 @@ class DataConfig:
     shards: folder or URL of the image shards; docs/reference/sources.md.
     text: folder or URL of their text embeddings.
     mixture: several datasets by name, each with shards, text and weight, instead of shards and text.
-    tokens: length of a caption's embedding; 0 for that in the embeddings' meta.json.
+    tokens: number of tokens of a caption's embedding; 0 takes that of the embeddings' meta.json.
     crop_shift: largest shift of the crop from the centre, as a share of its side.
     cond_drop_prob: share of captions that are replaced by the empty one.
-    streams: parts of a batch that are read from shards of their own, at most global_batch; docs/reference/order.md.
-    phases: sets of streams that successive steps take turns in, so that as many workers can read side by side.
+    streams: number of parts of a batch, each read from its own shards; at most global_batch. docs/reference/order.md.
+    phases: number of sets of streams. Successive steps take turns among the sets, so that as many workers can read at
+        the same time.
     shuffle_block: samples of a stream that are shuffled together.
     workers: loader processes of a rank; 0 reads in the trainer.
     images: which images are decoded, and how.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.checks import check_at_least
+from data.checks import check_at_least, count
 from data.cli import command, location
 from data.prepare.packing import check_shard_size, finished, key_of, record_recipe
 from data.prepare.scenes import Scene, describe, draw
@@ -26,7 +26,7 @@ class Demo:
     out: folder for the shards.
     samples: number of pictures.
     shard_size: pictures in a shard.
-    seed: of the scenes; the same seed draws the same pictures.
+    seed: seed of the scenes; the same seed draws the same pictures.
     """
 
     out: str = location()
@@ -66,7 +66,7 @@ def write_demo(args: Demo) -> None:
                     shard, [(key, sample(args.seed, index, key)) for key, index in zip(keys, indices, strict=True)]
                 )
             bar.update(len(indices))
-    print(f"{args.samples} scenes in {number + 1} shards: {out}")
+    print(f"{count(args.samples, 'scene')} in {count(number + 1, 'shard')}: {out}")
 
 
 def main(argv: list[str] | None = None) -> None:

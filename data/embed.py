@@ -28,18 +28,20 @@ class Embed:
     """Runs a frozen text encoder over the captions of shards and writes its hidden states as sidecar shards.
 
     A rerun makes only what is missing and what changed in the shards; several processes may work on one folder at once.
-    Where out has a meta file, its encoder, tokens, compute, dtype and cleaning are the defaults.
 
     shards: the image shards, as data.shards of a training.
     out: folder for the embeddings; with mode=check any location that can be read.
-    encoder: name on the hub, or folder, of an encoder that transformers loads; DeepFloyd/t5-v1_1-xxl by default.
-    tokens: length that captions are cut or padded to; 77 by default.
-    compute: bfloat16 (default) or float32, the precision that the encoder runs in.
-    dtype: float16 (default), float32, bfloat16 or int8, as which embeddings are stored.
+    encoder: name on the hub, or folder, of an encoder that transformers loads; default: that of out's meta file, else
+    DeepFloyd/t5-v1_1-xxl.
+    tokens: number of tokens that each caption is cut or padded to; 0 takes that of out's meta file, else 77.
+    compute: precision that the encoder runs in, bfloat16 or float32; default: that of out's meta file, else bfloat16.
+    dtype: type that embeddings are stored as, float16, float32, bfloat16 or int8; default: that of out's meta file,
+    else float16.
     batch: captions in one forward pass.
-    cleaning: if-1 (default) or lower-strip, what is done to captions before the tokenizer, see data/text/captions.py.
+    cleaning: what is done to captions before the tokenizer, if-1 or lower-strip (data/text/captions.py); default: that
+    of out's meta file, else if-1.
     mode: embed; meta writes only the meta file and the empty caption's embedding, for text.mode=online; check compares
-    all embeddings with the captions; repair embeds anew what check finds wrong.
+    all embeddings with the captions; repair embeds again what check finds wrong.
     """
 
     shards: str = location()

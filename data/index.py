@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.checks import check_at_least
+from data.checks import check_at_least, count
 from data.cli import command, location
 from data.storage.locations import join, split, write_whole
 from data.storage.shards import INDEX, is_folder, locate, read_stats, shard_bytes
@@ -29,8 +29,8 @@ class Index:
     They are those of the stats file if our commands wrote it. The headers and captions of other shards are read.
 
     shards: the shards, as data.shards of a training.
-    out: the .json to write; index.json in the folder of the shards by default, required where shards is no folder.
-    workers: processes.
+    out: the .json to write; default: index.json in the folder of the shards. Required where shards is not a folder.
+    workers: number of processes that read.
     check: read all shards' headers and captions, and report where a stats file says something else.
     """
 
@@ -68,13 +68,15 @@ def index(args: Index) -> None:
     out = args.out or join(args.shards, INDEX)
     entries = _count_all(locate(args.shards), args)
     _report("cannot be read", [f"{e.location}: {e.problem}" for e in entries if e.problem])
-    _report("are damaged; what comes before that is used", [f"{e.location}: {e.damage}" for e in entries if e.damage])
+    _report("with damage; what comes before it is used", [f"{e.location}: {e.damage}" for e in entries if e.damage])
     differ = [
         f"{e.location}: {e.in_stats} by its stats, {e.samples} in the tar" for e in entries if e.in_stats != e.samples
     ]
-    _report("hold another number of samples than their stats file says; the tar's is taken", differ)
+    _report("with another number of samples than the stats file says; the tar's is taken", differ)
     if any(entry.problem for entry in entries):
-        raise ValueError(f"not all shards of {args.shards} could be counted, so there is no index: mend or remove them")
+        raise ValueError(
+            f"not all shards of {args.shards} could be counted, so there is no index: repair or remove them"
+        )
     folder = split(out)[0]
     lines = [
         json.dumps(
@@ -84,7 +86,7 @@ def index(args: Index) -> None:
         for e in entries
     ]
     write_whole(out, ('{"shards": [\n' + ",\n".join(lines) + "\n]}\n").encode())
-    print(f"{out}: {len(entries)} shards, {sum(entry.samples for entry in entries):,} samples")
+    print(f"{out}: {count(len(entries), 'shard')}, {count(sum(entry.samples for entry in entries), 'sample')}")
 
 
 def _count_all(locations: list[str], args: Index) -> list[Entry]:
@@ -133,7 +135,7 @@ def _from(folder: str, location: str) -> str:
 def _report(what: str, lines: list[str]) -> None:
     if lines:
         more = f"\n  and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
-        print(f"{len(lines)} shards {what}:\n  " + "\n  ".join(lines[:NAMED]) + more)
+        print(f"{count(len(lines), 'shard')} {what}:\n  " + "\n  ".join(lines[:NAMED]) + more)
 
 
 def main(argv: list[str] | None = None) -> None:

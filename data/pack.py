@@ -21,14 +21,16 @@ RECIPE = "pack.json"
 class Pack:
     """Packs pictures and their captions into webdataset shards, the pictures byte for byte.
 
-    A rerun writes anew the shards of which a picture or a caption was changed, added or removed, and those missing.
+    A rerun writes again the shards of which a picture or a caption was changed, added or removed, and those missing.
 
-    source: a folder of pictures, each with its caption beside it in a .txt of the same name; or a .csv, .jsonl or
-    .parquet with a column of paths, taken from the table's folder, or of the pictures' bytes, and one of captions.
+    source: a folder of pictures, each with its caption in a .txt of the same name; or a .csv, .jsonl or .parquet table
+    with one column of pictures and one of captions. A picture is its path, relative to the table's folder, or in a
+    .parquet its bytes.
     out: folder for the shards.
     shard_size: pictures in a shard.
-    image_column: of the table; the first of path, image, file, file_name, filename and url if it is not given.
-    caption_column: of the table; caption or text if it is not given.
+    image_column: the table's column of pictures; default: the first of path, image, file, file_name, filename and url
+    that the table has.
+    caption_column: the table's column of captions; default: the first of caption and text that the table has.
     allow_webp: take WebP too, as data.images.allow_webp of the training; only for files that you trust.
     """
 

@@ -16,7 +16,7 @@ LOGGED: dict[str, tuple[str, ...]] = {
     # diffusers' pipelines import it for the safety checker, which is not used.
     "transformers.utils.import_utils": ("`CLIPImageProcessor` requires torchvision",),
 }
-# Warnings, by a regular expression of their beginning. DeepSpeed and clean-fid must mend them.
+# Warnings, by a regular expression of their beginning. DeepSpeed and clean-fid must fix them.
 WARNED = (
     (r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning),
     (r"`torch\.jit\.\w+` is deprecated", DeprecationWarning),

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
 
+from data.checks import count
 from data.cli import MISTAKE, run_command
 from launch.cost.options import PlanOptions
 from train.compose import help_with_training, parse_with_config
@@ -83,7 +84,7 @@ def compare(reports: list[Report]) -> list[str]:
         ]
     kinds = Counter(r.devices for r in reports).most_common()
     faults += [
-        f"{r.node}, rank {i}: {r.devices}, the others have {kinds[0][0]}: mend it, or sbatch --exclude={r.node}"
+        f"{r.node}, rank {i}: {r.devices}, the others have {kinds[0][0]}: repair it, or sbatch --exclude={r.node}"
         for i, r in enumerate(reports)
         if r.devices != kinds[0][0]
     ]
@@ -146,7 +147,7 @@ def preflight(argv: list[str]) -> None:
 def summary(reports: list[Report], whole: float, rates: dict[tuple[str, str], float], faults: list[str]) -> None:
     """Print what was measured, and the faults on stderr."""
     nodes = list(dict.fromkeys(r.node for r in reports))
-    print(f"{len(reports)} ranks on {len(nodes)} nodes; {reports[0].devices}; {reports[0].versions}")
+    print(f"{count(len(reports), 'rank')} on {count(len(nodes), 'node')}; {reports[0].devices}; {reports[0].versions}")
     print(f"all-reduce among all: {whole / 1e9:.2f} GB/s of bus bandwidth")
     if rates:
         slowest = min(rates, key=lambda pair: rates[pair])
@@ -156,7 +157,7 @@ def summary(reports: list[Report], whole: float, rates: dict[tuple[str, str], fl
     print(f"data and embeddings: {least.node} reads slowest, {least.read_rate / 1e6:.1f} MB/s")
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
-    print("every node is ready" if not faults else f"{len(faults)} faults, see above")
+    print("every node is ready" if not faults else f"{count(len(faults), 'fault')}, see above")
 
 
 def main(argv: list[str] | None = None) -> None:

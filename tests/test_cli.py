@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data import cli, interrupt
+from data.checks import count
 from data.cli import keys, location, parse
 from tests.support.trainings import SMALL
 from train.compose import compose_config, names
@@ -162,7 +163,7 @@ def test_help_says_all_of_a_key(capsys, ask):
     for line in (
         "An example.", "text=... [key=value ...]", "  text               text, required. two texts.",
         "  number             a whole number, 3 by default. a number in two lines.",
-        "  yes                true or false, false by default.", "  places             a list of paths, none",
+        "  yes                true or false, false by default.", "  places             a list of paths, optional",
         "  parts.NAME.place   a path, required.", "  pair               a list of 2 numbers, 0.1,0.2 by default.",
     ):  # fmt: skip
         assert line in said.out, said.out
@@ -334,3 +335,7 @@ def test_a_dry_run_of_a_path_with_an_equals_sign(tmp_path):
     assert f"{tmp_path}/a=b c" in done.stdout and "none usable yet" in done.stdout
     assert done.returncode == 2, "what cannot run has not succeeded"
     assert done.stderr.startswith("error: no folder '") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_count_has_the_noun_in_its_number():
+    assert [count(number, "shard") for number in (0, 1, 2, 2000)] == ["0 shards", "1 shard", "2 shards", "2,000 shards"]

@@ -77,7 +77,7 @@ def test_the_schedule_is_the_cards(repo):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("steps=100", r"optim.warmup_steps=10000 must lie between 2 and steps=100 - 1"),
+        ("steps=100", r"optim.warmup_steps=10000 must lie between 2 and 99, one less than steps=100: change"),
         ("precision=fp8", "precision=fp8 must be one of bf16, fp32"),
         ("optim.name=sgd", "optim.name=sgd must be one of adamw8bit, adamw"),
         ("data.cond_drop_prob=1.5", "data.cond_drop_prob=1.5 must lie between 0 and 1"),

@@ -326,7 +326,7 @@ def test_an_index_that_is_older_than_a_shard_is_not_believed(copy):
     rows = [(key, {"txt": members["txt"].upper()}) for key, members in read_shard(copy / "shards/00000.tar", {"txt"})]
     write_shard(copy / "shards" / "00000.tar", rows)
     with pytest.raises(
-        ValueError, match=r"index is out of date: '.*00000\.tar' was written anew since: run `python -m data"
+        ValueError, match=r"index is out of date: '.*00000\.tar' was written again since: run `python -m data"
     ):
         embed(Embed(str(copy / "shards"), str(copy / "text")))
     index(Index(str(copy / "shards"), workers=1))

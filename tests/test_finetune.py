@@ -207,7 +207,7 @@ def test_dreambooth_again_makes_anew_what_changed_and_nothing_else(base, tmp_pat
         return found, said.out + said.err, (out / "prior" / "shards" / "00000.tar").stat().st_mtime_ns != before
 
     (concept, prior), said, drawn = again()
-    assert not drawn and "anew" not in said and "warning" not in said
+    assert not drawn and "anew" not in said and "made again" not in said and "warning" not in said
 
     (other, _), said, drawn = again(prompt="a red ball")
     assert other[0][0] == b"a red ball" and not np.array_equal(other[0][2], concept[0][2]) and not drawn
@@ -233,7 +233,7 @@ def test_dreambooth_again_makes_anew_what_changed_and_nothing_else(base, tmp_pat
     changed_run(base / "run", run, lambda manifest: manifest["text"].update(cleaning="lower-strip"))
     (cleaned, _), said, _ = again(checkpoint=run, prompt="a xyz123 toy")
     assert TextMeta.read(out / "concept" / "text").cleaning == "lower-strip" and "warning" not in said
-    assert "were made with another cleaning: they are made anew" in said
+    assert "were made with another cleaning: they are made again" in said
     assert not np.array_equal(cleaned[0][2], concept[0][2])
 
 
@@ -242,10 +242,10 @@ def test_a_rare_word_that_the_cleaning_cuts_away_is_named(base, capsys, word):
     booth(base, base / "cut", prompt=f"a {word} toy")
     said = capsys.readouterr().err
     assert (
-        f"warning: the cleaning if-1 cuts '{word}' out of the prompt 'a {word} toy', and the net is given 'a toy'"
-        in said
+        f"warning: caption cleaning ('if-1') removes '{word}' from the prompt 'a {word} toy', and the net is given "
+        "'a toy'" in said
     )
-    assert said.count("warning: the cleaning") == 1, "the prompt of the class has no such word"
+    assert said.count("warning: caption cleaning") == 1, "the prompt of the class has no such word"
 
 
 @torch.no_grad()

@@ -132,10 +132,10 @@ def test_stats_that_lie_are_found_out_by_a_check(folder, capfd):
     capfd.readouterr()
     index(Index(str(folder), check=True))
     said = capfd.readouterr().out
-    assert "1 shards hold another number" in said and "00001.tar: 9 by its stats, 7 in the tar" in said
+    assert "1 shard with another number" in said and "00001.tar: 9 by its stats, 7 in the tar" in said
     assert seen(folder)[1] == ("00001.tar", 7)
     stats.write_text("{}")
-    with pytest.raises(ValueError, match="no index: mend or remove"):
+    with pytest.raises(ValueError, match="no index: repair or remove"):
         index(Index(str(folder), workers=1))
     assert 'no readable "successes"' in capfd.readouterr().out
 
@@ -150,7 +150,7 @@ def test_damaged_shards_count_as_far_as_they_can_be_read(tmp_path, capfd, caplog
     assert "00001.tar: only its first 2 samples can be read: it ends without an end mark" in caplog.text
     index(Index(str(tmp_path)))
     said = capfd.readouterr().out
-    assert "2 shards are damaged" in said and "00001.tar: it ends without" in said and "00002.tar" in said
+    assert "2 shards with damage" in said and "00001.tar: it ends without" in said and "00002.tar" in said
     assert seen(tmp_path) == expected
 
 

@@ -237,7 +237,7 @@ def test_shown_cuts_and_keeps():
         ({"samples": -1}, "samples=-1"),
         ({"image_size": 0}, "image_size=0"),
         ({"crop_shift": float("nan")}, "crop_shift=nan"),
-        ({"shards": "nowhere"}, "/nowhere': make shards with"),
+        ({"shards": "nowhere"}, "/nowhere': check the path, or make shards with"),
         ({"text": "nowhere"}, r"no text embeddings in '.*/nowhere'"),
     ],
 )

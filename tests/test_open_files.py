@@ -209,7 +209,7 @@ def test_a_disk_that_fails_for_good_makes_shards_unreadable_and_no_sample_damage
     assert len(failures) == 2 * retries.MAX_TRIES, "the shard and its sidecar, not each of their samples"
     assert "00000.tar: 8 tries in a row failed (Input/output error)" in caplog.text
     with pytest.raises(
-        ShardUnreadable, match=r"failed \(Input/output error\); mend it, or set data.unreadable_shard=sk"
+        ShardUnreadable, match=r"failed \(Input/output error\); repair it, or set data.unreadable_shard=sk"
     ):
         rows(config, "fail")
 

@@ -59,7 +59,7 @@ def test_faults_are_counted_by_reason_and_named(
 ) -> None:
     run(album, tmp_path / "out")
     said = capsys.readouterr().out
-    assert "5 of 11 pictures packed in 1 shards" in said
+    assert "5 of 11 pictures packed in 1 shard:" in said
     assert "1 skipped, truncated image: aa_cut.jpg" in said
     assert "1 skipped, not a JPEG or PNG: ab_text.jpg" in said
     assert "1 skipped, a WebP (allow_webp=true takes it): ae_webp.jpg" in said
@@ -110,7 +110,7 @@ def test_a_picture_is_known_by_its_bytes(tmp_path: Path, capsys: pytest.CaptureF
     )
     lines = capsys.readouterr().out
     for line in (
-        "8 of 17 pictures packed in 1 shards",
+        "8 of 17 pictures packed in 1 shard:",
         "2 skipped, a GIF: g.gif, h.JPG",
         "1 skipped, a BMP: i.bmp",
         "1 skipped, a TIFF: j.tif",

@@ -1,4 +1,4 @@
-"""data.pack run again: what changed in the source is written anew, and nothing else is touched."""
+"""data.pack run again: what changed in the source is written again, and nothing else is touched."""
 
 import errno
 import json
@@ -63,7 +63,7 @@ def test_nothing_changed(source: Path, out: Path, capsys: Capture) -> None:
 def test_a_caption_of_the_same_size_and_time(source: Path, out: Path, capsys: Capture) -> None:
     before = times(out)
     replace_later(source / "c.txt", b"new c")
-    assert rerun(source, out, capsys) == "1 caption changed: shard 00001 written anew"
+    assert rerun(source, out, capsys) == "1 caption changed: shard 00001 written again"
     assert captions(out) == ["old a", "old b", "new c", "old d", "old e"]
     assert changed(before, out) == {"00001.tar", "00001_stats.json"}
     stats = json.loads(stats_path(out / "00001.tar").read_text())
@@ -78,7 +78,7 @@ def test_a_file_with_the_same_size_and_times_is_not_read(source: Path, out: Path
     stats_path(out / "00000.tar").write_text(json.dumps(stats))
     assert rerun(source, out, capsys).startswith("5 of 6")
     os.utime(source / "b.jpg")
-    assert rerun(source, out, capsys) == "1 picture changed: shard 00000 written anew"
+    assert rerun(source, out, capsys) == "1 picture changed: shard 00000 written again"
 
 
 def test_a_picture_is_changed_added_and_removed(source: Path, out: Path, capsys: Capture) -> None:
@@ -86,7 +86,7 @@ def test_a_picture_is_changed_added_and_removed(source: Path, out: Path, capsys:
     (source / "a.jpg").write_bytes(picture("blue"))
     (source / "c.jpg").unlink()
     put(source, "ba.png", picture("green", "PNG"), "added")
-    line = "1 picture changed, 1 picture added, 1 picture removed: shards 00000, 00001 and 00002 written anew"
+    line = "1 picture changed, 1 picture added, 1 picture removed: shards 00000, 00001 and 00002 written again"
     assert rerun(source, out, capsys) == line
     found = by_name(out)
     assert found["ba.png"] == ("000020001", "added") and "c.jpg" not in found
@@ -94,7 +94,7 @@ def test_a_picture_is_changed_added_and_removed(source: Path, out: Path, capsys:
     assert all(found[name][0] == keys[name] for name in ("a.jpg", "b.jpg", "d.jpg", "e.jpg"))
     before = times(out)
     put(source, "g.jpg", picture("red"), "g")
-    assert rerun(source, out, capsys) == "1 picture added: shard 00001 written anew"
+    assert rerun(source, out, capsys) == "1 picture added: shard 00001 written again"
     assert by_name(out)["g.jpg"][0] == "000010000"
     put(source, "h.jpg", picture("red"), "h")
     (source / "f.txt").write_text("at last")
@@ -118,12 +118,12 @@ def test_missing_shards_are_written_as_they_were(source: Path, out: Path, capsys
     (out / "00000.tar").unlink()
     # As if stopped between a new tar and its stats.
     stats_path(out / "00001.tar").unlink()
-    line = "2 pictures added: shard 00000 written anew, shard 00001 new"
+    line = "2 pictures added: shard 00000 written again, shard 00001 new"
     assert rerun(source, out, capsys) == line
     assert contents(out) == whole
     assert "00002.tar" not in changed(before, out)
     (out / "00000.tar").unlink()
-    assert rerun(source, out, capsys) == "an interrupted packing is completed: shard 00000 written anew"
+    assert rerun(source, out, capsys) == "an interrupted packing is completed: shard 00000 written again"
 
 
 def test_a_crash_while_a_shard_is_written_anew(source: Path, out: Path, capsys: Capture) -> None:
@@ -149,7 +149,7 @@ def test_a_crash_while_a_shard_is_written_anew(source: Path, out: Path, capsys: 
     assert not stats_path(out / "00000.tar").exists(), "an unfinished shard must not look finished"
     assert not (out / "index.json").exists(), "nor must the index give its old size"
     capsys.readouterr()
-    line = "1 caption changed, 1 picture added: shards 00000 and 00002 written anew"
+    line = "1 caption changed, 1 picture added: shards 00000 and 00002 written again"
     assert rerun(source, out, capsys) == line
     assert captions(out) == ["newer a", "old b", "old c", "old d", "old e", "g"]
     assert [key for key, _ in samples(out)] == [f"{shard:05d}{row:04d}" for shard in range(3) for row in range(2)]
@@ -180,7 +180,7 @@ def test_another_source_or_shard_size_is_refused(source: Path, out: Path, tmp_pa
     moved = move(source, tmp_path / "moved")
     assert rerun(moved, out, capsys).startswith("5 of 6")
     (moved / "a.txt").write_text("newest a")
-    assert rerun(moved, out, capsys) == "1 caption changed: shard 00000 written anew"
+    assert rerun(moved, out, capsys) == "1 caption changed: shard 00000 written again"
     (out / "pack.json").unlink()
     assert "shards of another command (no pack.json)" in refused(moved)
 
@@ -191,7 +191,7 @@ def test_a_source_that_is_empty_now_deletes_nothing(source: Path, out: Path, cap
         path.unlink()
     with pytest.raises(SystemExit):
         run(source, out, 2)
-    assert "none of the 6 pictures is usable" in capsys.readouterr().err
+    assert "none of 6 pictures is usable" in capsys.readouterr().err
     assert contents(out) == before
 
 
@@ -225,7 +225,7 @@ def test_rows_of_one_picture_are_matched_by_their_captions(tmp_path: Path, capsy
         return rerun(table, out, capsys)
 
     pack("one", "two", "three")
-    assert pack("zero", "one", "two", "three") == "1 picture added: shard 00001 written anew"
-    assert pack("zero", "two", "three") == "1 picture removed: shard 00000 written anew"
-    assert pack("zero", "two", "four") == "1 caption changed: shard 00001 written anew"
+    assert pack("zero", "one", "two", "three") == "1 picture added: shard 00001 written again"
+    assert pack("zero", "two", "three") == "1 picture removed: shard 00000 written again"
+    assert pack("zero", "two", "four") == "1 caption changed: shard 00001 written again"
     assert sorted(captions(out)) == ["four", "two", "zero"]

@@ -88,7 +88,7 @@ def test_columns_of_hugging_face_and_those_that_are_named(folder: Path, capsys: 
     table = "Picture,text,title\na.jpg,one,uno\nb.jpg,two,due\n"
     named = {"image_column": "Picture", "caption_column": "TITLE"}
     found, said = pack_text(folder, table, capsys, **named)
-    assert found == ["uno", "due"] and said.startswith("2 captions changed: shard 00000 written anew")
+    assert found == ["uno", "due"] and said.startswith("2 captions changed: shard 00000 written again")
     assert "no column 'pictures' (did you mean 'Picture'?); its columns: Picture, text, title" in refusal(
         folder, table, capsys, image_column="pictures"
     )
@@ -187,7 +187,7 @@ def test_a_parquet_with_the_pictures_bytes(folder: Path, capsys: Capture) -> Non
     run(hugging_face(folder, ["one", "two", "three", "four", "five"]), out)
     assert times(out)["00000.tar"] == before["00000.tar"]
     run(hugging_face(folder, ["one", "zwei", "three", "four", "five"]), out)
-    assert "1 caption changed: shard 00000 written anew" in capsys.readouterr().out
+    assert "1 caption changed: shard 00000 written again" in capsys.readouterr().out
     assert captions(out) == ["one", "zwei", "three"]
 
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_packed_at_all_is_one_clear_line(tmp_path: Path, capsys: 
         _pack(tmp_path / "broken.parquet", out)
     assert not out.exists()
     put(empty, "alone.jpg", picture("red"))
-    with pytest.raises(ValueError, match="none of the 1 pictures is usable; the reasons are above"):
+    with pytest.raises(ValueError, match="none of 1 picture is usable; the reasons are above"):
         _pack(empty, out)
     assert "1 skipped, no .txt beside it: alone.jpg" in capsys.readouterr().out
     assert not list(out.glob("*.tar"))

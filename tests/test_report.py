@@ -170,7 +170,7 @@ def test_the_page_of_a_run_lies_in_the_run(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "b", lines=2)
     for name in "ab":
         main([f"runs={name}"])
-        assert capsys.readouterr().out.startswith(f"{name}/report.html: 1 runs")
+        assert capsys.readouterr().out.startswith(f"{name}/report.html: 1 run,")
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [], "no page in the folder of the command"
 
 

@@ -93,7 +93,7 @@ def test_other_contents_are_refused(tmp_path, change, message):
     write_step(load(tmp_path / "run"))
     with pytest.raises(ValueError) as error:
         check_resumable(load(tmp_path / "run"), replace(DATA, **change))
-    assert message in str(error.value) and "or begin anew in another run_dir" in str(error.value)
+    assert message in str(error.value) and "or begin from scratch in another run_dir" in str(error.value)
 
 
 def test_what_a_rank_does_not_know_and_where_the_encoder_lies_are_not_compared(tmp_path):
@@ -166,9 +166,9 @@ def test_the_rate_is_that_of_the_schedule_of_a_training():
     ("change", "step", "words"),
     [
         # The schedule before has ended; by hand, 1e-6 + (5e-3 - 1e-6) x (1 + cos(7/8 pi)) / 2 = 1.9e-4.
-        ({"steps": 10, "lr_peak": 5e-3}, 8, "the rate leaps from 1e-6 to 1.9e-4"),
-        ({"lr_peak": 2e-4}, 1, "the rate falls from 1e-3 to 2e-4"),
-        ({"lr_peak": 1.2e-3}, 1, "the rate goes from 1e-3 to 1.2e-3"),
+        ({"steps": 10, "lr_peak": 5e-3}, 8, "the learning rate jumps from 1e-6 to 1.9e-4"),
+        ({"lr_peak": 2e-4}, 1, "the learning rate falls from 1e-3 to 2e-4"),
+        ({"lr_peak": 1.2e-3}, 1, "the learning rate goes from 1e-3 to 1.2e-3"),
         ({"weight_decay": 0.5}, 3, ""),
         ({"steps": 8, "lr_peak": 5e-3}, 8, ""),  # there is no further step
     ],
@@ -185,18 +185,19 @@ def test_changes_are_told_in_one_line_and_added_to_those_before(tmp_path):
     small = ("steps=8", "optim.lr_peak=1e-3", "optim.lr_start=1e-4", "optim.lr_end=1e-6", "optim.warmup_steps=2")
     config = load(tmp_path / "run", *small)
     checkpoint = Checkpoint.read(write_step(config, 8))
-    assert find_history(checkpoint, config, DATA, 1) == ([], "goes on from step 8")
+    assert find_history(checkpoint, config, DATA, 1) == ([], "resumes from step 8: all 8 steps are already made")
     other = load(tmp_path / "run", *small, "optim.lr_peak=5e-3", "steps=10", "dry_run=true", "init_from=x")
     checkpoint.manifest["changes"] = [{"step": 3, "changes": {"seconds": [1, 2]}}]
     history, line = find_history(checkpoint, other, DATA, 1)
     assert line == (
-        "goes on from step 8 with optim.lr_peak 1e-3 -> 5e-3, steps 8 -> 10: the rate leaps from 1e-6 to 1.9e-4"
+        "resumes from step 8 with optim.lr_peak 1e-3 -> 5e-3, steps 8 -> 10: "
+        "the learning rate jumps from 1e-6 to 1.9e-4"
     )
     now = {"step": 8, "changes": {"optim.lr_peak": [1e-3, 5e-3], "steps": [8, 10]}}
     assert history == [{"step": 3, "changes": {"seconds": [1, 2]}}, now]
     moved = replace(DATA, text=replace(TEXT, dtype="float16"))
     assert find_history(checkpoint, config, moved, 2)[1] == (
-        "goes on from step 8 with embeddings.dtype float32 -> float16, ranks 1 -> 2"
+        "resumes from step 8 with embeddings.dtype float32 -> float16, ranks 1 -> 2: all 8 steps are already made"
     )
 
 
@@ -220,7 +221,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_begins_anew(tmp_path, alo
     for step in (4, 8):
         (write_step(config, step) / "manifest.json").write_text("{")
     for attempt in range(2):  # the second time they have been renamed
-        with pytest.raises(CheckpointFailed, match="is damaged: choose another run_dir to begin anew, or delete that"):
+        with pytest.raises(
+            CheckpointFailed, match="is damaged: choose another run_dir to begin from scratch, or delete that"
+        ):
             resume(config, DATA, None, None)
         assert capsys.readouterr().err.count("DAMAGED CHECKPOINT") == (0 if attempt else 2)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -267,7 +270,7 @@ def test_a_run_goes_on_with_a_changed_recipe_and_says_so_and_not_with_other_data
     short = ("wandb.mode=disabled", "steps=4", "save_every=4", "data.workers=0")
     done = launch(repo, data, run_dir, *short)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "goes on from" not in done.stdout
+    assert "resumes from" not in done.stdout
     # Other pictures and captions of the same counts, and their embeddings.
     other = tmp_path / "other"
     demo.main([f"out={other / 'shards'}", "samples=96", "shard_size=24", "seed=1"])
@@ -284,8 +287,8 @@ def test_a_run_goes_on_with_a_changed_recipe_and_says_so_and_not_with_other_data
             shutil.copy2(file, moved / kind / (f"x{file.name}" if file.name[0] == "0" else file.name))
     done = launch(repo, moved, run_dir, *longer)
     assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("goes on from step 4 with data.shards ")]
-    assert "optim.lr_peak 1e-3 -> 5e-3" in line and "steps 4 -> 6: the rate leaps from 1e-6 to " in line
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("resumes from step 4 with data.shards ")]
+    assert "optim.lr_peak 1e-3 -> 5e-3" in line and "steps 4 -> 6: the learning rate jumps from 1e-6 to " in line
     told = float(line.rpartition(" ")[2])
     assert metrics(run_dir)[4]["lr"] == pytest.approx(told, rel=0.05), "the rate of step 5 is the one that is told"
     # It is kept with the weights, shown by the report, and stands in the card of an export.

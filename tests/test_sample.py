@@ -139,7 +139,7 @@ def test_what_is_beyond_the_tokens_is_named(base, capsys):
 def test_words_that_the_cleaning_cuts_away_are_named(base, capsys):
     draw(base, "prompt=a xyz123 circle")
     said = capsys.readouterr().err
-    assert "warning: the cleaning if-1 cuts 'xyz123' out of the prompt 'a xyz123 circle'" in said
+    assert "warning: caption cleaning ('if-1') removes 'xyz123' from the prompt 'a xyz123 circle'" in said
     assert "the net is given 'a circle'" in said
     draw(base, "prompt=a red circle")
     assert "warning" not in capsys.readouterr().err

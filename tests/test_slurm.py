@@ -94,7 +94,9 @@ def test_a_mistake_is_reported_and_not_requeued(cluster, repo, data, tmp_path):
     wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job", log)
     assert cluster.state(job) == "FAILED"
     assert "not requeued" in log.read_text()
-    assert "/nowhere': make shards with" in "".join(p.read_text() for p in (run_dir / "logs").glob("train-*.log"))
+    assert "/nowhere': check the path, or make shards with" in "".join(
+        p.read_text() for p in (run_dir / "logs").glob("train-*.log")
+    )
 
 
 @pytest.mark.parametrize(

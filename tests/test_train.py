@@ -39,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 
 def foreign_lines(done) -> list[str]:
     """What a run that is well shows on the screen and is not ours: neither the bar nor where the files are."""
-    ours = re.compile(r"\S+: +\d+%\||(W&B|curves|samples|checkpoint) +/|goes on from step \d+")
+    ours = re.compile(r"\S+: +\d+%\||(W&B|curves|samples|checkpoint) +/|resumes from step \d+")
     shown = (line.strip() for line in re.split(r"[\r\n]", done.stdout + "\n" + done.stderr))
     return [line for line in shown if line and not ours.match(line)]
 
@@ -277,10 +277,10 @@ def test_bad_images_are_counted_reported_and_add_nothing_and_too_many_stop_the_r
     [
         (["+model.typo=1"], "unknown key 'model.typo'"),
         (["model.typo=1"], "unknown key 'model.typo'"),
-        (["global_batch=9"], "global_batch=9 is not a multiple of 1 ranks x micro_batch=4"),
+        (["global_batch=9"], "global_batch=9 is not a multiple of 1 rank x micro_batch=4"),
         (["model.num_head_channels=33"], "num_head_channels=33"),
         (["model.encoder_dim=128"], "64 wide"),
-        (["data.shards=nowhere"], "/nowhere': make shards with"),
+        (["data.shards=nowhere"], "/nowhere': check the path, or make shards with"),
         (["init_from=nowhere"], "/nowhere': download them first"),
         (["wandb.mode=online"], "run `wandb login`"),
     ],
@@ -343,19 +343,19 @@ def test_dry_run_says_what_would_run_and_leaves(repo, data, tmp_path):
     done = launch(repo, data, tmp_path / "run", "dry_run=true")
     assert done.returncode == 0
     for words in (
-        "1 ranks x 4 micro batch x 2 accumulation = 8",
+        "1 rank x 4 micro batch x 2 accumulation = 8",
         "4 shards, 96 samples",
         "16 x 64, float32",
         "parameters",
     ):
         assert words in done.stdout
-    assert re.search(r"host memory  about \d+\.\d GB a rank; \d+\.\d GB are free here", done.stdout)
+    assert re.search(r"host memory  about \d+\.\d GB per rank; \d+\.\d GB are free here", done.stdout)
     assert not (tmp_path / "run").exists()
     missing = launch(repo, data, tmp_path / "run", "dry_run=true", "data.shards=nowhere", "global_batch=9")
     assert missing.returncode == 2, missing.stdout
     of_data, of_batch = missing.stderr.splitlines()[-2:]
     assert of_data.startswith("error: ") and "make shards with" in of_data
-    assert of_batch.startswith("error: global_batch=9 is not a multiple of 1 ranks x micro_batch=4")
+    assert of_batch.startswith("error: global_batch=9 is not a multiple of 1 rank x micro_batch=4")
 
 
 def test_the_memory_of_a_rank_is_told_before_it_is_taken(repo, data, two_ranks):

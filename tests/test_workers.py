@@ -35,7 +35,7 @@ def test_a_worker_that_dies_at_the_same_batch_again_and_again_ends_the_run(caplo
     assert [int(next(batches).visit[0]) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(LoaderDied, match=r"was killed by SIGKILL before micro batch 5 \(number 5\), 3 times in a row"):
         next(batches)
-    assert caplog.text.count("started anew") == 2
+    assert caplog.text.count("started again") == 2
 
 
 def test_an_error_in_a_worker_is_the_runs_error():

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.checks import check_at_least, check_choice, check_share
+from data.checks import check_at_least, check_choice, check_share, count
 from data.cli import location
 from data.config import DataConfig, TextConfig
 from data.loader.mixture import share_out
@@ -54,8 +54,8 @@ class SampleConfig:
     """The sample grids of a run.
 
     every: steps between grids; 0 for one at the end alone.
-    prompts: a number, of captions of the data; or captions of your own, which text.encoder or the encoder of the
-        embeddings' meta.json encodes before the start.
+    prompts: how many captions of the data are drawn, or a list of captions of your own. text.encoder, or the encoder
+        that the embeddings' meta.json names, encodes your own before the start.
     guidance_scales: classifier-free guidance, a row of the grid for each.
     steps: steps of the sampler.
     """
@@ -114,11 +114,11 @@ class LoRAConfig:
 class Config:
     """One run.
 
-    run_dir: folder of the run: checkpoints, metrics, samples. A run goes on from the latest checkpoint in it. It is not
-        the folder of this code.
-    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; without, random ones. It has
-        no effect once run_dir has a checkpoint.
-    seed: of every random draw.
+    run_dir: folder for the run's checkpoints, metrics and samples. If it has a checkpoint, the run resumes from the
+        latest one. It must not be the folder of this code.
+    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; default: random weights. It
+        has no effect once run_dir has a checkpoint.
+    seed: seed of every random draw.
     steps: optimizer steps of the whole run.
     global_batch: samples of an optimizer step, over all ranks.
     micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks.
@@ -127,11 +127,11 @@ class Config:
     recompute: what backward computes again to save memory: none, cheap (norms, activations, copies) or blocks
         (everything inside the blocks); the gradients are the same. docs/measurements/benchmarks.md.
     compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs. Needs g++, or gcc for a GPU.
-    ema_decay: decay a step of the weights' exponential moving average.
+    ema_decay: decay per step of the weights' exponential moving average.
     log_every: optimizer steps between lines of metrics.
     save_every: optimizer steps between checkpoints.
-    keep_checkpoints: the latest so many are kept.
-    keep_every: of the older ones, those of every so many steps are kept too; 0 for none.
+    keep_checkpoints: number of newest checkpoints that are kept.
+    keep_every: also keep every checkpoint whose step is a multiple of this; 0 keeps none.
     max_skipped: the run ends after so many steps in a row without a finite loss and gradient; each is skipped.
     hang_seconds: a rank that makes no micro batch for so long prints its stacks and ends. Above the 540 s that the
         loader waits for storage, and below the 600 s of the collectives' own limit, whose message says less.
@@ -187,8 +187,8 @@ class Config:
             raise ValueError(f"sample.steps={self.sample.steps} must be at most diffusion_steps={self.diffusion_steps}")
         if self.optim.warmup_steps >= self.steps:
             raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps} must lie between 2 and steps={self.steps} - 1: "
-                "change one of them"
+                f"optim.warmup_steps={self.optim.warmup_steps} must lie between 2 and {self.steps - 1}, "
+                f"one less than steps={self.steps}: change one of them"
             )
         if self.data.streams > self.global_batch:
             raise ValueError(
@@ -214,12 +214,12 @@ def accumulation(config: Config, ranks: int) -> int:
     if rest or not whole:
         fitting = [m for m in range(1, config.global_batch // ranks + 1) if config.global_batch % (ranks * m) == 0]
         remedy = (
-            f"micro_batch={min(fitting, key=lambda m: abs(m - config.micro_batch))} would fit {ranks} ranks"
+            f"micro_batch={min(fitting, key=lambda m: abs(m - config.micro_batch))} would fit {count(ranks, 'rank')}"
             if fitting
             else f"no micro_batch fits {ranks} ranks; take a number of ranks that divides {config.global_batch}"
         )
         raise ValueError(
-            f"global_batch={config.global_batch} is not a multiple of {ranks} ranks x "
+            f"global_batch={config.global_batch} is not a multiple of {count(ranks, 'rank')} x "
             f"micro_batch={config.micro_batch}: {remedy}"
         )
     return whole

@@ -16,7 +16,7 @@ from data.cli import command, location
 class DreamBooth:
     """Makes out/concept and out/prior, each with shards and text, for the experiment finetune_dreambooth.
 
-    A rerun makes what is missing, and makes anew what other arguments, pictures or another checkpoint change.
+    A rerun makes what is missing, and makes again what other arguments, pictures or another checkpoint change.
 
     checkpoint: the one that the fine-tuning starts from: the folder of a run, whose newest is taken, or of one step
     pictures: a folder with a handful of pictures of the concept

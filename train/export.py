@@ -54,10 +54,10 @@ def export(args: Export, shard_size: str = "10GB") -> None:
     with atomic_folder(out) as folder:
         save_pipeline(pipeline, folder, shard_size)
         (folder / "README.md").write_text(str(card), encoding="utf-8")
-    text = "prompt_embeds alone"
+    takes = "without text encoder: give prompt_embeds"
     if encoder:
-        text = f"prompts (clean_caption={encoder.cleaning != 'lower-strip'}, as in the training) or prompt_embeds"
-    print(f"{out}: an IFPipeline for {text}; {args.weights} weights of step {checkpoint.step} in {args.dtype}, "
+        takes = f"for prompts (clean_caption={encoder.cleaning != 'lower-strip'}, as in the training) or prompt_embeds"
+    print(f"{out}: an IFPipeline {takes}; {args.weights} weights of step {checkpoint.step} in {args.dtype}, "
           f"{checkpoint.model.image_size} px, {checkpoint.diffusion_steps} diffusion steps, "
           f"{'learned' if checkpoint.model.learn_sigma else 'fixed'} variance")  # fmt: skip
 

@@ -29,7 +29,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exits: 2 with one line for what the user can mend; 75 when asked to leave before the end; 130 for Ctrl-C before
+    """Exits: 2 with one line for what the user can fix; 75 when asked to leave before the end; 130 for Ctrl-C before
     the first step, or a second one.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -163,7 +163,7 @@ def train_together(config: Config, inputs: "Inputs") -> None:
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):
             raise
-        print(f"rank {rank}: ends, for another rank is gone; that one's own error is further up", file=sys.stderr)
+        print(f"rank {rank} ends because another rank is gone; see that rank's own error above", file=sys.stderr)
         sys.exit(1)
     dist.barrier()  # a launcher ends the others as soon as one has left
     dist.destroy_process_group()

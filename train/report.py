@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.checks import count
 from data.cli import command, location
 from data.storage.atomic import atomic_file
 
@@ -13,7 +14,7 @@ class Report:
     """Writes one HTML page of one or several runs: their curves, sample grids and configurations.
 
     runs: the folders of the runs, as in runs=runs/a,runs/b.
-    out: the page; RUN/report.html of one run if left out.
+    out: the page to write; default: report.html in the folder of the run. Required for several runs.
     """
 
     runs: list[str] = location()
@@ -42,7 +43,7 @@ def write_report(args: Report) -> None:
     with atomic_file(out) as aside:
         aside.write_text(page(runs), encoding="utf-8")
     size, lines = out.stat().st_size / 1e6, sum(len(run.lines) for run in runs)
-    print(f"{out}: {len(runs)} runs, {lines} log lines, {size:.1f} MB; open it in a browser")
+    print(f"{out}: {count(len(runs), 'run')}, {count(lines, 'log line')}, {size:.1f} MB; open it in a browser")
 
 
 def main(argv: list[str] | None = None) -> None:

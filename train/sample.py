@@ -78,7 +78,7 @@ def run(args: Sample) -> Path:
     }  # fmt: skip
     with atomic_folder(out) as folder:
         write_samples(folder, images, prompts.captions, seeds, title, record)
-    print(f"{out / 'grid.png'}: {title}; the single images lie beside it")
+    print(f"{out / 'grid.png'}: {title}; the images are in the same folder")
     return out
 
 

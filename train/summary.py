@@ -1,5 +1,6 @@
 """A run in words, and its number of parameters."""
 
+from data.checks import count
 from data.loader.mixture import share_out
 from train.config import Config, accumulation
 from train.inputs import Inputs, resolve_text_shape
@@ -22,8 +23,8 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     if inputs:
         sizes = share_out(config.global_batch, [dataset.weight for dataset in inputs.datasets])
         data = "; ".join(
-            f"{len(found.shards)} shards, {found.samples:,} samples in {given.shards}, "
-            f"{size} of a batch, {config.steps * size / found.samples:.2f} epochs"
+            f"{count(len(found.shards), 'shard')}, {count(found.samples, 'sample')} in {given.shards}, "
+            f"{size} of each batch, {config.steps * size / found.samples:.2f} epochs"
             for found, given, size in zip(inputs.datasets, config.data.datasets(), sizes, strict=True)
         )
         meta = inputs.meta
@@ -40,7 +41,7 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     beside = f" of LoRA, rank {config.lora.rank}, beside {frozen:,} that are frozen" if frozen else ""
     lines = {
         "run": config.run_dir,
-        "global batch": f"{ranks} ranks x {config.micro_batch} micro batch x {accumulate} accumulation "
+        "global batch": f"{count(ranks, 'rank')} x {config.micro_batch} micro batch x {accumulate} accumulation "
         f"= {config.global_batch}",
         "model": f"{trained:,} parameters{beside}, {config.model.image_size} px, {config.precision}",
         "begins with": config.init_from or "random weights",

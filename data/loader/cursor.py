@@ -181,6 +181,6 @@ class _Tar:
         self.damage = str(error).splitlines()[0] if str(error) else os.strerror(getattr(error, "errno", None) or 5)
         if self.unreadable and self._fail:
             raise ShardUnreadable(
-                f"{self.location} cannot be read: {self.damage}; mend it, or set data.unreadable_shard=skip"
+                f"{self.location} cannot be read: {self.damage}; repair it, or set data.unreadable_shard=skip"
             ) from None
         logger.warning("%s cannot be read any further: %s", self.location, self.damage)

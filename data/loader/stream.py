@@ -154,7 +154,7 @@ class MicroBatches:
             raise_if_machine(error, f"the embedding of {raw.name}")
             problem = f"the embedding of {raw.name} cannot be read: {error}"
             if self.config.unreadable_shard == "fail":
-                raise ShardUnreadable(f"{problem}; mend it, or set data.unreadable_shard=skip") from None
+                raise ShardUnreadable(f"{problem}; repair it, or set data.unreadable_shard=skip") from None
             logger.warning(problem)
             raise ValueError(TEXT_UNREADABLE) from None
 

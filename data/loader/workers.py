@@ -69,7 +69,7 @@ class Workers:
         return batch
 
     def _receive(self, worker: int) -> bool:
-        """Wait for a worker's next message. False if all workers had to be started anew instead."""
+        """Wait for a worker's next message. False if all workers had to be started again instead."""
         start = time.monotonic()
         while True:
             try:
@@ -101,7 +101,7 @@ class Workers:
             signal.signal(signal.SIGCHLD, on_child)
 
     def _replace_or_raise(self, error: Exception, waited: float) -> bool:
-        """Start all workers anew if one has died: True. Otherwise raise the error; False if only no batch came yet."""
+        """Start all workers again if one has died: True. Otherwise raise the error; False if only no batch came yet."""
         no_batch_yet = str(error).startswith("DataLoader timed out")
         # The connections of a killed process break a moment before the process counts as ended.
         wait([process.sentinel for process in self._processes], timeout=0 if no_batch_yet else 1)
@@ -123,7 +123,9 @@ class Workers:
                 f"loader worker {', '.join(died)} {where}, {MAX_DEATHS} times in a row: if the machine ran out of "
                 "memory, lower data.shuffle_block or data.workers; if not, look at these shards"
             ) from None
-        logger.warning("loader worker %s %s; all are started anew there, and no sample is lost", ", ".join(died), where)
+        logger.warning(
+            "loader worker %s %s; all are started again there, and no sample is lost", ", ".join(died), where
+        )
         del self._received
         self._start()
         return True

@@ -14,7 +14,7 @@ from data.images import BadImage, decode
 from data.prepare.rows import Picture, Row, Unusable, fingerprint, read_picture, same_caption, signature
 from data.storage.tars import stats_path
 
-# A stats file under this name beside it belongs to a shard that is being written anew.
+# A stats file under this name beside it belongs to a shard that is being written again.
 OLD = ".old"
 # The entry of a shard's stats file that lists its rows.
 ROWS = "rows"
@@ -67,7 +67,7 @@ class Changes:
     """How a source differs from what was packed.
 
     kept: the rows that stay, by shard and number.  new: rows that are not packed, with their position in the source.
-    touched: shards that must be written anew.
+    touched: shards that must be written again.
     captions, pictures, removed: numbers of changed captions, of changed pictures, and of rows that are gone.
     skipped: (name, reason) of rows that cannot be packed.
     """
@@ -104,13 +104,13 @@ def read_packed(out: Path) -> Packed:
             packed.entries[number] = [Entry.parse(line) for line in json.loads(stats.read_text(encoding="utf-8"))[ROWS]]
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"'{stats.absolute()}' does not list the rows of its shard: delete it, and the shard is packed anew"
+                f"'{stats.absolute()}' does not list the rows of its shard: delete it, and the shard is packed again"
             ) from None
     return packed
 
 
 def old_stats(shard: Path) -> Path:
-    """Where the stats file of a shard lies while the shard is written anew."""
+    """Where the stats file of a shard lies while the shard is written again."""
     return stats_path(shard).with_name(stats_path(shard).name + OLD)
 
 

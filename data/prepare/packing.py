@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.checks import one_line
+from data.checks import count, one_line
 from data.config import ImageRules
 from data.images import BadImage, decode
 from data.prepare.changes import OLD, ROWS, Changes, Entry, compare, old_stats, read_packed, shard_path
@@ -123,14 +123,14 @@ class _Usable(NamedTuple):
 class _Writer:
     """Writes what changed.
 
-    anew, fresh, gone: the shards that were written anew, that are new, and that have no rows any more.
+    rewritten, fresh, gone: the shards that were written again, that are new, and that have no rows any more.
     added: how many new rows were packed.  packed: how many rows are in the shards.
     """
 
     def __init__(self, changes: Changes, out: Path, shard_size: int, rules: ImageRules) -> None:
         self.changes, self.out, self.shard_size, self.rules = changes, out, shard_size, rules
         self.index_removed = False
-        self.anew: list[int] = []
+        self.rewritten: list[int] = []
         self.fresh: list[int] = []
         self.gone: list[int] = []
         self.added, self.packed = 0, sum(map(len, changes.kept.values()))
@@ -147,7 +147,7 @@ class _Writer:
             if self._next is None and not self.packed:
                 for line in _listing(self.skipped):
                     print(line)
-                raise ValueError(f"none of the {self.pictures} pictures is usable; the reasons are above")
+                raise ValueError(f"none of {count(self.pictures, 'picture')} is usable; the reasons are above")
             last_with_room = max((n for n, rows in kept.items() if 0 < len(rows) < self.shard_size), default=-1)
             for number in itertools.count():
                 if self._next is None and number > max(kept, default=-1):
@@ -167,8 +167,10 @@ class _Writer:
     def lines(self) -> list[str]:
         """What is printed at the end."""
         shards = len([rows for number, rows in self.changes.kept.items() if number not in self.gone]) + len(self.fresh)
-        lines = self._what_changed() if self.changes.kept and (self.anew or self.fresh or self.gone) else []
-        lines.append(f"{self.packed} of {self.pictures} pictures packed in {shards} shards: {self.out}")
+        lines = self._what_changed() if self.changes.kept and (self.rewritten or self.fresh or self.gone) else []
+        lines.append(
+            f"{self.packed:,} of {count(self.pictures, 'picture')} packed in {count(shards, 'shard')}: {self.out}"
+        )
         lines += _listing(self.skipped)
         if len(self.skipped) > NAMED:
             lines.append(f"  all that were skipped are listed in {self.out / SKIPPED}")
@@ -207,7 +209,7 @@ class _Writer:
             shard.unlink(missing_ok=True)
             stats_path(shard).unlink(missing_ok=True)
         old_stats(shard).unlink(missing_ok=True)
-        (self.gone if not entries else self.anew if known else self.fresh).append(number)
+        (self.gone if not entries else self.rewritten if known else self.fresh).append(number)
 
     def _samples(self, number: int, kept: dict[int, Row], room: int, entries: list[str]) -> Iterator[Sample]:
         """The samples of a shard by their numbers: the rows that are kept, and new ones at the first free numbers."""
@@ -248,10 +250,10 @@ class _Writer:
             (c.captions, "caption", "changed"), (c.pictures, "picture", "changed"), (self.added, "picture", "added"),
             (c.removed, "picture", "removed"),
         )  # fmt: skip
-        what = [f"{count:,} {noun}{'s' * (count != 1)} {done}" for count, noun, done in counts if count]
+        what = [f"{count(number, noun)} {done}" for number, noun, done in counts if number]
         shards = [
             f"{_shards(numbers)} {done}"
-            for numbers, done in ((self.anew, "written anew"), (self.fresh, "new"), (self.gone, "removed"))
+            for numbers, done in ((self.rewritten, "written again"), (self.fresh, "new"), (self.gone, "removed"))
             if numbers
         ]
         return [f"{', '.join(what) or 'an interrupted packing is completed'}: {', '.join(shards)}"]
@@ -278,9 +280,9 @@ def _listing(skipped: list[tuple[str, str]]) -> list[str]:
     """A line for each reason: how many rows, and the first names."""
     lines = []
     counts = Counter(reason for _, reason in skipped).most_common()
-    for reason, count in counts[:MOST]:
+    for reason, number in counts[:MOST]:
         names = [one_line(name) for name, why in skipped if why == reason][:NAMED]
-        lines.append(f"  {count} skipped, {reason}: {', '.join(names)}{', ...' if count > NAMED else ''}")
+        lines.append(f"  {number} skipped, {reason}: {', '.join(names)}{', ...' if number > NAMED else ''}")
     if len(counts) > MOST:
-        lines.append(f"  {sum(count for _, count in counts[MOST:])} skipped for {len(counts) - MOST} more reasons")
+        lines.append(f"  {sum(number for _, number in counts[MOST:])} skipped for {len(counts) - MOST} more reasons")
     return lines

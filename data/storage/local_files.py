@@ -124,7 +124,7 @@ class PooledFile:
     """A local file that is read at any offset, by any thread. It takes a handle only while it is read.
 
     Errors of the machine end a run (MachineError, after one more try with all idle files closed); errors that may pass
-    are tried again for a minute, with the file opened anew, and then the file counts as unreadable.
+    are tried again for a minute, with the file opened again, and then the file counts as unreadable.
     Raises: OSError, as open does; MachineError; UnreadableError, also if the file changed while it was closed.
     """
 
@@ -198,7 +198,7 @@ class PooledReader(io.RawIOBase):
         self.file, self.name, self._position = file, file.path, 0
 
     def close(self) -> None:
-        """Close the file. Whoever still refers to the PooledFile may read it; it is opened anew for that."""
+        """Close the file. Whoever still refers to the PooledFile may read it; it is opened again for that."""
         if not self.closed:
             open_files.drop(self.file)
         super().close()

@@ -75,7 +75,7 @@ def locate(where: str) -> list[str]:
     else:
         if not is_remote(where) and not Path(where).is_dir():
             raise ValueError(
-                f"no folder '{absolute(where)}': make shards with `python -m data.demo out={where}` or `data.pack`"
+                f"no folder '{absolute(where)}': check the path, or make shards with `python -m data.pack`"
             )
         found = [join(where, name) for name in sorted(list_names(where)) if name.endswith(".tar")]
     if not found:
@@ -94,7 +94,7 @@ def read_index(location: str) -> list[Shard]:
         entries = json.loads(read_bytes(location))["shards"]
         rows = [(str(e["shard"]), int(e["samples"]), int(e["bytes"]), e.get(DIGEST) or None) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{location}' is no index of shards ({error!r}): make it anew with `data.index`") from None
+        raise ValueError(f"'{location}' is no index of shards ({error!r}): make it again with `data.index`") from None
     shards = [
         Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size, digest)
         for name, count, size, digest in rows
@@ -147,7 +147,7 @@ def current_digest(shard: Shard) -> str | None:
     if stats and stats.digest:
         if shard.digest not in (None, stats.digest):
             raise ValueError(
-                f"the index is out of date: '{shard.location}' was written anew since: {REINDEX.format(folder)}"
+                f"the index is out of date: '{shard.location}' was written again since: {REINDEX.format(folder)}"
             )
         return stats.digest
     try:
@@ -202,7 +202,7 @@ def _match_index(found: list[str], index: list[Shard], where: str) -> list[Shard
 
 
 def _needs_index(where: str) -> str:
-    problem = f"'{where}' has no {INDEX}, and shards behind URLs are not counted anew at each start: "
+    problem = f"'{where}' has no {INDEX}, and shards behind URLs are not counted again at each start: "
     command = f"python -m data.index shards='{where}'"
     if is_folder(where) and where.startswith("s3://"):
         return f"{problem}run `{command}`"

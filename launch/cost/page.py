@@ -125,7 +125,7 @@ def reading(plan: Plan) -> list[str]:
         )
         lines.append(row(name, *cells, f"{size * images / 1e12:,.2f} TB"))
     lines += [
-        row("images a second", "", f"{rate:,.0f}", f"{rate / nodes:,.0f}"),
+        row("images per second", "", f"{rate:,.0f}", f"{rate / nodes:,.0f}"),
         row("epochs", f"{images / per.samples:,.2f}"),
     ]
     return lines

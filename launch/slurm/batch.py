@@ -115,7 +115,7 @@ def verdict(
 def batch(overrides: list[str]) -> None:
     """Run the job. Exits with its status.
 
-    Raises: ValueError, OSError for what the user can mend.
+    Raises: ValueError, OSError for what the user can fix.
     """
     allocation = find_allocation()
     check_commands(LAUNCHER)

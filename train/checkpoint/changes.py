@@ -8,8 +8,8 @@ from train.config import OptimConfig
 
 # Longest value in a line of changes.
 LONGEST = 60
-# The rate is said to leap when it changes by more than this factor.
-LEAP = 2.0
+# The rate is said to jump when it changes by more than this factor.
+JUMP = 2.0
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, object]:
@@ -56,8 +56,8 @@ def rate_change(before: Mapping, now: Mapping, schedule_step: int) -> str:
     old, new = (learning_rate(config, min(schedule_step, config["steps"] - 1)) for config in (before, now))
     if math.isclose(old, new, rel_tol=1e-3):
         return ""
-    verb = "goes" if 1 / LEAP <= new / old <= LEAP else "leaps" if new > old else "falls"
-    return f"the rate {verb} from {show(float(f'{old:.2g}'))} to {show(float(f'{new:.2g}'))}"
+    verb = "goes" if 1 / JUMP <= new / old <= JUMP else "jumps" if new > old else "falls"
+    return f"the learning rate {verb} from {show(float(f'{old:.2g}'))} to {show(float(f'{new:.2g}'))}"
 
 
 def learning_rate(config: Mapping, step: int) -> float:

@@ -115,19 +115,19 @@ def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity)
         if manifest["text"][name] != (value := getattr(now.text, name)):
             raise ValueError(
                 f"'{folder}' was trained with other embeddings (their meta.json: {name} "
-                f"{_short(manifest['text'][name])}, now {_short(value)}): give it the same embeddings, or begin anew "
-                "in another run_dir"
+                f"{_short(manifest['text'][name])}, now {_short(value)}): give it the same embeddings, or begin from "
+                "scratch in another run_dir"
             )
     if now.base is not None and manifest["base"] != now.base:
         raise ValueError(
             f"'{folder}' trains a LoRA on other weights than those that init_from={config['init_from']} has now "
-            f"({_short(manifest['base'])}, now {_short(now.base)}): give it the same weights, or begin anew in another "
-            "run_dir"
+            f"({_short(manifest['base'])}, now {_short(now.base)}): give it the same weights, or begin from scratch in "
+            "another run_dir"
         )
 
 
 def _check_data(folder: str, manifest: dict, names: list[str], now: DataIdentity) -> None:
-    end = "give it the same shards, or begin anew in another run_dir"
+    end = "give it the same shards, or begin from scratch in another run_dir"
     if manifest["samples"] != now.samples:
         raise ValueError(
             f"'{folder}' was trained on other data ({manifest['samples']} samples, {', '.join(names)} now has "
@@ -137,7 +137,7 @@ def _check_data(folder: str, manifest: dict, names: list[str], now: DataIdentity
         if digest and before != digest:
             raise ValueError(
                 f"'{folder}' was trained on other data (its digest {_short(before)}, that of {name} is "
-                f"{_short(digest)}): {end}"
+                f"{_short(digest)}; a picture or caption was added, removed or edited since): {end}"
             )
 
 

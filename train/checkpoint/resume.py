@@ -95,8 +95,8 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
         dist.all_gather_object(faults, (fault, unreadable))
         if problem := next((unreadable for _, unreadable in faults if unreadable), ""):
             raise CheckpointFailed(
-                f"the checkpoint '{folder}' cannot be read ({problem}), which is no damage of it: mend the storage or "
-                "raise the limit, then run the same command; or move that folder away to go on from the one before it"
+                f"the checkpoint '{folder}' cannot be read ({problem}), which is no damage of it: repair the storage "
+                "or raise the limit, then run the same command; or move that folder away to resume from the one before"
             )
         if not any(fault for fault, _ in faults):
             return _restore(checkpoint, config, data, engine, ema)
@@ -104,8 +104,8 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
             _set_aside(folder, next(fault for fault, _ in faults if fault))
     if _of_first_rank(folders or sorted(checkpoints.glob("step-????????.damaged"))):
         raise CheckpointFailed(
-            f"every checkpoint in '{checkpoints}' is damaged: choose another run_dir to begin anew, or delete that "
-            "folder"
+            f"every checkpoint in '{checkpoints}' is damaged: choose another run_dir to begin from scratch, or delete "
+            "that folder"
         )
     return 0, []
 
@@ -157,11 +157,13 @@ def find_history(checkpoint: Checkpoint, config: Config, data: DataIdentity, ran
     before = _comparable(manifest["config"], manifest["text"], checkpoint.ranks)
     now = _comparable(json.loads(json.dumps(asdict(config))), asdict(data.text), ranks)
     changes = find_changes(before, now)
-    if not changes:
-        return manifest["changes"], f"goes on from step {step}"
-    rate = rate_change(manifest["config"], asdict(config), manifest["schedule_step"])
-    line = f"goes on from step {step} with {describe_changes(changes)}{f': {rate}' if rate else ''}"
-    return [*manifest["changes"], {"step": step, "changes": changes}], line
+    if step == config.steps:
+        end = f"all {step} steps are already made"
+    else:
+        end = rate_change(manifest["config"], asdict(config), manifest["schedule_step"]) if changes else ""
+    changed = f" with {describe_changes(changes)}" if changes else ""
+    line = f"resumes from step {step}{changed}{f': {end}' if end else ''}"
+    return [*manifest["changes"], *([{"step": step, "changes": changes}] if changes else [])], line
 
 
 def _comparable(config: dict, text: dict, ranks: int) -> dict:

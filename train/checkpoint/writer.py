@@ -156,7 +156,7 @@ class CheckpointWriter:
             shutil.rmtree(self._aside, ignore_errors=True)  # half a checkpoint must not keep a full disk full
         raise CheckpointFailed(
             f"the checkpoint '{self._aside}' could not be written ({problems[0]}); those before are intact: "
-            "make room or mend the storage, then run the same command"
+            "make room or repair the storage, then run the same command"
         )
 
     def _prune(self) -> None:

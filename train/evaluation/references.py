@@ -69,6 +69,6 @@ def read_references(path: str, extract: Extractor, eval_set: EvalSet, image_size
         if stored != now:
             raise ValueError(
                 f"references={path} are of other {what}: {stored}, this evaluation has {now}; leave references= out "
-                "to compute them anew"
+                "to compute them again"
             )
     return features

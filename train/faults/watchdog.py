@@ -25,7 +25,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def reset(self, seconds: float = 0.0) -> None:
-        """Start the countdown anew, from its usual length or, once, from another one."""
+        """Start the countdown again, from its usual length or, once, from another one."""
         now, wanted = time.monotonic(), seconds or self._seconds
         self._deadline = now + wanted
         if seconds or now - self._timer_started > GRACE / 3:  # not every time, since it starts a thread

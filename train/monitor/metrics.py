@@ -24,7 +24,7 @@ STRIDE = 64
 
 
 class Metrics:
-    """Sums over samples and steps since the last reduce(), which sums over the ranks and starts anew.
+    """Sums over samples and steps since the last reduce(), which sums over the ranks and starts again from zero.
 
     The loss is also kept by quarter of t, which tells early from late steps of the diffusion: q0 holds the smallest t.
     bad_counts: bad samples of this rank since the start, by reason.
@@ -94,7 +94,7 @@ class Metrics:
 
     @torch.no_grad()
     def reduce(self, engine: Engine, ema: EMA) -> dict[str, float]:
-        """Means over all ranks since the last call; then the sums start anew. A collective call."""
+        """Means over all ranks since the last call; then the sums start again from zero. A collective call."""
         seconds, ranks = time.perf_counter() - self._started, dist.get_world_size()
         weights = engine.master.detach()[::STRIDE]
         memory = torch.zeros(ranks)

@@ -34,12 +34,12 @@ def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> di
     if on_gpu:
         free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
         of = f"{free / GB:.1f} of {total / GB:.1f} GB are free"
-        lines["GPU memory"] = f"about {device / GB:.1f} GB a rank; {of}{_verdict(device, free)}"
+        lines["GPU memory"] = f"about {device / GB:.1f} GB per rank; {of}{_verdict(device, free)}"
     else:
         host += device
     together = f", {of_this_node * host / GB:.1f} GB for the {of_this_node} ranks here" if of_this_node > 1 else ""
     lines["host memory"] = (
-        f"about {host / GB:.1f} GB a rank{together}; {available / GB:.1f} GB are free here"
+        f"about {host / GB:.1f} GB per rank{together}; {available / GB:.1f} GB are free here"
         f"{_verdict(of_this_node * host, available)}"
     )
     return lines

@@ -136,7 +136,7 @@ def _summary(runs: list[Run]) -> str:
         "step": [f"{run.lines[-1]['step']:,}" for run in runs],
         "loss, smoothed": [_number(run.lines[-1], "loss_smoothed", "loss") for run in runs],
         "lowest loss of a line": [f"{min(_value(line, 'loss') for line in run.lines):.4g}" for run in runs],
-        "images a second": [_number(run.lines[-1], "images_per_second") for run in runs],
+        "images per second": [_number(run.lines[-1], "images_per_second") for run in runs],
         "MFU": [_number(run.lines[-1], "mfu") for run in runs],
         "bad samples": [total(run, "bad_samples") for run in runs],
         "steps skipped": [total(run, "skipped_steps") for run in runs],

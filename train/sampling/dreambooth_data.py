@@ -142,5 +142,5 @@ def remove_other_embeddings(folder: Path, meta: TextMeta) -> None:
         return
     changed = [name for name, value in asdict(meta).items() if getattr(there, name) != value]
     if changed:
-        print(f"the embeddings in {folder} were made with another {', '.join(changed)}: they are made anew")
+        print(f"the embeddings in {folder} were made with another {', '.join(changed)}: they are made again")
         shutil.rmtree(folder)

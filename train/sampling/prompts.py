@@ -120,7 +120,7 @@ def read_embeddings(path: Path, meta: TextMeta) -> Tensor:
             f"by {meta.encoder}: give one such array, or several as [P, {meta.tokens}, {meta.dim}]"
         )
     if not np.isfinite(values).all():
-        raise ValueError(f"embeddings={path} has values that are not finite: embed the captions anew")
+        raise ValueError(f"embeddings={path} has values that are not finite: embed the captions again")
     return torch.from_numpy(values.astype(np.float32)).reshape(-1, meta.tokens, meta.dim)
 
 
@@ -138,12 +138,12 @@ def warn_of_cut(encoder: TextEncoder, prompt: str) -> None:
 
 
 def warn_of_lost_words(prompt: str, cleaning: str) -> None:
-    """Print the words that the cleaning cuts out of a prompt: the net is given the prompt without them."""
+    """Print the words that the cleaning removes from a prompt: the net is given the prompt without them."""
     clean = cleaner(cleaning)
     if lost := lost_words(prompt, clean):
         words = ", ".join(repr(word[:40]) for word in lost[:8])
         print(
-            f"warning: the cleaning {cleaning} cuts {words} out of the prompt {prompt[:80]!r}, and the net is given "
-            f"{clean(prompt)[:80]!r}: for a rare word take a few letters without digits or signs, such as zwx",
+            f"warning: caption cleaning ({cleaning!r}) removes {words} from the prompt {prompt[:80]!r}, and the net is "
+            f"given {clean(prompt)[:80]!r}: for a rare word take a few letters without digits or signs, such as zwx",
             file=sys.stderr,
         )
