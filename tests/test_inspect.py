@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from data.config import DataConfig
+from data.embed import Embed, embed
 from data.inspect import Inspect, inspect
 from data.inspection.contact_sheet import contact_sheet, printable
 from data.inspection.findings import Tile, TrainingView, choose_rows, inspect_samples
@@ -26,6 +27,7 @@ from data.storage.shards import find_shards
 from data.storage.tars import write_shard
 from data.text.embeddings import to_bytes
 from data.text.meta import TextMeta
+from data.tiny_t5 import TinyT5, write_tiny_t5
 
 TOKENS, DIM = 2, 4
 HOSTILE = (
@@ -273,3 +275,15 @@ def test_real_pictures(shared, tmp_path, capsys):
     found = inspect(Inspect(str(shared / "data" / "fluent"), str(tmp_path / "r.html"), samples=200))
     assert "1,563 samples in 16 shards" in capsys.readouterr().out
     assert found.inspected == 200 and len(found.tiles) == 96 and not found.bad and found.kinds == {"JPEG RGB": 200}
+
+
+def test_captions_that_the_cleaning_leaves_nothing_of_are_counted(tmp_path, capsys):
+    image = io.BytesIO()
+    Image.new("RGB", (80, 70)).save(image, "JPEG")
+    captions = ("a red circle", "\u4e00\u4e2a\u5706", "")
+    samples = [(f"{i}", {"jpg": image.getvalue(), "txt": text.encode()}) for i, text in enumerate(captions)]
+    write_shard(tmp_path / "shards" / "00000.tar", samples)
+    write_tiny_t5(TinyT5(out=str(tmp_path / "t5")))
+    embed(Embed(str(tmp_path / "shards"), str(tmp_path / "text"), str(tmp_path / "t5"), 8, "float32", "float32"))
+    inspect(Inspect(str(tmp_path / "shards"), str(tmp_path / "page.html"), str(tmp_path / "text")))
+    assert "captions: 1 are empty after cleaning=if-1" in capsys.readouterr().out
