@@ -67,7 +67,8 @@ class Tracker:
                 "W&B CANNOT BE REACHED (%s): this start is recorded in %s; `wandb sync` sends it later",
                 str(error).splitlines()[0], run_dir / "wandb",
             )  # fmt: skip
-            self._run = wandb.init(mode="offline", **settings)
+            # W&B writes the id of the run that failed into the settings it is given, so these are new ones.
+            self._run = wandb.init(mode="offline", **settings | {"settings": wandb.Settings(silent=True)})
         is_kept = self._run.offline and config.wandb.mode != "disabled"
         self._offline_run = Path(self._run.dir).parent if is_kept else None
         self._run.define_metric("step")
