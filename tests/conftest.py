@@ -1,6 +1,7 @@
 """What every test may use: the repository's root, the folder of real data, one thread each."""
 
 import os
+from collections.abc import Iterator
 
 # Before torch is imported: its thread pools are made then, and two cores are shared by ranks and by other tests.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 torch.set_num_threads(1)
 
@@ -28,3 +30,14 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data: no folder {folder}; name one in IF_SHARED")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_group_left() -> Iterator[None]:
+    """End the process group, and the environment of a rank, that a command which ran in this process has left."""
+    began_in_group, environment = dist.is_initialized(), dict(os.environ)
+    yield
+    if dist.is_initialized() and not began_in_group:
+        dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
