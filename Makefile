@@ -41,7 +41,7 @@ smoke: install
 	sh launch/smoke.sh
 
 test: install
-	.venv/bin/python -m pytest -q -n 3 --dist loadfile -m 'not slow' tests
+	.venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow' tests
 
 test-slow: install
 	.venv/bin/python -m pytest -q -m slow tests
