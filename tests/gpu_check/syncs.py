@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -64,11 +65,12 @@ def step_row(name: str, check: Check) -> Row:
     """A step of ACCUMULATE micro batches from pinned memory, with the optimizer: counts a micro batch, and where."""
     spec = Spec(shape(check, "small"), 2, FEW_BIT)
     trainer = make_trainer(spec, check)
-    batches = [make_batch(spec, i, check.on_gpu) for i in range(ACCUMULATE)]
+    made = [make_batch(spec, i, check.on_gpu) for i in range(ACCUMULATE)]
+    batches = trainer.on_device(cycle(made))
 
     def step() -> None:
-        for batch in batches:
-            trainer.micro_batch(batch)
+        for _ in range(ACCUMULATE):
+            trainer.micro_batch(batches)
         trainer.step()
 
     def action() -> None:

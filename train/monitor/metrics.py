@@ -82,7 +82,7 @@ class Metrics:
     @torch.no_grad()
     def add_step(self, engine: Engine) -> None:
         """Add the norms of an optimizer step."""
-        norm = engine.grad_norm().to(self.device)
+        norm = engine.grad_norm()
         self._grad_norm += norm
         if self.clip:
             self._clipped += norm > self.clip
