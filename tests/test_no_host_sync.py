@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+from data.text.encoder import TextEncoder
+from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.config import RECOMPUTE, UNetConfig
 from model.diffusion import Diffusion
 from model.losses import training_losses
@@ -39,6 +41,14 @@ def test_forward_loss_and_backward_read_no_number(recompute, out_channels):
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in unet.parameters())
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss.item()
+
+
+def test_the_text_encoder_reads_no_number(tmp_path):
+    write_tiny_t5(TinyT5(out=str(tmp_path / "t5")))
+    encoder = TextEncoder(str(tmp_path / "t5"), 16, "bfloat16", torch.device("cpu"))
+    ids = torch.from_numpy(encoder.token_ids(["a red circle", ""]))
+    encoder.to(torch.device("meta"))
+    assert encoder.states(ids).shape == (2, 16, encoder.dim)
 
 
 @pytest.fixture(scope="module")
