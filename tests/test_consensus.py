@@ -57,7 +57,7 @@ def test_signals_at_random_moments_stop_trainings_whole(tmp_path, ranks):
     """Also while a checkpoint is being written, whose progress the ranks ask for together with it."""
     draw, data, run_dir = random.Random(ranks), make_data(tmp_path / "data"), tmp_path / "run"
     stops = []
-    for _ in range(3):
+    for _ in range(2):
         run = Run(data, run_dir, "steps=5000", f"global_batch={4 * ranks}", ranks=ranks)
         run.wait_for(draw.randrange(1, 6))
         time.sleep(draw.uniform(0, 0.5))
