@@ -24,14 +24,18 @@ def stop_one(repo: Path, folder: Path, ranks: int, draw: random.Random) -> None:
         subprocess.Popen([*command, str(rank), str(ranks), str(folder)], cwd=repo, stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)
     ]
-    while not all((folder / f"ready-{rank}").exists() for rank in range(ranks)):
-        assert all(process.poll() is None for process in started), [p.communicate()[1] for p in started]
-        time.sleep(0.01)
-    time.sleep(draw.uniform(0, 0.3))
-    victim = draw.randrange(ranks)
-    started[victim].send_signal(draw.choice(SIGNALS))
-    for process in started:
-        assert process.wait(timeout=60) == 0, process.communicate()[1]
+    try:
+        while not all((folder / f"ready-{rank}").exists() for rank in range(ranks)):
+            assert all(process.poll() is None for process in started), [p.communicate()[1] for p in started]
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        victim = draw.randrange(ranks)
+        started[victim].send_signal(draw.choice(SIGNALS))
+        for process in started:
+            assert process.wait(timeout=60) == 0, process.communicate()[1]
+    finally:
+        for process in started:
+            process.kill()
     found = [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
     # The one that got it asks with it in that step, or in the next; all stop in the step of the question.
     raised, asked = found[victim]["raised"], found[victim]["asked"]
