@@ -48,13 +48,13 @@ class Chaos:
 
 
 class Run:
-    """One start of a training by two ranks, and what can be done to it."""
+    """One start of a training by two ranks or more, and what can be done to it."""
 
-    def __init__(self, data: Path, run_dir: Path, *overrides: str) -> None:
+    def __init__(self, data: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> None:
         self.run_dir, self.began_at = run_dir, last_step(run_dir)
         self._log = open(run_dir.parent / f"{run_dir.name}.log", "w+")  # noqa: SIM115 - closed in end()
         to_log = {"stdout": self._log, "stderr": self._log}
-        self.process = start(REPO, data, run_dir, *TINY, *overrides, ranks=2, **to_log)
+        self.process = start(REPO, data, run_dir, *TINY, *overrides, ranks=ranks, **to_log)
 
     def wait_for(self, steps: int, patience: float = 180.0) -> None:
         """Until so many steps of this start are made, or it has ended."""

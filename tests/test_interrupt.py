@@ -15,7 +15,7 @@ from tests.support.trainings import make_data, start
 from train.checkpoint.format import complete_checkpoints
 
 STOPPED = "stopped by Ctrl-C\n"
-FINISHES = "Ctrl-C: this step is finished and saved, then the run ends; press again to end at once, without saving\n"
+FINISHES = "Ctrl-C: this step or the next is the last and is saved; press again to end at once, without saving\n"
 
 
 def catch_ctrl_c() -> None:

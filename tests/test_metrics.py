@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.loader.batch import Batch
 from model.config import UNetConfig
 from train.config import Config
 from train.monitor.alerts import Alerts
@@ -17,6 +16,7 @@ from train.monitor.flops import training_flops
 from train.monitor.metrics import PHASES, STRIDE, Metrics
 from train.monitor.provenance import describe_start
 from train.monitor.run_log import read_lines, read_metrics
+from train.noise import DeviceBatch
 
 CPU = torch.device("cpu")
 
@@ -41,8 +41,9 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-def batch(bad: list[tuple[str, str]], n: int = 4) -> Batch:
-    return Batch(torch.zeros(n), torch.zeros(n), torch.zeros(n), torch.ones(n), bad)
+def batch(t: torch.Tensor, bad: list[tuple[str, str]] | None = None, weight: torch.Tensor | None = None) -> DeviceBatch:
+    weight = torch.ones(len(t), device=t.device) if weight is None else weight
+    return DeviceBatch(torch.empty(0), torch.empty(0), weight, t, torch.empty(0), bad or [])
 
 
 def losses(*mse: float) -> dict[str, torch.Tensor]:
@@ -55,11 +56,11 @@ def test_the_means_are_those_of_the_good_samples(alone):
     state = State(torch.ones(10 * STRIDE), torch.full((10 * STRIDE,), 0.75), norm=0.5)
     weight = torch.tensor([1.0, 1.0, 0.0, 1.0])
     t = torch.tensor([0, 249, 300, 999])
-    metrics.add_micro_batch(losses(1, 2, 100, 6), t, weight, batch([("x", "truncated")]))
+    metrics.add_micro_batch(losses(1, 2, 100, 6), batch(t, [("x", "truncated")], weight))
     metrics.add_step(state)
     state.norm = 3.5
     t = torch.tensor([500, 500, 500, 750])
-    metrics.add_micro_batch(losses(3, 3, 3, 3), t, torch.ones(4), batch([("y", "no caption")]))
+    metrics.add_micro_batch(losses(3, 3, 3, 3), batch(t, [("y", "no caption")]))
     metrics.add_step(state)
     values = metrics.reduce(state, state)
     assert values["mse"] == pytest.approx((1 + 2 + 6 + 12) / 7) and values["loss"] == values["mse"] + 1
@@ -71,7 +72,7 @@ def test_the_means_are_those_of_the_good_samples(alone):
     assert values["memory_gb"] > 0.05 and "mfu" not in values and "update_to_weight" not in values
 
     state.master = state.master * 1.02
-    metrics.add_micro_batch(losses(1, 1, 1, 1), torch.zeros(4, dtype=torch.int64), torch.ones(4), batch([]))
+    metrics.add_micro_batch(losses(1, 1, 1, 1), batch(torch.zeros(4, dtype=torch.int64)))
     metrics.add_step(state)
     state.master = state.master * 7
     metrics.add_step(state)
@@ -104,7 +105,7 @@ def test_a_step_does_not_wait_for_the_device():
             with metrics.phase("forward"):
                 values = losses(1, 2, 3, 4)
             on_meta, t = {k: v.to("meta") for k, v in values.items()}, torch.zeros(4, dtype=torch.int64)
-            metrics.add_micro_batch(on_meta, t, torch.ones(4), batch([("x", "bad")]))
+            metrics.add_micro_batch(on_meta, batch(t, [("x", "bad")]))
             metrics.add_step(state)
     with pytest.raises((RuntimeError, NotImplementedError)):
         metrics._grad_norm.item()

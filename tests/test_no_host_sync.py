@@ -1,12 +1,24 @@
-"""A training step never waits for the device: on the meta device, which has no numbers to read, it runs to its end."""
+"""A training does not wait for the device but in DeepSpeed's check of the gradient, once a step.
+
+The net runs to its end on the meta device, which has no numbers to read. The whole loop is counted in real trainings.
+"""
+
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from data.text.encoder import TextEncoder
+from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.config import RECOMPUTE, UNetConfig
 from model.diffusion import Diffusion
 from model.losses import training_losses
 from model.unet import UNet
+from tests.support.counted_waits import ACCUMULATE, MICRO_BATCH, STEPS
+from tests.support.trainings import make_data
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -29,3 +41,50 @@ def test_forward_loss_and_backward_read_no_number(recompute, out_channels):
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in unet.parameters())
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss.item()
+
+
+def test_the_text_encoder_reads_no_number(tmp_path):
+    write_tiny_t5(TinyT5(out=str(tmp_path / "t5")))
+    encoder = TextEncoder(str(tmp_path / "t5"), 16, "bfloat16", torch.device("cpu"))
+    ids = torch.from_numpy(encoder.token_ids(["a red circle", ""]))
+    encoder.to(torch.device("meta"))
+    assert encoder.states(ids).shape == (2, 16, encoder.dim)
+
+
+@pytest.fixture(scope="module")
+def counted(repo, tmp_path_factory) -> dict[str, dict]:
+    """What each way to train counts."""
+    folder = tmp_path_factory.mktemp("counted")
+    out = folder / "counted"
+    command = [sys.executable, "-m", "tests.support.counted_waits", str(make_data(folder / "data")), str(out)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+# What is on the host anyway: the draws of t and noise, and what the ranks answered one another.
+ON_HOST = {
+    "read: train/noise.py draw_t_and_noise": ACCUMULATE * (1 + 2 * MICRO_BATCH),
+    "read: train/faults/preempt.py answer": 1,
+}
+# DeepSpeed looks for values that are not finite, then at the norm, and at the norm once more before it clips.
+OVERFLOW_CHECK = {"read: zero/stage_1_and_2.py has_overflow": 1, "read: runtime/utils.py is_invalid_grad_norm": 2}
+# Pixels, text, weight, t and noise.
+COPIES = {"copy: train/noise.py _send": 5 * ACCUMULATE}
+A_STEP = ON_HOST | OVERFLOW_CHECK | COPIES
+
+
+def test_the_loop_waits_in_the_check_of_the_gradient_alone(counted):
+    found = counted["as it is"]
+    # The first step makes the optimizer's state, and sends a micro batch more; the last one sends one less.
+    assert found["steps"][1:-1] == [A_STEP] * (STEPS - 2)
+    # The next micro batch is sent before the engine's step, in which the host waits; none is loaded beyond the end.
+    assert found["order"] == ["send", *["send", "step"] * (STEPS * ACCUMULATE - 1), "step"]
+
+
+def test_what_would_make_the_loop_wait_is_counted(counted):
+    read = {"read: train/loop.py train": ACCUMULATE}
+    assert counted["a number read"]["steps"][1:-1] == [A_STEP | read] * (STEPS - 2)
+    timer = {f"synchronize: utils/timer.py {place}": ACCUMULATE for place in ("start", "stop")}
+    assert counted["the timer"]["steps"][-2] == A_STEP | timer

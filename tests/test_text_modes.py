@@ -27,7 +27,7 @@ from train.config import Config
 from train.export import Export, export
 from train.inputs import Inputs, find_inputs
 
-TOKENS, SAMPLES, CPU = 16, 40, torch.device("cpu")
+TOKENS, SAMPLES = 16, 40
 
 
 def write_shards(folder: Path) -> Path:
@@ -76,7 +76,7 @@ def batches(base: Path, mode: str, drop: float = 0.3, workers: int = 0, ranks: i
         source = micro_batches(stream, workers, pin_memory=False)
         got: list[Batch] = [next(source) for _ in range(n)]
         bad |= {tuple(one) for batch in got for one in batch.bad}
-        parts.append([(b.visit, found.text_emb(b, CPU).float(), b.weight) for b in got])
+        parts.append([(b.visit, found.text_emb(b.text_emb).float(), b.weight) for b in got])
     return [[torch.cat(pieces) for pieces in zip(*step, strict=True)] for step in zip(*parts, strict=True)], bad
 
 
@@ -230,7 +230,7 @@ def test_data_embed_online_and_the_exported_pipeline_agree(shared, tmp_path, com
         )  # fmt: skip
         batch = next(micro_batches(stream, 0, pin_memory=False))
         assert not batch.bad
-        states[mode] = found.text_emb(batch, CPU).float()[batch.visit.argsort()]
+        states[mode] = found.text_emb(batch.text_emb).float()[batch.visit.argsort()]
 
     run = write_run(tmp_path / "run", NET, tmp_path / "text")
     export(Export(str(run), str(tmp_path / "if"), encoder="auto"))

@@ -202,6 +202,8 @@ def build_engine(unet: UNet, config: Config, ranks: int) -> Engine:
             # DeepSpeed's default for bf16, fp32, would keep a whole fp32 gradient on every GPU.
             "data_types": {"grad_accum_dtype": "bf16" if bf16 else "fp32"},
             "steps_per_print": None,
+            # It would wait for the device twice a micro batch.
+            "timers": {"throughput": {"enabled": False}},
         },
     )
     assert isinstance(wrapped, DeepSpeedZeroOptimizer), type(wrapped)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.loader.batch import Batch
 from data.loader.dataset import Dataset, find_datasets
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
@@ -46,11 +45,9 @@ class Inputs:
         if self.encoder:
             self.encoder.to(device)
 
-    def text_emb(self, batch: Batch, device: torch.device) -> Tensor:
-        """[N, L, D] of a batch on the device: as stored, or computed there by the frozen encoder from the tokens."""
-        if self.encoder:
-            return self.encoder.states(batch.text_emb)
-        return batch.text_emb.to(device, non_blocking=True)
+    def text_emb(self, loaded: Tensor) -> Tensor:
+        """[N, L, D] of a batch's text_emb on the device: as loaded, or made by the frozen encoder of its tokens."""
+        return self.encoder.states(loaded) if self.encoder else loaded
 
     @property
     def identity(self) -> DataIdentity:

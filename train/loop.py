@@ -1,11 +1,10 @@
 """The training: read this page first."""
 
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from data.loader.batch import Batch
 from data.loader.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
@@ -16,12 +15,12 @@ from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import Engine, build_engine
 from train.faults.guard import Guard
-from train.faults.preempt import RankConsensus, mark_done
+from train.faults.preempt import RankConsensus, mark_done, stop_requested
 from train.faults.watchdog import Watchdog
 from train.inputs import Inputs, begins_from_weights
 from train.monitor.metrics import Metrics
 from train.monitor.progress import RunProgress
-from train.noise import draw_t_and_noise
+from train.noise import DeviceBatches
 from train.weights.lora import add_lora
 
 
@@ -48,24 +47,24 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     guard, watchdog = Guard(config, rank, stream, consensus), Watchdog(rank, config.hang_seconds)
 
     for step in range(first_step + 1, config.steps + 1):
-        lr = engine.lr()
+        lr, answer = engine.lr(), consensus.ask(stop_requested(), *writer.progress())
         for _ in range(accumulation(config, ranks)):
             watchdog.reset()
-            # Take a batch
+            # Take a batch, and noise it
             with metrics.phase("data"):
                 batch = next(batches)
-            x_start, weight = batch.x_start(device), batch.weight.to(device)
-            # Noise it
-            t, noise = draw_t_and_noise(config.seed, batch.visit, x_start, config.diffusion_steps)
-            x_t = diffusion.q_sample(x_start, t, noise)
+            x_t = diffusion.q_sample(batch.x_start, batch.t, batch.noise)
             # Predict and score
             with metrics.phase("forward"):
-                model_output = engine(x_t, t, inputs.text_emb(batch, device))
-                losses = training_losses(diffusion, model_output, x_start, x_t, t, noise)
+                model_output = engine(x_t, batch.t, inputs.text_emb(batch.text_emb))
+                losses = training_losses(diffusion, model_output, batch.x_start, x_t, batch.t, batch.noise)
             with metrics.phase("backward"):
-                engine.backward((losses["loss"] * weight).mean())
-            metrics.add_micro_batch(losses, t, weight, batch)
-            guard.record(step, batch, losses["loss"])
+                engine.backward((losses["loss"] * batch.weight).mean())
+            metrics.add_micro_batch(losses, batch)
+            guard.record(step, batch.bad, losses["loss"])
+            # Send the next batch while the device computes
+            with metrics.phase("data"):
+                batches.prefetch()
             # Step, which the engine does after the last micro batch
             with metrics.phase("step"):
                 engine.step()
@@ -75,10 +74,10 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             ema.update(engine, step)
             metrics.add_step(engine)
         guard.check_step(step, engine.stepped)
-        last, stop = step == config.steps, consensus.stop_requested()
+        last, (stop, *checkpoint) = step == config.steps, answer()
+        writer.poll(*checkpoint)
 
         # Log
-        writer.poll()
         if step % config.log_every == 0 or last:
             values = metrics.reduce(engine, ema)
             values |= {"lr": lr, "save_stall_share": writer.stall_share(), "skipped_steps": guard.pop_skipped()}
@@ -132,10 +131,12 @@ def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
 
 def load(
     config: Config, inputs: Inputs, rank: int, ranks: int, first_step: int, device: torch.device
-) -> tuple[MicroBatches, Iterator[Batch]]:
-    """The order of this rank's micro batches after first_step, and an iterator that loads them."""
+) -> tuple[MicroBatches, DeviceBatches]:
+    """The order of this rank's micro batches after first_step, and an iterator over them to the end of the run."""
     stream = MicroBatches(
         config.data, inputs.datasets, inputs.meta, image_size=config.model.image_size, seed=config.seed,
         global_batch=config.global_batch, micro_batch=config.micro_batch, rank=rank, ranks=ranks, step=first_step,
     )  # fmt: skip
-    return stream, micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
+    loaded = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
+    wanted = islice(loaded, (config.steps - first_step) * stream.micro_batches)
+    return stream, DeviceBatches(wanted, config.seed, config.diffusion_steps, device)

@@ -1,19 +1,102 @@
-"""The timestep and the noise of each sample, drawn by its visit: they are the same on any number of ranks."""
+"""The micro batches on the device, each sample with its timestep and its noise; the next one is sent ahead."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.loader.batch import Batch
 from data.loader.draws import Draw, generator
 
 
-def draw_t_and_noise(seed: int, visit: Tensor, x_start: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
-    """t, uniform in [0, timesteps), and Gaussian noise, drawn on the CPU and moved to the device of x_start.
+@dataclass(slots=True)
+class DeviceBatch:
+    """A micro batch of N samples on the device.
 
-    Shapes: visit [N] int64; x_start [N, 3, H, W]; t [N] int64; noise [N, 3, H, W] float32.
+    Shapes: x_start [N, 3, H, W] float32 in [-1, 1]; text_emb and weight as in Batch; t [N] int64; noise as x_start.
+    bad: (sample, reason) for each weight of 0.
     """
-    visits = visit.tolist()
-    t = [int(generator(seed, Draw.TIMESTEP, v).integers(timesteps)) for v in visits]
-    shape = tuple(x_start.shape[1:])
-    noise = [generator(seed, Draw.NOISE, v).standard_normal(shape, dtype=np.float32) for v in visits]
-    return torch.tensor(t).to(x_start.device), torch.from_numpy(np.stack(noise)).to(x_start.device)
+
+    x_start: Tensor
+    text_emb: Tensor
+    weight: Tensor
+    t: Tensor
+    noise: Tensor
+    bad: list[tuple[str, str]]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.x_start, self.text_emb, self.weight, self.t, self.noise
+
+
+class DeviceBatches:
+    """The loader's micro batches, in its order, on the device with their t and noise.
+
+    The host waits for the device once a step. What it draws and copies after that keeps the device waiting, so the loop
+    calls prefetch() before it. The copies leave page-locked memory in a stream of their own, beside the backward.
+    timesteps: t is uniform in [0, timesteps).
+    """
+
+    def __init__(self, batches: Iterator[Batch], seed: int, timesteps: int, device: torch.device) -> None:
+        self._batches, self._seed, self._timesteps, self._device = batches, seed, timesteps, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: DeviceBatch | None = None
+        self._error: Exception | None = None
+
+    def __iter__(self) -> "DeviceBatches":
+        return self
+
+    def __next__(self) -> DeviceBatch:
+        self.prefetch()
+        batch, self._next = self._next, None
+        if batch is None:
+            raise self._error or StopIteration
+        if self._stream:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in batch.tensors:
+                # They were allocated in the other stream, which would take their memory back before this one is done.
+                tensor.record_stream(current)
+        return batch
+
+    def prefetch(self) -> None:
+        """Load, draw and send the next micro batch, unless it is sent already or there is none.
+
+        An error of the loader is raised by next(), after the step that is being made.
+        """
+        if self._next or self._error:
+            return
+        try:
+            batch = next(self._batches, None)
+        except Exception as error:
+            self._error = error
+            return
+        if batch:
+            with torch.cuda.stream(self._stream):  # of no effect on a CPU, where there is no stream
+                self._next = self._send(batch)
+
+    def _send(self, batch: Batch) -> DeviceBatch:
+        shape = tuple(batch.pixels.shape[1:])
+        t, noise = draw_t_and_noise(self._seed, batch.visit, shape, self._timesteps, self._stream is not None)
+        pixels, text_emb, weight, t, noise = (
+            tensor.to(self._device, non_blocking=True)
+            for tensor in (batch.pixels, batch.text_emb, batch.weight, t, noise)
+        )
+        return DeviceBatch(pixels.float() / 127.5 - 1.0, text_emb, weight, t, noise, batch.bad)
+
+
+def draw_t_and_noise(
+    seed: int, visit: Tensor, shape: tuple[int, ...], timesteps: int, pin_memory: bool = False
+) -> tuple[Tensor, Tensor]:
+    """t, uniform in [0, timesteps), and Gaussian noise, drawn by each sample's visit: the same on any number of ranks.
+
+    Shapes: visit [N] int64; t [N] int64; noise [N, *shape] float32. All on the host, page-locked if pin_memory.
+    """
+    t = torch.empty(len(visit), dtype=torch.int64, pin_memory=pin_memory)
+    noise = torch.empty((len(visit), *shape), pin_memory=pin_memory)
+    for i, v in enumerate(visit.tolist()):
+        t.numpy()[i] = generator(seed, Draw.TIMESTEP, v).integers(timesteps)
+        generator(seed, Draw.NOISE, v).standard_normal(dtype=np.float32, out=noise.numpy()[i])
+    return t, noise

@@ -35,16 +35,12 @@ class Batch:
             _shared_zeros((n,), torch.float32),
         )
 
-    def x_start(self, device: torch.device) -> Tensor:
-        """The images [N, 3, H, W] float32 in [-1, 1], on the device."""
-        return self.pixels.to(device, non_blocking=True).float() / 127.5 - 1.0
-
     def copy(self, pin_memory: bool) -> "Batch":
-        """A copy in memory of its own, page-locked if pin_memory."""
-        pixels, text_emb, visit, weight = (
-            t.pin_memory() if pin_memory else t.clone() for t in (self.pixels, self.text_emb, self.visit, self.weight)
+        """A copy in memory of its own; what goes to the device is page-locked if pin_memory."""
+        pixels, text_emb, weight = (
+            t.pin_memory() if pin_memory else t.clone() for t in (self.pixels, self.text_emb, self.weight)
         )
-        return Batch(pixels, text_emb, visit, weight, self.bad)
+        return Batch(pixels, text_emb, self.visit.clone(), weight, self.bad)
 
 
 def _shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

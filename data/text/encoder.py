@@ -63,9 +63,13 @@ class TextEncoder:
     def states(self, token_ids: Tensor) -> Tensor:
         """[N, tokens, dim] in the compute dtype, on the device. token_ids: [N, tokens] int32, as from token_ids()."""
         ids = token_ids.to(self.device, torch.int64, non_blocking=True)
-        mask = ids >= 0
-        ids = ids.masked_fill(~mask, self.tokenizer.pad_token_id)
-        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        padding = ids < 0
+        # As attention adds it, [N, 1, tokens, tokens]: of a mask [N, tokens] transformers reads on the host whether it
+        # masks anything.
+        mask = torch.zeros(ids.shape, dtype=self.model.dtype, device=ids.device)
+        mask = mask.masked_fill(padding, torch.finfo(mask.dtype).min)[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        ids = ids.masked_fill(padding, self.tokenizer.pad_token_id)
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     def start(self, token_ids: Tensor) -> Callable[[], Tensor]:
         """Start a batch. Returns a function that waits for its states [N, tokens, dim] on the host.

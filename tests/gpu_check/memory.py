@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from itertools import cycle
 
 import torch
 
@@ -60,12 +61,12 @@ def training_row(name: str, check: Check, size: str, mode: str) -> Row:
     before = start_count(check)
     spec = Spec(config, micro_batch, FEW_BIT, mode)
     trainer = make_trainer(spec, check)
-    batches = [make_batch(spec, i, pin=True) for i in range(ACCUMULATE)]
+    batches = trainer.on_device(cycle([make_batch(spec, i, pin=True) for i in range(ACCUMULATE)]))
     for count in range(3):  # the first makes the moments
         if count == 2:
             torch.cuda.reset_peak_memory_stats()
-        for batch in batches:
-            trainer.micro_batch(batch)
+        for _ in range(ACCUMULATE):
+            trainer.micro_batch(batches)
         trainer.step()
     measured = torch.cuda.max_memory_allocated() - before
     return against_plan(name, measured, plan, f"{trainer.name}, micro batch {micro_batch}")

@@ -3,6 +3,7 @@
 The first needs deepspeed and bitsandbytes; torch's AdamW on a float32 net takes its place without them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from model.diffusion import Diffusion
 from model.losses import training_losses
 from tests.gpu_check.check import Check, missing
 from tests.gpu_check.nets import KEEP, TIMESTEPS, TOKENS, build, compile_whole
+from train.noise import DeviceBatches
 
 ENGINE = ("deepspeed", "bitsandbytes")
 ACCUMULATE, STEPS = 2, 1000
@@ -77,16 +79,22 @@ class Trainer:
         """Add to the gradient."""
         (loss / ACCUMULATE).backward()
 
-    def micro_batch(self, batch: Batch) -> None:
-        """What train/loop.py does with a micro batch, without the sums of the metrics."""
-        from train.noise import draw_t_and_noise
+    def end_micro_batch(self) -> None:
+        """What comes after each micro batch's backward: nothing."""
 
-        x_start, weight = batch.x_start(self.device), batch.weight.to(self.device)
-        t, noise = draw_t_and_noise(0, batch.visit, x_start, TIMESTEPS)
-        x_t = self.diffusion.q_sample(x_start, t, noise)
-        output = self.forward(x_t, t, batch.text_emb.to(self.device, non_blocking=True))
-        losses = training_losses(self.diffusion, output, x_start, x_t, t, noise)
-        self.backward((losses["loss"] * weight).mean())
+    def on_device(self, batches: Iterable[Batch]) -> DeviceBatches:
+        """The batches as train/loop.py takes them."""
+        return DeviceBatches(iter(batches), 0, TIMESTEPS, self.device)
+
+    def micro_batch(self, batches: DeviceBatches) -> None:
+        """What train/loop.py does with the next micro batch, without the sums of the metrics."""
+        batch = next(batches)
+        x_t = self.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
+        output = self.forward(x_t, batch.t, batch.text_emb)
+        losses = training_losses(self.diffusion, output, batch.x_start, x_t, batch.t, batch.noise)
+        self.backward((losses["loss"] * batch.weight).mean())
+        batches.prefetch()
+        self.end_micro_batch()
 
     def step(self) -> None:
         """Move the weights."""
@@ -96,9 +104,11 @@ class Trainer:
 
     def train(self, first: int, last: int) -> None:
         """The steps from first to last, numbered from 1, each with its own batches."""
-        for step in range(first, last + 1):
-            for i in range(ACCUMULATE):
-                self.micro_batch(make_batch(self.spec, step * ACCUMULATE + i, self.check.on_gpu))
+        numbers = range(first * ACCUMULATE, (last + 1) * ACCUMULATE)
+        batches = self.on_device(make_batch(self.spec, number, self.check.on_gpu) for number in numbers)
+        for _ in range(first, last + 1):
+            for _ in range(ACCUMULATE):
+                self.micro_batch(batches)
             self.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -151,8 +161,11 @@ class EngineTrainer(Trainer):
         return self.engine(x_t, t, text_emb)
 
     def backward(self, loss: Tensor) -> None:
-        """The engine's; it divides by the number of micro batches. At the end of each, its step()."""
+        """The engine's; it divides by the number of micro batches."""
         self.engine.backward(loss)
+
+    def end_micro_batch(self) -> None:
+        """The engine's step, which it makes after the last of them."""
         self.engine.step()
 
     def step(self) -> None:

@@ -35,8 +35,9 @@ from train.faults.preempt import RankConsensus
 class CheckpointWriter:
     """Writes one checkpoint at a time; every method is a collective call of the training threads.
 
-    The writing threads touch files and host memory alone, never a process group. The training threads find out between
-    two steps (poll) that all ranks have written. Only then the first rank's thread writes the manifest and renames.
+    The writing threads touch files and host memory alone, never a process group. The training threads ask one another
+    in each step (progress) whether all ranks have written. If they have, the first rank's thread writes the manifest
+    and renames (poll).
     changes: of the configuration since the run's first step, as train.checkpoint.resume.find_history makes them.
     Methods raise: CheckpointFailed on all ranks if one of them could not write; older checkpoints stay untouched.
     """
@@ -91,12 +92,13 @@ class CheckpointWriter:
         self._start(write)
         self._stalled += time.perf_counter() - began
 
-    def poll(self) -> None:
-        """Advance the checkpoint under way if all ranks are ready to."""
-        if not self._publish:
-            return
-        busy, failed = self._consensus.any(self._thread is not None and self._thread.is_alive(), bool(self._error))
-        if busy:
+    def progress(self) -> tuple[bool, bool]:
+        """Whether this rank's thread is at work, and whether it failed; what the ranks ask one another of it."""
+        return self._thread is not None and self._thread.is_alive(), bool(self._error)
+
+    def poll(self, busy: bool, failed: bool) -> None:
+        """Advance the checkpoint under way.  busy, failed: whether progress() was so on any rank."""
+        if busy or not self._publish:
             return
         if failed:
             self._fail()
@@ -114,7 +116,7 @@ class CheckpointWriter:
         """Wait until the checkpoint under way is complete."""
         began = time.perf_counter()
         while self._publish:
-            self.poll()
+            self.poll(*self._consensus.ask(*self.progress())())
             time.sleep(0.01)
         self._stalled += time.perf_counter() - began
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.loader.batch import Batch
 from data.loader.stream import MicroBatches
 from train.config import Config
 from train.faults.preempt import RankConsensus
@@ -40,9 +39,9 @@ class Guard:
         self._skipped_in_a_row = self._skipped = 0
         self._samples = self._bad = 0.0
 
-    def record(self, step: int, batch: Batch, losses: Tensor) -> None:
+    def record(self, step: int, bad: list[tuple[str, str]], losses: Tensor) -> None:
         """List the bad samples of the next micro batch, and keep its losses [N] without reading their values."""
-        self._quarantine.add(step, batch.bad)
+        self._quarantine.add(step, bad)
         self._losses.append((self._next_micro_batch, losses.detach()))
         self._next_micro_batch += 1
 

@@ -1,7 +1,8 @@
-"""A signal to one rank stops all ranks together: they finish the step, save, and exit with a status to requeue."""
+"""A signal to one rank stops all ranks together: after this step or the next they save, and exit to be requeued."""
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -43,12 +44,17 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         os._exit(INTERRUPTED)
     else:
         _state["interrupted"] = True
-        tell("Ctrl-C: this step is finished and saved, then the run ends; press again to end at once, without saving")
+        tell("Ctrl-C: this step or the next is the last and is saved; press again to end at once, without saving")
     _state["stop_requested"] = True
 
 
+def stop_requested() -> bool:
+    """Whether a signal asked this rank to stop."""
+    return bool(_state["stop_requested"])
+
+
 class RankConsensus:
-    """Tells all ranks what is true on one of them, between two steps.
+    """Tells all ranks what is true on one of them, with the same answer on all.
 
     It has a process group of its own over the hosts' network, so it does not wait for the device and allocates nothing
     there. All ranks construct it when training begins; from then on a signal requests a stop instead of an exit.
@@ -58,21 +64,26 @@ class RankConsensus:
         self._group = dist.new_group(backend="gloo")
         _state["training"] = True
 
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is true on any rank; a collective call."""
+    def ask(self, *flags: bool) -> Callable[[], list[bool]]:
+        """Ask whether each flag is true on any rank, as it is now; a collective call that waits for nobody.
+
+        Returns a function that waits for the answer. Asked at the start of a step and read at its end, the answer is
+        there already: gradients were summed over the ranks meanwhile.
+        """
         raised = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
-        return [bool(flag) for flag in raised.tolist()]
+        asked = dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def answer() -> list[bool]:
+            asked.wait()
+            return [bool(flag) for flag in raised.tolist()]
+
+        return answer
 
     def gather(self, value: object) -> list:
         """The values of all ranks, by rank; a collective call, for small values."""
         values: list = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
-
-    def stop_requested(self) -> bool:
-        """Whether a signal asked any rank to stop; a collective call."""
-        return self.any(bool(_state["stop_requested"]))[0]
 
 
 def mark_done(run_dir: Path, step: int) -> None:

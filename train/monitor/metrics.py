@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader.batch import Batch
 from train.config import Config
 from train.ema import EMA
 from train.engine import Engine
 from train.monitor.flops import peak_flops, training_flops
+from train.noise import DeviceBatch
 
 QUARTERS = 4
 PHASES = ("data", "forward", "backward", "step", "save", "sample")
@@ -65,8 +65,9 @@ class Metrics:
         self._seconds[name] += time.perf_counter() - began
 
     @torch.no_grad()
-    def add_micro_batch(self, losses: dict[str, Tensor], t: Tensor, weight: Tensor, batch: Batch) -> None:
-        """Add the per-sample losses [N] of a micro batch.  t, weight: [N]."""
+    def add_micro_batch(self, losses: dict[str, Tensor], batch: DeviceBatch) -> None:
+        """Add the per-sample losses [N] of a micro batch."""
+        t, weight = batch.t, batch.weight
         for name, value in losses.items():
             self._loss_sums[name] = self._loss_sums.get(name, 0) + (value.detach() * weight).sum().double()
         quarter = t * QUARTERS // self.timesteps
@@ -81,7 +82,7 @@ class Metrics:
     @torch.no_grad()
     def add_step(self, engine: Engine) -> None:
         """Add the norms of an optimizer step."""
-        norm = engine.grad_norm().to(self.device)
+        norm = engine.grad_norm()
         self._grad_norm += norm
         if self.clip:
             self._clipped += norm > self.clip
