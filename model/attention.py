@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks import group_norm, zero_init
+from model.config import TEXT_NORM_GROUPS
 from model.recompute import call, recomputed
 
 
@@ -25,14 +26,16 @@ class AttentionBlock(nn.Module):
     Source: guided-diffusion's AttentionBlock, with the text keys as in DeepFloyd IF.
     """
 
-    def __init__(self, channels: int, num_head_channels: int, encoder_channels: int, recompute: str = "none") -> None:
+    def __init__(
+        self, channels: int, num_head_channels: int, encoder_channels: int, norm_groups: int, recompute: str = "none"
+    ) -> None:
         super().__init__()
         self.run = recomputed if recompute == "cheap" else call
         self.num_heads = channels // num_head_channels
-        self.norm = group_norm(channels)
+        self.norm = group_norm(norm_groups, channels)
         self.qkv = Projection(channels, channels * 3)
         self.encoder_kv = Projection(encoder_channels, channels * 2)
-        self.norm_encoder = group_norm(encoder_channels)
+        self.norm_encoder = group_norm(TEXT_NORM_GROUPS, encoder_channels)
         self.proj_out = zero_init(Projection(channels, channels))
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:

@@ -7,15 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.activations import make_activation
-from model.config import NORM_GROUPS
 from model.recompute import call, recomputed
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """The net's normalisation: 32 groups, eps 1e-5; its statistics are fp32, also for bf16 inputs."""
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-5)
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    """The net's normalisation, with eps 1e-5; its statistics are fp32, also for bf16 inputs."""
+    return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
 def zero_init(module: M) -> M:
@@ -52,6 +51,7 @@ class ResBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         emb_channels: int,
+        norm_groups: int,
         activation: str,
         resample: str = "none",
         recompute: str = "none",
@@ -60,7 +60,7 @@ class ResBlock(nn.Module):
         self.run = recomputed if recompute == "cheap" else call
         self.resample = resample
         self.in_layers = nn.Sequential(
-            group_norm(in_channels),
+            group_norm(norm_groups, in_channels),
             make_activation(activation, recompute),
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
         # the released weights' names.
         self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(emb_channels, 2 * out_channels))
         self.out_layers = nn.Sequential(
-            group_norm(out_channels),
+            group_norm(norm_groups, out_channels),
             make_activation(activation, recompute),
             nn.Identity(),  # where the released net has its dropout of 0
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),

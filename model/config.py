@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
-# Every normalisation divides its channels into this many groups.
-NORM_GROUPS = 32
+# The norm of the text states has this many groups in every net, as diffusers' has.
+TEXT_NORM_GROUPS = 32
+# With fewer channels in a group, a norm removes most of what their means over the picture say, its colour for one.
+MIN_GROUP_CHANNELS = 4
 # 'gelu' is the exact one, by erf; the others round its derivative to 1, 2, 3 or 4 bits (model.fewbit).
 ACTIVATIONS = ("gelu", "gelu_1bit", "gelu_2bit", "gelu_3bit", "gelu_4bit")
 # What backward computes again because forward did not keep it (model.recompute); the gradients are the same with each.
@@ -25,6 +27,7 @@ class UNetConfig:
     num_res_blocks: residual blocks of a level on the way down; there is one more on the way up.
     attention_resolutions: sides in pixels of the levels that have attention.
     num_head_channels: channels of a head of attention.
+    norm_groups: groups of each norm of the picture's states, 32 as released; at least 4 channels in each are right.
     encoder_dim: width of the text states; 0 for not known yet, and a training takes it from the embeddings' meta.json.
     encoder_channels: width of the text states inside the net, 4 x model_channels as released.
     att_pool_heads: heads of the pooling of the text states; divides encoder_dim.
@@ -39,6 +42,7 @@ class UNetConfig:
     num_res_blocks: int = 3
     attention_resolutions: list[int] = field(default_factory=lambda: [32, 16, 8])
     num_head_channels: int = 64
+    norm_groups: int = 32
     encoder_dim: int = 0
     encoder_channels: int = 2816
     att_pool_heads: int = 64
@@ -59,12 +63,17 @@ class UNetConfig:
         return [self.image_size // 2**level in self.attention_resolutions for level in range(len(self.channel_mult))]
 
     @property
+    def group_channels(self) -> int:
+        """Channels in the smallest group of a norm."""
+        return min(self.widths) // self.norm_groups
+
+    @property
     def time_embed_dim(self) -> int:
         return self.model_channels * max(self.channel_mult)
 
     def __post_init__(self) -> None:
         for name in ("image_size", "in_channels", "model_channels", "num_res_blocks", "num_head_channels",
-                     "encoder_channels", "att_pool_heads"):  # fmt: skip
+                     "norm_groups", "encoder_channels", "att_pool_heads"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
         if not self.channel_mult or min(self.channel_mult) < 1:
@@ -96,18 +105,23 @@ class UNetConfig:
             raise ValueError(f"model.model_channels={self.model_channels} must be even: half cosines and half sines")
         for level, (width, mult) in enumerate(zip(self.widths, self.channel_mult, strict=True)):
             product = f"model.model_channels={self.model_channels} x channel_mult {mult} = {width} channels"
-            if width % NORM_GROUPS:
-                raise ValueError(f"{product}, not divisible by the {NORM_GROUPS} groups of the norms")
+            if width % self.norm_groups:
+                raise ValueError(f"{product}, not divisible by the model.norm_groups={self.norm_groups} of the norms")
+            if width == self.norm_groups:
+                raise ValueError(
+                    f"{product} in model.norm_groups={self.norm_groups}: a norm of one channel a group erases the mean "
+                    f"of each, and the net cannot see colours: at most {width // MIN_GROUP_CHANNELS} groups are right"
+                )
             if (self.attention_levels[level] or level == levels - 1) and width % self.num_head_channels:
                 raise ValueError(
                     f"{product}, not divisible into heads of model.num_head_channels={self.num_head_channels}"
                 )
 
     def _check_text(self) -> None:
-        if self.encoder_channels % NORM_GROUPS:
+        if self.encoder_channels % TEXT_NORM_GROUPS:
             raise ValueError(
-                f"model.encoder_channels={self.encoder_channels} is not divisible by the {NORM_GROUPS} groups of the "
-                "norms"
+                f"model.encoder_channels={self.encoder_channels} is not divisible by the {TEXT_NORM_GROUPS} groups of "
+                "the text's norm"
             )
         if self.encoder_dim < 0 or self.encoder_dim % self.att_pool_heads:
             raise ValueError(

@@ -59,7 +59,7 @@ def diffusers_config(config: UNetConfig) -> dict[str, object]:
         "block_out_channels": config.widths,
         "layers_per_block": config.num_res_blocks,
         "act_fn": "gelu",
-        "norm_num_groups": 32,
+        "norm_num_groups": config.norm_groups,
         "norm_eps": 1e-5,
         "attention_head_dim": config.num_head_channels,
         "cross_attention_dim": config.encoder_channels,

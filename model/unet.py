@@ -60,7 +60,7 @@ class UNet(nn.Module):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute} must be one of {', '.join(RECOMPUTE)}")
         self.config = config
-        emb, act, widths = config.time_embed_dim, config.activation, config.widths
+        emb, act, widths, groups = config.time_embed_dim, config.activation, config.widths, config.norm_groups
         last = len(widths) - 1
 
         self.time_embed = nn.Sequential(
@@ -77,10 +77,10 @@ class UNet(nn.Module):
         )
 
         def attention(channels: int) -> AttentionBlock:
-            return AttentionBlock(channels, config.num_head_channels, config.encoder_channels, recompute)
+            return AttentionBlock(channels, config.num_head_channels, config.encoder_channels, groups, recompute)
 
         def res(in_channels: int, out_channels: int, resample: str = "none") -> ResBlock:
-            return ResBlock(in_channels, out_channels, emb, act, resample, recompute)
+            return ResBlock(in_channels, out_channels, emb, groups, act, resample, recompute)
 
         def stage(*layers: nn.Module) -> Stage:
             return Stage(list(layers), recompute)
@@ -114,7 +114,9 @@ class UNet(nn.Module):
 
         self.run = call if recompute == "none" else recomputed
         self.out = nn.Sequential(
-            group_norm(ch), make_activation(act, recompute), zero_init(nn.Conv2d(ch, config.out_channels, 3, padding=1))
+            group_norm(groups, ch),
+            make_activation(act, recompute),
+            zero_init(nn.Conv2d(ch, config.out_channels, 3, padding=1)),
         )
 
     @property

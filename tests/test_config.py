@@ -176,8 +176,9 @@ def test_the_model_is_a_library():
     code = """
 import torch
 from model import Diffusion, UNet, UNetConfig, training_losses
-net = UNet(UNetConfig(image_size=8, model_channels=32, channel_mult=[1], num_res_blocks=1, attention_resolutions=[],
-                      num_head_channels=32, encoder_dim=16, encoder_channels=32, att_pool_heads=2))
+net = UNet(UNetConfig(image_size=8, model_channels=32, norm_groups=8, channel_mult=[1], num_res_blocks=1,
+                      attention_resolutions=[], num_head_channels=32, encoder_dim=16, encoder_channels=32,
+                      att_pool_heads=2))
 x, t, noise, diffusion = torch.zeros(2, 3, 8, 8), torch.tensor([3, 9]), torch.ones(2, 3, 8, 8), Diffusion(10)
 x_t = diffusion.q_sample(x, t, noise)
 print(sorted(training_losses(diffusion, net(x_t, t, torch.ones(2, 5, 16)), x, x_t, t, noise)))

@@ -36,7 +36,7 @@ from train.neighbours import main as find_neighbours
 from train.sampling.sampler import make_scheduler, sample
 
 NET = UNetConfig(
-    image_size=32, model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[16],
+    image_size=32, model_channels=32, norm_groups=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[16],
     num_head_channels=32, encoder_dim=64, encoder_channels=64, att_pool_heads=4,
     activation="gelu_3bit",
 )  # fmt: skip

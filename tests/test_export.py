@@ -26,7 +26,7 @@ from train.weights.pretrained import load_pretrained
 
 NET = UNetConfig(
     image_size=16, model_channels=64, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[8],
-    num_head_channels=32, encoder_dim=48, encoder_channels=64, att_pool_heads=4,
+    norm_groups=16, num_head_channels=32, encoder_dim=48, encoder_channels=64, att_pool_heads=4,
     activation="gelu_3bit",
 )  # fmt: skip
 EPS_ALONE = replace(NET, out_channels=3)
@@ -264,6 +264,9 @@ def test_weights_that_do_not_fit_are_named(base, tmp_path):
     refused(r"time_embed\.0\.weight is \[128, 64\], the net's \[256, 128\]", base / "run", wider)
     refused(r"conv_out\.weight is \[6,.*the net's \[3,", base / "run-if", EPS_ALONE)
     refused(r"conv_out\.weight is \[6,.*the net's \[2,", base / "eps-if", replace(NET, in_channels=1, out_channels=2))
+    for path in (base / "run-if", base / "run-if" / "unet", base / "run"):
+        refused(r"model\.norm_groups=16, this one has 8:.*set model\.norm_groups=16", path, replace(NET, norm_groups=8))
+        refused(r"model\.num_head_channels=32, this one has 16", path, replace(NET, num_head_channels=16))
     save_file({"weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     refused(r"1 unexpected \(weight\)", tmp_path / "foreign.safetensors")
 

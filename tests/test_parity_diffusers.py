@@ -46,6 +46,18 @@ SHAPES = {
         encoder_channels=96,
         att_pool_heads=3,
     ),
+    "8 groups": UNetConfig(
+        image_size=16,
+        model_channels=32,
+        channel_mult=[1, 2],
+        num_res_blocks=1,
+        attention_resolutions=[8],
+        num_head_channels=16,
+        norm_groups=8,
+        encoder_dim=48,
+        encoder_channels=64,
+        att_pool_heads=4,
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from tests.checkpoints import random_net
 from train.weights.pretrained import load_pretrained
 
 NET = UNetConfig(
-    image_size=16, model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[8],
+    image_size=16, model_channels=32, norm_groups=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[8],
     num_head_channels=32, encoder_dim=16, encoder_channels=32, att_pool_heads=4,
 )  # fmt: skip
 

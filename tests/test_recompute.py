@@ -23,8 +23,8 @@ ACTIVATIONS = ("gelu", "gelu_3bit")
 
 
 NET = UNetConfig(
-    image_size=16, model_channels=32, channel_mult=[1, 2, 3], num_res_blocks=1, attention_resolutions=[8, 4],
-    num_head_channels=16, encoder_dim=24, encoder_channels=64, att_pool_heads=4,
+    image_size=16, model_channels=32, norm_groups=8, channel_mult=[1, 2, 3], num_res_blocks=1,
+    attention_resolutions=[8, 4], num_head_channels=16, encoder_dim=24, encoder_channels=64, att_pool_heads=4,
 )  # fmt: skip
 
 

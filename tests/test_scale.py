@@ -23,8 +23,8 @@ from train.monitor.memory import partition, states
 RANKS = 512
 OVERRIDES = (
     "+experiment=if_i_xl steps=40 optim.warmup_steps=10 precision=fp32 model.image_size=16 model.model_channels=32 "
-    "model.channel_mult=[1,2] model.num_res_blocks=1 model.attention_resolutions=[8] model.num_head_channels=32 "
-    "model.encoder_dim=64 model.encoder_channels=128 model.att_pool_heads=4"
+    "model.norm_groups=8 model.channel_mult=[1,2] model.num_res_blocks=1 model.attention_resolutions=[8] "
+    "model.num_head_channels=32 model.encoder_dim=64 model.encoder_channels=128 model.att_pool_heads=4"
 )
 NET = OVERRIDES.split()
 

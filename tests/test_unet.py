@@ -6,11 +6,14 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from data.config import DataConfig
 from model.attention import AttentionBlock
 from model.blocks import group_norm
 from model.config import UNetConfig
 from model.embeddings import AttentionPooling, timestep_embedding
 from model.unet import UNet
+from train.config import Config
+from train.inputs import find_inputs
 
 RELEASED = {
     "M": ({"model_channels": 192, "encoder_channels": 768}, 371_605_830),
@@ -20,6 +23,7 @@ RELEASED = {
 TINY = {
     "image_size": 16,
     "model_channels": 32,
+    "norm_groups": 8,
     "channel_mult": [1, 2],
     "num_res_blocks": 1,
     "attention_resolutions": [8],
@@ -172,7 +176,7 @@ def test_1000_timesteps_stay_distinct_in_a_bf16_net(width):
 
 def test_norms_keep_fp32_statistics_in_bf16():
     h = (torch.randn(2, 64, 8, 8) * 0.5 + 30).bfloat16()
-    norm = group_norm(64)
+    norm = group_norm(32, 64)
     exact = norm(h.float())
     assert (norm.bfloat16()(h).float() - exact).abs().max() <= exact.abs().max() * 2**-8
     tokens = (torch.randn(2, 5, 64) * 0.5 + 30).bfloat16()
@@ -191,7 +195,7 @@ def test_attention_is_one_fused_call_over_text_and_pixels(monkeypatch):
         return out
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watching)
-    AttentionBlock(64, 16, 32)(torch.randn(2, 64, 4, 4), torch.randn(2, 32, 5))
+    AttentionBlock(64, 16, 32, 32)(torch.randn(2, 64, 4, 4), torch.randn(2, 32, 5))
     AttentionPooling(4, 24)(torch.randn(2, 5, 24))
     # The maths path, which SDPA takes without a word where the layout is not to its liking, keeps all the weights.
     flash = "ScaledDotProductFlashAttentionForCpuBackward0"
@@ -215,7 +219,9 @@ def test_config_round_trips_through_omegaconf():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_channels": 40}, ["40", "32 groups"]),
+        ({"model_channels": 40, "norm_groups": 32}, ["40", "norm_groups=32"]),
+        ({"norm_groups": 0}, ["norm_groups=0"]),
+        ({"norm_groups": 32}, ["32 channels", "norm_groups=32", "at most 8 groups"]),
         ({"model_channels": 33, "channel_mult": [32, 32]}, ["33", "even"]),
         ({"num_head_channels": 48}, ["64", "48"]),
         ({"num_head_channels": 48, "attention_resolutions": []}, ["64", "48"]),  # the middle block attends all the same
@@ -274,3 +280,17 @@ def test_compiled_stage_by_stage_it_is_the_same_net_and_equal_stages_are_compile
         unet(args[0] + 1, args[1] + 1, args[2]).mean().backward()
     with pytest.raises(ValueError, match="embed the captions"):
         unet(args[0], args[1], args[2][..., :23])
+
+
+@pytest.mark.parametrize(("groups", "warned"), [(32, True), (16, False)])
+def test_a_run_whose_norms_take_much_of_the_colours_is_warned(caplog, groups, warned):
+    config = Config(model=tiny(model_channels=64, norm_groups=groups), data=DataConfig(shards="/no/shards"))
+    with pytest.raises(ValueError, match="shards"):
+        find_inputs(config, rank=0)
+    assert ("norm_groups=32 leaves 2 channels a group" in caplog.text) == warned
+
+
+def test_one_channel_a_group_erases_the_mean_of_each_channel():
+    x = torch.randn(4, 32, 8, 8) + torch.randn(4, 32, 1, 1)
+    spread = [float(group_norm(groups, 32)(x).mean((2, 3)).std()) for groups in (32, 8)]
+    assert spread[0] < 1e-5 and spread[1] > 0.5

@@ -1,5 +1,6 @@
 """What a run needs from outside, found and checked before any training: data, embeddings, weights to begin from."""
 
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from data.loader.dataset import Dataset, find_datasets
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
+from model.config import MIN_GROUP_CHANNELS
 from train.checkpoint.format import latest_checkpoint
 from train.checkpoint.identity import DataIdentity, data_digest, weights_digest
 from train.config import Config
@@ -19,6 +21,8 @@ from train.weights.pretrained import load_pretrained
 
 if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online needs it
     from data.text.encoder import TextEncoder
+
+logger = logging.getLogger(__name__)
 
 # Tokens and width of the text states of T5-XXL, which the released nets were trained on.
 RELEASED_TEXT = (77, 4096)
@@ -66,6 +70,13 @@ def find_inputs(config: Config, rank: int) -> Inputs:
 
     Raises: ValueError if shards, embeddings or weights are missing or don't fit the model.
     """
+    if rank == 0 and config.model.group_channels < MIN_GROUP_CHANNELS:
+        logger.warning(
+            "model.norm_groups=%d leaves %d channels a group at the narrowest level: with fewer than %d, a norm "
+            "removes much of the mean of each channel, and colours suffer; %d groups are right",
+            config.model.norm_groups, config.model.group_channels, MIN_GROUP_CHANNELS,
+            min(config.model.widths) // MIN_GROUP_CHANNELS,
+        )  # fmt: skip
     datasets = find_datasets(config.data)
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim

@@ -1,7 +1,7 @@
 """Forward and backward of ours, diffusers' and the original net: the same weights and batch, round by round in turn.
 
-python -m tests.benchmarks.unet_speed [size=34M batch=4 rounds=9]. Prints Markdown: medians, ratios, the share of the
-machine's own matmul rate, and where the time of each net goes.
+python -m tests.benchmarks.unet_speed [size=34M batch=4 rounds=9 compiled=false]. Prints Markdown: medians, ratios, the
+share of the machine's own matmul rate, and where the time of each net goes.
 """
 
 import statistics
@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.cli import command
+from model.unet import UNet
 from tests.benchmarks.nets import DIFFUSERS, ORIGINAL, OURS, build, inputs, size
 
 # The autograd nodes and operators of a profile, by what they do.
@@ -29,6 +30,9 @@ KINDS = {
 }
 
 
+EXACT = next(iter(OURS))
+
+
 @dataclass
 class Speed:
     """Times the nets of one size against each other.
@@ -36,11 +40,13 @@ class Speed:
     size: 34M, M, L or XL.
     batch: images of a step.
     rounds: turns of each.
+    compiled: compare diffusers' net and ours, eager and by torch.compile, instead; compiling takes minutes.
     """
 
     size: str = "34M"
     batch: int = 4
     rounds: int = 9
+    compiled: bool = False
 
 
 def step(net: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -73,18 +79,30 @@ def shares(net: nn.Module, args: tuple[Tensor, ...]) -> dict[str, float]:
     return found
 
 
+def compiled(net: nn.Module) -> nn.Module:
+    """The net compiled as it is in a training: ours stage by stage, diffusers' as a whole."""
+    if isinstance(net, UNet):
+        net.compile_stages()
+        return net
+    return torch.compile(net, dynamic=False)  # type: ignore[return-value]
+
+
 def measure(args: Speed) -> None:
     """Print both tables."""
     torch.manual_seed(0)
-    config, names = size(args.size), [ORIGINAL, DIFFUSERS, *OURS]
-    weights = {k: torch.randn_like(v) * 0.02 for k, v in build(next(iter(OURS)), config).state_dict().items()}
+    config = size(args.size)
+    names = [DIFFUSERS, EXACT] if args.compiled else [ORIGINAL, DIFFUSERS, *OURS]
+    weights = {k: torch.randn_like(v) * 0.02 for k, v in build(EXACT, config).state_dict().items()}
     nets, batch = {name: build(name, config, weights) for name in names}, inputs(config, args.batch)
-    with torch.no_grad():
-        expected = nets[DIFFUSERS](*batch)
-        for net in nets.values():
-            torch.testing.assert_close(net(*batch), expected, rtol=1e-3, atol=1e-5)
     with FlopCounterMode(display=False) as flops:
-        step(nets[names[2]], batch)
+        step(nets[EXACT], batch)
+    if args.compiled:
+        for name in (DIFFUSERS, EXACT):
+            nets[f"{name}, compiled"] = compiled(build(name, config, weights))
+    expected = nets[DIFFUSERS](*batch).detach()
+    for name, net in nets.items():
+        torch.testing.assert_close(net(*batch).detach(), expected, rtol=1e-3, atol=1e-5, msg=name)
+    names = list(nets)
     times: dict[str, list[float]] = {name: [] for name in names}
     rates = []
     for _ in range(args.rounds + 1):
@@ -105,6 +123,8 @@ def measure(args: Speed) -> None:
             f"| {name} | {medians[name]:.2f} | {statistics.median(ratios):.3f} | {min(ratios):.2f}, {max(ratios):.2f} "
             f"| {share:.0%} |"
         )
+    if args.compiled:
+        return
     print(f"\n| ms a step | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
     profiles = [shares(net, batch) for net in nets.values()]
     for kind in profiles[0]:

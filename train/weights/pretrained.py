@@ -49,35 +49,52 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     folder of a diffusers pipeline or UNet, where the copy of the highest precision is read; a run or one of its
     checkpoints, where the moving average is read.  The names may have a prefix, or lie nested in the file.
     Raises: ValueError if nothing can be read there, or the weights don't fit the net; it names the first of them.
+    So it does if the net that is described beside them has other groups or heads, which no shape shows.
     """
     path = Path(path)
     with torch.device("meta"):
         ours = UNet(config).state_dict()
     theirs = to_diffusers(ours, config)
-    state, taken_off = take_off_prefix(_read(path), [ours, theirs], path)
+    state, numbers = _read(path)
+    state, taken_off = take_off_prefix(state, [ours, theirs], path)
     is_diffusers = bool(state.keys() & theirs.keys())
     state = _without_idle_variance(state, config)
     _check_fit(state, theirs if is_diffusers else ours, path, taken_off)
+    _check_groups_and_heads(path, numbers, config)
     if taken_off:
         logger.warning("%s: %s: taken off", path, taken_off)
     return from_diffusers(state, config) if is_diffusers else state
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The weights, and the groups and heads of their net if these are described beside them."""
     if not path.exists():
         raise ValueError(f"no weights at '{path.absolute()}': download them first, and name the file or folder")
     if path.is_file():
-        return _read_shards(path) if path.suffix == ".json" else _read_file(path)
+        weights = _read_shards(path) if path.suffix == ".json" else _read_file(path)
+        return weights, _read_diffusers_config(path.parent / "config.json")
     for folder in (path / "unet", path):
         for file in _diffusers_files(folder):
             return _read(file)
     try:
-        return net_weights(Checkpoint.open(path))
+        checkpoint = Checkpoint.open(path)
+        weights = net_weights(checkpoint)
     except ValueError as error:
         raise ValueError(
             f"'{path}' holds no diffusion_pytorch_model.*, no unet/ with one, and no checkpoint ({error}): "
             "name such a folder, or the file of the weights itself"
         ) from None
+    model = checkpoint.model
+    return weights, {"norm_groups": model.norm_groups, "num_head_channels": model.num_head_channels}
+
+
+def _read_diffusers_config(path: Path) -> dict[str, int]:
+    """The groups and heads of the net in a config.json of diffusers; none if it is missing or of something else."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return {"norm_groups": saved["norm_num_groups"], "num_head_channels": saved["attention_head_dim"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _diffusers_files(folder: Path) -> list[Path]:
@@ -128,6 +145,15 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             "save the net's state dict alone"
         )
     return tensors
+
+
+def _check_groups_and_heads(path: Path, numbers: dict[str, int], config: UNetConfig) -> None:
+    for name, theirs in numbers.items():
+        if theirs != getattr(config, name):
+            raise ValueError(
+                f"the weights in '{path}' are of a net with model.{name}={theirs}, this one has "
+                f"{getattr(config, name)}: their shapes are equal, their outputs are not: set model.{name}={theirs}"
+            )
 
 
 def _without_idle_variance(state: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
