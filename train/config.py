@@ -8,7 +8,7 @@ from data.checks import check_at_least, check_choice, check_share, count
 from data.cli import location
 from data.config import DataConfig, TextConfig
 from data.loader.mixture import share_out
-from model.config import RECOMPUTE, UNetConfig
+from model.config import LAYOUTS, RECOMPUTE, UNetConfig
 
 CODE = Path(__file__).resolve().parent.parent
 # A sum of more bf16 gradients drifts: where all are alike it is 0.3 % too small at 64, and 28 % at 512
@@ -130,6 +130,8 @@ class Config:
     precision: bf16 or fp32.
     recompute: what backward computes again to save memory: none, cheap (norms, activations, copies) or blocks
         (everything inside the blocks); the gradients are the same. docs/measurements/benchmarks.md.
+    layout: of the activations in memory, nchw or nhwc, which the bf16 convolutions of NVIDIA's GPUs want; it changes
+        rounding alone. nhwc needs compile=true. docs/measurements/benchmarks.md.
     compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs. Needs g++, or gcc for a GPU.
     ema_decay: decay per step of the weights' exponential moving average.
     log_every: optimizer steps between lines of metrics.
@@ -158,6 +160,7 @@ class Config:
     diffusion_steps: int = 1000
     precision: str = "bf16"
     recompute: str = "none"
+    layout: str = "nchw"
     compile: bool = False
     ema_decay: float = 0.9999
     log_every: int = 50
@@ -184,6 +187,9 @@ class Config:
         check_at_least("keep_every", self.keep_every, 0)
         check_choice("precision", self.precision, ("bf16", "fp32"))
         check_choice("recompute", self.recompute, RECOMPUTE)
+        check_choice("layout", self.layout, LAYOUTS)
+        if self.layout == "nhwc" and not self.compile:
+            raise ValueError("layout=nhwc needs compile=true: without it each norm takes many passes over memory")
         check_share("ema_decay", self.ema_decay)
         if self.lora.rank and not self.init_from:
             raise ValueError(f"lora.rank={self.lora.rank} adds to a trained net: name its weights in init_from")
