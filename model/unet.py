@@ -63,7 +63,7 @@ class UNet(nn.Module):
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout} must be one of {', '.join(LAYOUTS)}")
         # Every layer gives its result in the layout of its input, so that of the images decides.
-        self.memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        self.memory_format = torch.channels_last if layout == "nhwc" else torch.preserve_format
         self.config = config
         emb, act, widths = config.time_embed_dim, config.activation, config.widths
         last = len(widths) - 1

@@ -5,6 +5,7 @@ NCHW. The net is compiled stage by stage on tensors without contents, up to wher
 decompositions, its partition into forward and backward. Bytes are those of bf16. Prints a table in Markdown.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -48,11 +49,13 @@ class ConvLayout:
 def measure(args: ConvLayout) -> None:
     """Print a row for each layout."""
     config = replace(size(args.size), activation=FEW_BIT)
-    print("| layout | convolutions | of them in NHWC by inductor's own rule | transposed by cuDNN: activations, GB | "
+    print("| layout | convolutions of the forward | NHWC by inductor's own rule | transposed by cuDNN: activations, GB | "
           "weights, GB | transposes in the graph | GB |")  # fmt: skip
     print("|---" * 7 + "|", flush=True)
     for layout in args.layouts:
-        found = count(config, layout, args.batch, args.recompute)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN", UserWarning)
+            found = count(config, layout, args.batch, args.recompute)
         cells = [
             found["convolutions"], found["by inductor"], gigabytes(found["activations"]), gigabytes(found["weights"]),
             found["transposes"], gigabytes(found["transposed"]),
@@ -69,7 +72,7 @@ def gigabytes(elements: int) -> str:
 def count(config: UNetConfig, layout: str, batch: int, recompute: str = "none") -> Counter[str]:
     """Numbers of a micro batch: convolutions, elements that cuDNN or the graph transposes, and the graph's transposes.
 
-    A convolution is counted in the forward and in the backward, a weight's gradient among the weights.
+    Convolutions are those of the forward; a weight's gradient counts among the weights.
     """
     found: Counter[str] = Counter()
 
@@ -109,7 +112,6 @@ def of_nodes(graph: GraphModule) -> Counter[str]:
             grad, x, weight = (value(argument) for argument in node.args[:3])
             of_x, of_weight, _ = node.args[-1]
             made = node.meta["val"]
-            found["convolutions"] += 1
             if of_x:
                 found["activations"] += in_another_layout(grad) + in_another_layout(made[0])
                 found["weights"] += in_another_layout(weight)
