@@ -31,7 +31,7 @@ FEW_BIT = "gelu_3bit"
 
 
 def both(activation: str, recompute: str, backend: str = "", dtype=torch.float64) -> tuple[dict, dict]:
-    """Output and gradients of the same random weights in nchw and in nhwc, the latter compiled if there is a backend."""
+    """Output and gradients of the same random weights in nchw and in nhwc, the second compiled by the backend."""
     torch.manual_seed(0)
     first = build(TINY, "cpu", torch.float64, activation, recompute).to(dtype)
     last = UNet(replace(TINY, activation=activation), recompute, "nhwc").to(dtype)

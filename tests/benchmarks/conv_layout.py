@@ -49,8 +49,8 @@ class ConvLayout:
 def measure(args: ConvLayout) -> None:
     """Print a row for each layout."""
     config = replace(size(args.size), activation=FEW_BIT)
-    print("| layout | convolutions of the forward | NHWC by inductor's own rule | transposed by cuDNN: activations, GB | "
-          "weights, GB | transposes in the graph | GB |")  # fmt: skip
+    print("| layout | convolutions of the forward | in NHWC by inductor's rule", end=" | ")
+    print("transposed by cuDNN: activations, GB | weights, GB | transposes in the graph | GB |")
     print("|---" * 7 + "|", flush=True)
     for layout in args.layouts:
         with warnings.catch_warnings():
@@ -119,12 +119,16 @@ def of_nodes(graph: GraphModule) -> Counter[str]:
                 found["activations"] += in_another_layout(grad) + in_another_layout(x)
                 # Its result lies as the weight does, by autograd's contract.
                 found["weights"] += in_another_layout(weight)
-        elif node.target is aten.clone.default and order(value(node)) != order(value(node.args[0])):
-            # An index, as of the upsampling, is computed where it is read: that is no copy.
-            if node.args[0].target is not aten._unsafe_index.Tensor:
-                found["transposes"] += 1
-                found["transposed"] += value(node).numel()
+        elif node.target is aten.clone.default and transposes(node):
+            found["transposes"] += 1
+            found["transposed"] += value(node).numel()
     return found
+
+
+def transposes(clone: Node) -> bool:
+    """Whether a copy has its dimensions in another order, and is one: an index is computed where it is read."""
+    of = clone.args[0]
+    return order(value(clone)) != order(value(of)) and of.target is not aten._unsafe_index.Tensor
 
 
 def value(node: Node) -> Tensor:
