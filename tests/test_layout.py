@@ -18,6 +18,7 @@ from model.config import RECOMPUTE
 from model.unet import UNet
 from tests.benchmarks import conv_layout
 from tests.gpu_check.nets import TINY, all_gradients, build, distance, images, results
+from tests.support.overlapped_steps import make_net
 from tests.support.trainings import free_port
 from tests.test_config import load
 from tests.test_overlap import TINY as RUN
@@ -103,6 +104,7 @@ def print_steps() -> None:
     for layout in ("nchw", "nhwc"):
         config = compose_config([*RUN, "global_batch=1", "compile=true", "precision=fp32", f"layout={layout}"])
         engine = build_run(config, Inputs([], TextMeta("", "", "", 5, 64, "float16", "float32", "")), ranks, device)
+        engine.set_weights(make_net(config).state_dict())
         torch.manual_seed(0)
         norms = []
         for _ in range(2):
@@ -122,8 +124,9 @@ def test_the_engine_trains_either_to_the_same_masters(repo):
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (names, norms, master), (names_last, norms_last, master_last) = json.loads(done.stdout.splitlines()[-1])
-    assert names == names_last and norms_last == pytest.approx(norms, rel=1e-4) and min(norms) > 0
-    torch.testing.assert_close(torch.tensor(master_last), torch.tensor(master), rtol=1e-3, atol=1e-5)
+    assert names == names_last and norms_last == pytest.approx(norms, rel=1e-4) and min(norms) > 0.1
+    # The partition has the same order: of another one no two elements would fit.
+    assert distance(torch.tensor(master_last), torch.tensor(master)) < 1e-4
 
 
 def test_it_is_for_compiled_nets(repo):
