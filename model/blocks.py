@@ -7,14 +7,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.activations import make_activation
+from model.layout import is_channels_last
 from model.recompute import call, recomputed
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's; compiled, its result lies in memory as its input does. On a GPU that of torch's own is in NCHW.
+
+    x: [N, channels, H, W] or [N, channels, L].
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_channel(x, self.weight, self.bias) if compiles_channels_last(x) else super().forward(x)
+
+    def by_channel(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The norm of an x in channels_last, with another weight and bias, each [channels] or [N, 1, 1, channels].
+
+        The compiler makes two kernels of it: the statistics, and the rest.
+        """
+        groups = x.permute(0, 2, 3, 1).unflatten(3, (self.num_groups, -1))
+        groups = groups.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(groups, dim=(1, 2, 4), correction=0, keepdim=True)
+        h = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(3)
+        return (h * weight + bias).to(x.dtype).permute(0, 3, 1, 2)
+
+
+def compiles_channels_last(x: Tensor) -> bool:
+    """Whether x lies so, and what is done with it is compiled: only then many operations cost no more than one."""
+    return torch.compiler.is_compiling() and is_channels_last(x)
+
+
+def group_norm(groups: int, channels: int) -> GroupNorm:
     """The net's normalisation, with eps 1e-5; its statistics are fp32, also for bf16 inputs."""
-    return nn.GroupNorm(groups, channels, eps=1e-5)
+    return GroupNorm(groups, channels, eps=1e-5)
 
 
 def zero_init(module: M) -> M:
@@ -24,15 +51,17 @@ def zero_init(module: M) -> M:
     return module
 
 
-def scale_shift_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def scale_shift_norm(norm: GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift, in one pass over x: each sample's scale and shift are folded into the norm's own.
 
-    x: [N, channels, H, W], in two passes if it is channels_last; scale, shift: [N, channels].
+    x: [N, channels, H, W], in two passes if it is channels_last and not compiled; scale, shift: [N, channels].
     """
-    if not x.is_contiguous():  # without a copy, samples cannot become groups
+    if not x.is_contiguous() and not compiles_channels_last(x):  # without a copy, samples cannot become groups
         return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
     weight = norm.weight * (1 + scale)
     bias = torch.addcmul(shift, norm.bias, 1 + scale)
+    if not x.is_contiguous():
+        return norm.by_channel(x, weight[:, None, None], bias[:, None, None])
     samples_as_groups = x.reshape(1, -1, *x.shape[2:])
     groups = x.shape[0] * norm.num_groups
     return F.group_norm(samples_as_groups, groups, weight.flatten(), bias.flatten(), norm.eps).view_as(x)

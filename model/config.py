@@ -12,6 +12,8 @@ ACTIVATIONS = ("gelu", "gelu_1bit", "gelu_2bit", "gelu_3bit", "gelu_4bit")
 # none: nothing.  cheap: norms, activations and copies; the results of convolutions and projections are kept, and
 # attention's q, k and v.  blocks: everything inside the blocks; only their inputs are kept.
 RECOMPUTE = ("none", "cheap", "blocks")
+# Where the channels of the activations lie in memory: before the pixels or after them. The weights lie as they are.
+LAYOUTS = ("nchw", "nhwc")
 
 
 @dataclass(slots=True)

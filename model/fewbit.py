@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.layout import is_channels_last
+
 REACH = 10.0  # the paper weighs the error evenly over [-10, 10]
 MAX_BITS = 4
 
@@ -154,6 +156,8 @@ class FewBitGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return F.gelu(x)
+        if is_channels_last(x):  # the codes are in the order of memory
+            return self(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return _FewBitGELU.apply(x, self.levels, self.borders, self.bits, self.packed)
 
     def _fill(self) -> None:

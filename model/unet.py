@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.activations import make_activation
 from model.attention import AttentionBlock
 from model.blocks import ResBlock, group_norm, zero_init
-from model.config import RECOMPUTE, UNetConfig
+from model.config import LAYOUTS, RECOMPUTE, UNetConfig
 from model.embeddings import AttentionPooling, timestep_embedding
 from model.recompute import call, recomputed
 
@@ -48,17 +48,22 @@ class UNet(nn.Module):
 
     x: [N, in_channels, H, W] in [-1, 1]; timesteps: [N]; text_emb: [N, L, encoder_dim], or what encode_text made of it.
     recompute: one of model.config.RECOMPUTE, what backward computes again to save memory; no gradient depends on it.
+    layout: one of model.config.LAYOUTS, where the channels of the activations lie in memory.
     Returns [N, out_channels, H, W] in the parameters' dtype: noise, then where the variance lies between its bounds.
     Raises: ValueError for an input whose numbers don't fit the config, or a config whose encoder_dim is not known.
     Source: DeepFloyd IF's UNetModel, from guided-diffusion.
     """
 
-    def __init__(self, config: UNetConfig, recompute: str = "none") -> None:
+    def __init__(self, config: UNetConfig, recompute: str = "none", layout: str = "nchw") -> None:
         super().__init__()
         if not config.encoder_dim:
             raise ValueError("model.encoder_dim=0: give the width of the text states, 4096 for T5-XXL")
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute} must be one of {', '.join(RECOMPUTE)}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout={layout} must be one of {', '.join(LAYOUTS)}")
+        # Every layer gives its result in the layout of its input, so that of the images decides.
+        self.memory_format = torch.channels_last if layout == "nhwc" else torch.preserve_format
         self.config = config
         emb, act, widths, groups = config.time_embed_dim, config.activation, config.widths, config.norm_groups
         last = len(widths) - 1
@@ -140,7 +145,7 @@ class UNet(nn.Module):
         text = text_emb if isinstance(text_emb, TextState) else self.encode_text(text_emb)
         self._check_input(x, timesteps, text)
         emb = self._embed(timesteps, text.pooled)
-        h = x.to(self.dtype)
+        h = x.to(self.dtype, memory_format=self.memory_format)
         skips = []
         for block in self.input_blocks:
             h = block(h, emb, text.states)
@@ -150,7 +155,7 @@ class UNet(nn.Module):
             h = block(h, emb, text.states, skips.pop())
         return self._predict(h)
 
-    def compile_stages(self, backend: str = "inductor") -> None:
+    def compile_stages(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Let torch.compile compile each Stage by itself, and what comes before and after them; equal Stages once.
 
         Not the forward as a whole: its backward would be one function, and no gradient would be there before its end,

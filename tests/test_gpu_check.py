@@ -26,7 +26,7 @@ from tests.gpu_check.check import (
     attempt,
     run_part,
 )  # fmt: skip
-from tests.gpu_check.speed import EAGER, NHWC, PEER, WHOLE
+from tests.gpu_check.speed import EAGER, PEER, WHOLE, WHOLE_NHWC
 from tests.gpu_check.trainer import Trainer
 
 # What a bare machine lacks; the folder must be imported without them.
@@ -106,7 +106,7 @@ def test_what_the_parts_find_on_a_cpu(everything):
     assert overlap["compiled whole"]["figures"]["shares"]["75%"] < 0.1
     assert 0 < overlap["eager"]["figures"]["shares"]["25%"] < overlap["eager"]["figures"]["shares"]["75%"]
     speed = of_part(everything, "speed")
-    assert set(speed) == {"512", *(f"512, micro batch 2, {way}" for way in (EAGER, NHWC, PEER, WHOLE))}
+    assert set(speed) == {"512", *(f"512, micro batch 2, {way}" for way in (EAGER, PEER, WHOLE, WHOLE_NHWC))}
     assert speed[f"512, micro batch 2, {PEER}"]["figures"]["of_ours_eager"] > 0
     assert "need a GPU" in speed[f"512, micro batch 2, {EAGER}"]["text"]
 
@@ -268,7 +268,7 @@ def test_without_diffusers_ours_is_timed_alone(monkeypatch):
     monkeypatch.setattr(speed, "fight", lambda bout, check, flops: [Row(bout.cell(way), MEASURED) for way in bout.ways])
     rows = rows_of("speed")
     assert rows["diffusers"].result == LEFT_OUT
-    assert set(rows) == {"512", "diffusers", *(f"512, micro batch 2, {way}" for way in (EAGER, NHWC, WHOLE))}
+    assert set(rows) == {"512", "diffusers", *(f"512, micro batch 2, {way}" for way in (EAGER, WHOLE, WHOLE_NHWC))}
     full = speed.without_peer(speed.bouts(Check(tiny=False), {"M": 100}))
     assert not [way for bout in full for way in bout.ways if way.startswith("diffusers")]
     assert all(len(bout.ways) > 1 for bout in full)

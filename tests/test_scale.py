@@ -60,7 +60,7 @@ def test_batch_and_schedule_know_nothing_of_the_ranks(one_of_many):
 
 def test_the_batch_at_every_number_of_ranks():
     config = compose_config(["+experiment=if_i_xl"])
-    for ranks in (512, 256, 64, 8, 1):
+    for ranks in (512, 256, 64, 8):
         assert ranks * config.micro_batch * accumulation(config, ranks) == 3072
     for ranks in (511, 504, 480):
         with pytest.raises(ValueError, match="global_batch=3072 is not a multiple"):

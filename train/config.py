@@ -8,9 +8,12 @@ from data.checks import check_at_least, check_choice, check_share, count
 from data.cli import location
 from data.config import DataConfig, TextConfig
 from data.loader.mixture import share_out
-from model.config import RECOMPUTE, UNetConfig
+from model.config import LAYOUTS, RECOMPUTE, UNetConfig
 
 CODE = Path(__file__).resolve().parent.parent
+# A sum of more bf16 gradients drifts: where all are alike it is 0.3 % too small at 64, and 28 % at 512
+# (tests/test_accumulation.py).
+MOST_BF16_SUMMANDS = 64
 
 
 @dataclass(slots=True)
@@ -121,11 +124,14 @@ class Config:
     seed: seed of every random draw.
     steps: optimizer steps of the whole run.
     global_batch: samples of an optimizer step, over all ranks.
-    micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks.
+    micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks; with
+        bf16 it is at most 64, see docs/recipe.md.
     diffusion_steps: T, the timesteps of the diffusion.
     precision: bf16 or fp32.
     recompute: what backward computes again to save memory: none, cheap (norms, activations, copies) or blocks
         (everything inside the blocks); the gradients are the same. docs/measurements/benchmarks.md.
+    layout: of the activations in memory, nchw or nhwc, which the bf16 convolutions of NVIDIA's GPUs want; it changes
+        rounding alone. nhwc needs compile=true. docs/measurements/benchmarks.md.
     compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs. Needs g++, or gcc for a GPU.
     ema_decay: decay per step of the weights' exponential moving average.
     log_every: optimizer steps between lines of metrics.
@@ -154,6 +160,7 @@ class Config:
     diffusion_steps: int = 1000
     precision: str = "bf16"
     recompute: str = "none"
+    layout: str = "nchw"
     compile: bool = False
     ema_decay: float = 0.9999
     log_every: int = 50
@@ -180,6 +187,9 @@ class Config:
         check_at_least("keep_every", self.keep_every, 0)
         check_choice("precision", self.precision, ("bf16", "fp32"))
         check_choice("recompute", self.recompute, RECOMPUTE)
+        check_choice("layout", self.layout, LAYOUTS)
+        if self.layout == "nhwc" and not self.compile:
+            raise ValueError("layout=nhwc needs compile=true: without it each norm takes many passes over memory")
         check_share("ema_decay", self.ema_decay)
         if self.lora.rank and not self.init_from:
             raise ValueError(f"lora.rank={self.lora.rank} adds to a trained net: name its weights in init_from")
@@ -208,7 +218,7 @@ def check_run_dir(run_dir: str) -> None:
 def accumulation(config: Config, ranks: int) -> int:
     """Micro batches per rank and optimizer step: global_batch / (ranks x micro_batch).
 
-    Raises: ValueError if it is not a whole number.
+    Raises: ValueError if it is not a whole number, or so large that the sum of the gradients in bf16 would be wrong.
     """
     whole, rest = divmod(config.global_batch, ranks * config.micro_batch)
     if rest or not whole:
@@ -222,4 +232,21 @@ def accumulation(config: Config, ranks: int) -> int:
             f"global_batch={config.global_batch} is not a multiple of {count(ranks, 'rank')} x "
             f"micro_batch={config.micro_batch}: {remedy}"
         )
+    if config.precision == "bf16" and whole > MOST_BF16_SUMMANDS:
+        of_rank = config.global_batch // ranks
+        fits = next(m for m in range(-(-of_rank // MOST_BF16_SUMMANDS), of_rank + 1) if of_rank % m == 0)
+        all_micro = config.global_batch // config.micro_batch
+        least = next(r for r in range(-(-all_micro // MOST_BF16_SUMMANDS), all_micro + 1) if all_micro % r == 0)
+        raise ValueError(
+            f"global_batch={config.global_batch} on {count(ranks, 'rank')} x micro_batch={config.micro_batch} adds up "
+            f"the gradients of {whole} micro batches in bf16: at most {MOST_BF16_SUMMANDS}, for the sum of more is too "
+            f"small, by 0.3 % at 64 and up to 28 % at 512. Take {least} ranks, micro_batch={fits} or precision=fp32"
+        )
     return whole
+
+
+def summed_in(config: Config, accumulated: int) -> str:
+    """Says in what precision so many micro batches are added up, and of how many that is right; '' for one of them."""
+    if accumulated == 1 or config.precision == "fp32":
+        return ""
+    return f"; gradients are added up in bf16, of at most {MOST_BF16_SUMMANDS} micro batches"

@@ -120,7 +120,7 @@ def build(config: Config, inputs: Inputs, ranks: int, device: torch.device) -> E
 def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
     """The net with the matrices of LoRA, if those are what is trained."""
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
-        unet = UNet(config.model, config.recompute)
+        unet = UNet(config.model, config.recompute, config.layout)
     if config.compile:
         unet.compile_stages()
     if config.lora.rank:

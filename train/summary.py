@@ -2,7 +2,7 @@
 
 from data.checks import count
 from data.loader.mixture import share_out
-from train.config import Config, accumulation
+from train.config import Config, accumulation, summed_in
 from train.inputs import Inputs, resolve_text_shape
 from train.monitor.rank_memory import describe_memory
 from train.weights.lora import unet_on_meta
@@ -42,7 +42,7 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     lines = {
         "run": config.run_dir,
         "global batch": f"{count(ranks, 'rank')} x {config.micro_batch} micro batch x {accumulate} accumulation "
-        f"= {config.global_batch}",
+        f"= {config.global_batch}{summed_in(config, accumulate)}",
         "model": f"{trained:,} parameters{beside}, {config.model.image_size} px, {config.precision}",
         "begins with": config.init_from or "random weights",
         "diffusion": f"{config.diffusion_steps} steps, cosine betas, {variance} variance",

@@ -1,6 +1,7 @@
 """The plan as a page of plain text."""
 
 from launch.cost.estimate import GB, Plan, Times
+from train.config import summed_in
 from train.monitor.gpus import NODE_LINKS
 from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, partition
 
@@ -41,8 +42,8 @@ def head(plan: Plan) -> list[str]:
     return [
         f"{plan.parameters:,} parameters, {config.precision}, {config.optim.name}, ZeRO-1",
         f"{options.nodes} nodes x {options.gpus_per_node} {options.gpu} = {options.ranks} ranks; batch "
-        f"{config.global_batch} = {options.ranks} x {config.micro_batch} micro batch x {plan.accumulate} accumulation; "
-        f"{config.steps:,} steps",
+        f"{config.global_batch} = {options.ranks} x {config.micro_batch} micro batch x {plan.accumulate} accumulation"
+        f"{summed_in(config, plan.accumulate)}; {config.steps:,} steps",
     ]
 
 

@@ -47,7 +47,8 @@ def run(check: Check) -> Iterator[Row]:
     recomputed = [(f"{mode}, {dtype}", mode, dtype) for mode, dtype in product(RECOMPUTE[1:], DTYPES)]
     kinds = [*((FEW_BIT, mode) for mode in RECOMPUTE), ("gelu", KEEP)]
     kinds += [(name, KEEP) for name in FEW_BIT_GELUS if name != FEW_BIT]
-    compiled = [(f"compiled {activation}, {mode}", activation, mode) for activation, mode in kinds]
+    compiled = [(f"compiled {activation}, {mode}", activation, mode, "nchw") for activation, mode in kinds]
+    compiled += [(f"compiled {FEW_BIT}, {KEEP}, nhwc", FEW_BIT, KEEP, "nhwc")]
     if check.tiny:  # a compilation takes seconds on a CPU
         bits, compiled = [row for row in bits if row[1] == FEW_BIT][1:], compiled[1:2]
     yield from planned(name for name, *_ in [*bits, *recomputed, *compiled])
@@ -60,8 +61,8 @@ def run(check: Check) -> Iterator[Row]:
     batch = images(config, 2 if check.tiny else 8, check.device)
     for name, mode, dtype in recomputed:
         yield attempt(name, lambda n=name, m=mode, d=dtype: as_kept(check, n, m, nets[DTYPES[d]], batch))
-    for name, activation, mode in compiled:
-        yield attempt(name, lambda n=name, a=activation, m=mode: against_eager(check, n, a, m, nets, batch))
+    for name, *how in compiled:
+        yield attempt(name, lambda n=name, how=how: against_eager(check, n, *how, nets, batch))
         torch.compiler.reset()
 
 
@@ -117,10 +118,10 @@ def packed_bits(check: Check, name: str, bits: int, dtype: torch.dtype) -> Row:
     return verdict(name, not wrong, text, ties=int(ties.sum()), moved=int(moved.sum()), gradient_distance=apart)
 
 
-def like(net: UNet, check: Check, activation: str, mode: str) -> UNet:
-    """A net with the parameters of another, and an activation and recomputation of its own."""
+def like(net: UNet, check: Check, activation: str, mode: str, layout: str = "nchw") -> UNet:
+    """A net with the parameters of another, and an activation, recomputation and layout of its own."""
     dtype = next(net.parameters()).dtype
-    return build(net.config, check.device, dtype, activation, mode, like=net)
+    return build(net.config, check.device, dtype, activation, mode, like=net, layout=layout)
 
 
 def as_kept(check: Check, name: str, mode: str, net: UNet, batch: Images) -> Row:
@@ -140,14 +141,14 @@ def as_kept(check: Check, name: str, mode: str, net: UNet, batch: Images) -> Row
 
 
 def against_eager(
-    check: Check, name: str, activation: str, mode: str, nets: dict[torch.dtype, UNet], batch: Images
+    check: Check, name: str, activation: str, mode: str, layout: str, nets: dict[torch.dtype, UNet], batch: Images
 ) -> Row:
-    """The compiled net's output and gradients against the eager one's, in float32 and bfloat16."""
+    """The compiled net's output and gradients against the eager one's in nchw, in float32 and bfloat16."""
     found: dict[str, float] = {}
     eager = {dtype: results(like(net, check, activation, mode), batch) for dtype, net in nets.items()}
     exact = eager[torch.float32]
     for label, dtype in DTYPES.items():
-        compiled = results(compile_whole(like(nets[dtype], check, activation, mode), check), batch)
+        compiled = results(compile_whole(like(nets[dtype], check, activation, mode, layout), check), batch)
         for what, values in (("compiled", compiled), ("eager", eager[dtype])):
             found[f"output_{label}_{what}"] = distance(values["out"], exact["out"])
             found[f"gradients_{label}_{what}"], *_ = all_gradients(values, exact)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.config import RECOMPUTE, UNetConfig
 from model.diffusion import Diffusion
 from model.losses import training_losses
-from model.unet import Stage, UNet
+from model.unet import UNet
 from tests.gpu_check.check import Check
 
 TIMESTEPS, TOKENS = 1000, 77
@@ -41,14 +41,14 @@ def shape(check: Check, name: str) -> UNetConfig:
 
 def build(
     config: UNetConfig, device: str, dtype: torch.dtype = torch.float32, activation: str = "gelu",
-    recompute: str = KEEP, like: nn.Module | None = None,
+    recompute: str = KEEP, like: nn.Module | None = None, layout: str = "nchw",
 ) -> UNet:  # fmt: skip
     """A net with random weights, no layer of zeros; or with the very parameters of `like`, not a copy of them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta" if like else device):
-            net = UNet(replace(config, activation=activation), recompute)
+            net = UNet(replace(config, activation=activation), recompute, layout)
     finally:
         torch.set_default_dtype(before)
     if like:
@@ -125,8 +125,8 @@ class Step:
     net: ours, or a Peer, whose inputs must have the dtype of its parameters.
     """
 
-    def __init__(self, net: nn.Module, batch: Images, layout: torch.memory_format = torch.contiguous_format) -> None:
-        self.net, self.batch, self.layout = net, batch, layout
+    def __init__(self, net: nn.Module, batch: Images) -> None:
+        self.net, self.batch = net, batch
         self.diffusion = Diffusion(TIMESTEPS).to(batch.x_start.device)
         self.dtype = next(net.parameters()).dtype
 
@@ -134,7 +134,7 @@ class Step:
         """The mean of the training losses."""
         b = self.batch
         x_t = self.diffusion.q_sample(b.x_start, b.t, b.noise)
-        output = self.net(x_t.to(self.dtype, memory_format=self.layout), b.t, b.text_emb)
+        output = self.net(x_t.to(self.dtype), b.t, b.text_emb)
         return training_losses(self.diffusion, output, b.x_start, x_t, b.t, b.noise)["loss"].mean()
 
     def __call__(self) -> None:
@@ -168,12 +168,9 @@ def compile_whole(net: nn.Module, check: Check) -> nn.Module:
 
 
 def compile_stages(net: UNet, check: Check) -> UNet:
-    """Compile each Stage by itself; returns the net."""
+    """Compile each Stage by itself, and what comes before and after them; returns the net."""
     allow_many_compilations()
-    for module in net.modules():
-        if isinstance(module, Stage):
-            stage = torch.compile(module.forward, fullgraph=True, dynamic=False, backend=backend(check))
-            module.forward = stage  # type: ignore[method-assign]
+    net.compile_stages(backend(check))
     return net
 
 

@@ -36,9 +36,9 @@ TIMES, MORE = 1.5, {"float32": 1e-6, "bfloat16": 1e-3}
 
 
 def run(check: Check) -> Iterator[Row]:
-    """Rows of each precision, of channels_last, and of the few-bit GELU's forward."""
+    """Rows of each precision, of nhwc, and of the few-bit GELU's forward."""
     exact_arithmetic()
-    yield from planned(["float64", *PRECISIONS, "float32, channels_last", "few-bit GELU's forward"])
+    yield from planned(["float64", *PRECISIONS, "float32, nhwc", "few-bit GELU's forward"])
     torch.manual_seed(0)
     config = shape(check, "M")
     ours = build(config, check.device, torch.float64)
@@ -51,7 +51,7 @@ def run(check: Check) -> Iterator[Row]:
         peer = of_peer(copy.deepcopy(theirs).to(dtype), batch)
         yield attempt(name, lambda name=name, dtype=dtype, peer=peer: nearness(name, ours, dtype, batch, exact, peer))
         if name == "float32":
-            name = "float32, channels_last"
+            name = "float32, nhwc"
             yield attempt(name, lambda name=name, peer=peer: nearness(name, ours, torch.float32, batch, exact, peer))
     yield attempt("few-bit GELU's forward", lambda: exact_forward(check, shape(check, "small")))
 
@@ -83,8 +83,8 @@ def nearness(
 ) -> Row:
     """How far ours and diffusers' of this precision are from the exact values."""
     net = copy.deepcopy(ours).to(dtype)
-    if "channels_last" in name:
-        net = net.to(memory_format=torch.channels_last)
+    if "nhwc" in name:
+        net = build(ours.config, str(batch.t.device), dtype, like=net, layout="nhwc")
     found = of_ours(net, batch)
     out, out_peer = (distance(values["out"], exact["out"]) for values in (found, peer))
     (total, worst, at_worst), (total_peer, *_) = (all_gradients(values, exact) for values in (found, peer))
