@@ -115,7 +115,7 @@ def preflight(argv: list[str]) -> None:
     from train.engine import init_distributed
     from train.inputs import resolve_text_shape
 
-    rank, ranks, device = init_distributed()
+    rank, ranks, device = init_distributed(config.hang_seconds)
     accumulation(config, ranks)
     resolve_text_shape(config)
     names: list = [None] * ranks

@@ -15,7 +15,9 @@ from train.checkpoint.writer import CheckpointWriter
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import Engine, build_engine
+from train.faults.first_rank import first_rank_works
 from train.faults.guard import Guard
+from train.faults.limits import LOADER, SAVE
 from train.faults.preempt import RankConsensus, mark_done
 from train.faults.watchdog import Watchdog
 from train.inputs import Inputs, begins_from_weights
@@ -87,17 +89,19 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             guard.check_bad_share(step, values, metrics.bad_counts)
         # Save
         if step % config.save_every == 0 or last or stop:
+            watchdog.reset(SAVE * config.hang_seconds)
             with metrics.phase("save"):
                 writer.begin(step, engine, ema)
         # Sample
         if last or (config.sample.every and step % config.sample.every == 0):
-            watchdog.reset(6 * config.hang_seconds)  # rank 0 samples, the others wait
-            with metrics.phase("sample"), ema.in_place_of_weights(engine):
+            alone = first_rank_works(consensus, watchdog.reset)
+            with metrics.phase("sample"), ema.in_place_of_weights(engine), alone as after_step:
                 if progress:
-                    progress.draw_samples(step, engine.model)
+                    progress.draw_samples(step, engine.model, after_step)
         if stop:
             break
     # Leave
+    watchdog.reset(SAVE * config.hang_seconds)
     writer.finish()
     watchdog.stop()
     if progress:
@@ -138,4 +142,7 @@ def load(
         config.data, inputs.datasets, inputs.meta, image_size=config.model.image_size, seed=config.seed,
         global_batch=config.global_batch, micro_batch=config.micro_batch, rank=rank, ranks=ranks, step=first_step,
     )  # fmt: skip
-    return stream, micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
+    batches = micro_batches(
+        stream, config.data.workers, pin_memory=device.type == "cuda", patience=LOADER * config.hang_seconds
+    )
+    return stream, batches

@@ -22,6 +22,7 @@ from train.compose import compose_config, training_help
 from train.config import Config, accumulation
 
 if TYPE_CHECKING:
+    from train.faults.node_watch import NodeWatch
     from train.inputs import Inputs
 
 # How gloo and NCCL say that another rank is gone.
@@ -57,12 +58,14 @@ def run(config: Config, rank: int, ranks: int) -> None:
     # Imported here: torch takes seconds, and --help and a mistyped key are answered before.
     from train.checkpoint.identity import add_missing_digests
     from train.checkpoint.resume import check_resumable
+    from train.faults.node_watch import NodeWatch
     from train.faults.preempt import install_signal_handlers
     from train.inputs import find_inputs
     from train.monitor.tracker import check_login
 
     raise_open_file_limit()
     install_signal_handlers()
+    watch = NodeWatch()
     faulthandler.enable()
     # At INFO setuptools, for one, shows how DeepSpeed looks for a library with gcc. Ours alone is of interest.
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -88,7 +91,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
         leave(error, tell=rank == 0)
     except OSError as error:
         leave(error, tell=True)
-    train_together(config, inputs)
+    train_together(config, inputs, watch)
 
 
 def dry_run(config: Config, ranks: int) -> None:
@@ -131,7 +134,7 @@ def dry_run(config: Config, ranks: int) -> None:
         sys.exit(MISTAKE)
 
 
-def train_together(config: Config, inputs: "Inputs") -> None:
+def train_together(config: Config, inputs: "Inputs", watch: "NodeWatch") -> None:
     """Join the other ranks and train. A mistake that every rank finds is told by the first, another by who finds it."""
     # Imported here: the engine takes seconds to import, and what the looks before find is told at once.
     import torch.distributed as dist
@@ -148,10 +151,12 @@ def train_together(config: Config, inputs: "Inputs") -> None:
 
     rank = int(os.environ.get("RANK", "0"))
     try:
-        rank, ranks, device = init_distributed()
+        rank, ranks, device = init_distributed(config.hang_seconds)
         check_same_everywhere(config, inputs.datasets, inputs.identity.digests)
     except ValueError as error:
         leave(error, tell=rank == 0)
+    except OSError as error:
+        leave(error, tell=True)
     try:
         if rank == 0:
             lock_run_dir(Path(config.run_dir))
@@ -165,6 +170,7 @@ def train_together(config: Config, inputs: "Inputs") -> None:
             raise
         print(f"rank {rank} ends because another rank is gone; see that rank's own error above", file=sys.stderr)
         sys.exit(1)
+    watch.stop()
     dist.barrier()  # a launcher ends the others as soon as one has left
     dist.destroy_process_group()
     if not finished:
