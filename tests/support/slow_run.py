@@ -15,6 +15,7 @@ import torch.distributed.distributed_c10d as c10d  # noqa: E402 - the path comes
 import train.checkpoint.writer as writer  # noqa: E402
 import train.loop as loop  # noqa: E402
 import train.monitor.progress as progress  # noqa: E402
+from data.storage.machine import open_handles  # noqa: E402
 from data.cli import arguments  # noqa: E402
 from train.main import main  # noqa: E402
 
@@ -49,7 +50,7 @@ def tell_limits() -> None:
     """The limit of each process group, as its backend has it."""
     groups = c10d._world.pg_map
     limits = {group._get_backend(c10d.torch.device("cpu")).options._timeout.total_seconds() for group in groups}
-    print(f"{len(groups)} groups wait {sorted(limits)} s", flush=True)
+    print(f"{len(groups)} groups wait {sorted(limits)} s, {open_handles()} handles", flush=True)
 
 
 class Leaving(loop.Watchdog):
