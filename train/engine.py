@@ -43,7 +43,8 @@ def init_distributed(hang_seconds: float = HANG_SECONDS) -> tuple[int, int, torc
     # first start, and if it is killed meanwhile it leaves a lock on which every later start waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed makes groups without a limit of their own, which then is torch's: ten minutes with NCCL.
-    limit = c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = collective_limit(hang_seconds)
+    limit = collective_limit(hang_seconds)
+    vars(c10d).update(default_pg_timeout=limit, default_pg_nccl_timeout=limit)
     if (line := choose_gloo_interface()) and os.environ["LOCAL_RANK"] == "0":
         print(line, flush=True)
     backend = "gloo" if device.type == "cpu" else "nccl"

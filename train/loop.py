@@ -20,7 +20,7 @@ from train.faults.guard import Guard
 from train.faults.limits import LOADER, SAVE
 from train.faults.preempt import RankConsensus, mark_done
 from train.faults.watchdog import Watchdog
-from train.inputs import Inputs, begins_from_weights
+from train.inputs import Inputs
 from train.monitor.metrics import Metrics
 from train.monitor.progress import RunProgress
 from train.noise import draw_t_and_noise
@@ -116,7 +116,7 @@ def build(config: Config, inputs: Inputs, ranks: int, device: torch.device) -> E
     torch.manual_seed(config.seed)
     inputs.to(device)
     engine = build_engine(build_net(config, inputs, device), config, ranks)
-    if begins_from_weights(config):
+    if inputs.from_weights:
         engine.set_weights(inputs.weights)
         inputs.weights = None
     return engine

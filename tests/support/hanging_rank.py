@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from train.faults.node_watch import NodeWatch  # noqa: E402 - the root of the repository is not on the path before
+from train.faults.node_watch import NodeWatch
 
 
 def main(mode: str, *watch: str) -> None:

@@ -15,8 +15,8 @@ import torch.distributed.distributed_c10d as c10d  # noqa: E402 - the path comes
 import train.checkpoint.writer as writer  # noqa: E402
 import train.loop as loop  # noqa: E402
 import train.monitor.progress as progress  # noqa: E402
-from data.storage.machine import open_handles  # noqa: E402
 from data.cli import arguments  # noqa: E402
+from data.storage.machine import open_handles  # noqa: E402
 from train.main import main  # noqa: E402
 
 
