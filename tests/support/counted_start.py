@@ -1,7 +1,7 @@
 """A training that counts what each rank looks at on shared storage: counted_start.py OUT FOLDER OVERRIDES.
 
-OUT/RANK.json: how often the rank asked for the size of a file under FOLDER (stat), listed a folder there (list), opened a
-file (open), and which files it opened. Loader workers are processes of their own and are not counted.
+OUT/RANK.json: for each folder in FOLDER how often the rank asked for the size of a file there (stat), listed a folder
+(list) and opened a file (open); and which files it opened. Loader workers are processes of their own, and not counted.
 """
 
 import json
@@ -21,9 +21,10 @@ def count_looks(folder: str, looks: Counter, opened: set[str]) -> None:
 
     def count(kind: str, path: object) -> None:
         if os.getpid() == process and isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(folder):
-            looks[kind] += 1
+            below = os.path.relpath(path, folder)
+            looks[f"{below.split(os.sep)[0]} {kind}"] += 1
             if kind == "open":
-                opened.add(os.path.relpath(path, folder))
+                opened.add(below)
 
     def counted_stat(path, *args, **kwargs):
         count("stat", path)
