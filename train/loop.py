@@ -17,7 +17,7 @@ from train.ema import EMA
 from train.engine import Engine, build_engine
 from train.faults.first_rank import first_rank_works
 from train.faults.guard import Guard
-from train.faults.limits import LOADER, SAVE
+from train.faults.limits import LOADER
 from train.faults.preempt import RankConsensus, mark_done
 from train.faults.watchdog import Watchdog
 from train.inputs import Inputs
@@ -45,14 +45,14 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
     stream, batches = load(config, inputs, rank, ranks, first_step, device)
     # Save, measure, show, watch
-    writer, metrics = CheckpointWriter(config, inputs.identity, changes, consensus), Metrics(device, config)
+    watchdog, metrics = Watchdog(rank, config.hang_seconds), Metrics(device, config)
+    writer = CheckpointWriter(config, inputs.identity, changes, consensus, watchdog)
+    guard = Guard(config, rank, stream, consensus)
     progress = RunProgress(config, inputs, run_dir, first_step, device) if rank == 0 else None
-    guard, watchdog = Guard(config, rank, stream, consensus), Watchdog(rank, config.hang_seconds)
 
     for step in range(first_step + 1, config.steps + 1):
         lr = engine.lr()
         for _ in range(accumulation(config, ranks)):
-            watchdog.reset()
             # Take a batch
             with metrics.phase("data"):
                 batch = next(batches)
@@ -71,6 +71,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             # Step, which the engine does after the last micro batch
             with metrics.phase("step"):
                 engine.step()
+            watchdog.reset()
 
         # Average the weights
         if engine.stepped:
@@ -89,7 +90,6 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             guard.check_bad_share(step, values, metrics.bad_counts)
         # Save
         if step % config.save_every == 0 or last or stop:
-            watchdog.reset(SAVE * config.hang_seconds)
             with metrics.phase("save"):
                 writer.begin(step, engine, ema)
         # Sample
@@ -101,7 +101,6 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         if stop:
             break
     # Leave
-    watchdog.reset(SAVE * config.hang_seconds)
     writer.finish()
     watchdog.stop()
     if progress:

@@ -1,6 +1,7 @@
 """A training whose sample grid, or whose saves, are slow: slow_run.py WHAT SECONDS OVERRIDES, as train/main.py.
 
-WHAT: sample (SECONDS for each denoising step) or save (SECONDS for the copy of a rank's file to the disk).
+WHAT: sample (SECONDS for each denoising step), save (SECONDS for a rank's file to reach the disk) or first (the first
+micro batch, as if the net were compiled).
 Prints the limit of each process group at the end, once.
 """
 
@@ -31,6 +32,15 @@ def slow(what: str, seconds: float) -> None:
             flush(path)
 
         writer.flush_to_disk = flush_slowly
+    elif what == "first":
+        losses = loop.training_losses
+
+        def losses_after_a_while(*arguments):
+            time.sleep(seconds)
+            loop.training_losses = losses
+            return losses(*arguments)
+
+        loop.training_losses = losses_after_a_while
     else:
         sample = progress.sample
 

@@ -24,14 +24,14 @@ class Watchdog:
         self._rank, self._seconds, self._timer_started = rank, seconds, 0.0
         self._waits = seconds
         self._stopped = threading.Event()
-        self.reset(FIRST * seconds)
+        self.reset(FIRST)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def reset(self, seconds: float = 0.0) -> None:
-        """Start the countdown again, from its usual length or, once, from another one."""
-        now, wanted = time.monotonic(), seconds or self._seconds
+    def reset(self, times: float = 1.0) -> None:
+        """Start the countdown again, from its usual length or, once, from a multiple of it (train/faults/limits.py)."""
+        now, wanted = time.monotonic(), times * self._seconds
         self._deadline, self._waits = now + wanted, wanted
-        if seconds or now - self._timer_started > GRACE / 3:  # not every time, since it starts a thread
+        if times != 1 or now - self._timer_started > GRACE / 3:  # not every time, since it starts a thread
             faulthandler.dump_traceback_later(wanted + GRACE, exit=True)
             self._timer_started = now
 
