@@ -51,13 +51,20 @@ def test_one_rank_looks_for_all(repo, tmp_path):
     first, second = count_looks(repo, data, run_dir, tmp_path / "looks")
     opened = second.pop("opened")
     first.pop("opened")
-    print(first, second)
+    print("looks", first, second, sep="\n")
     for folder, most in (("data", 24), ("run", 12)):
         looks = [sum(rank.get(f"{folder} {kind}", 0) for kind in ("stat", "list")) for rank in (first, second)]
         assert looks[1] < most < looks[0], (folder, looks)
     # It verifies every other file, and reads the second half, which is its part.
     numbers = {int(path[-17:-12]) for path in opened if "step-00000003/rank-" in path}
     assert numbers == set(range(1, FILES, 2)) | set(range(FILES // 2, FILES))
+
+
+def test_a_mistake_that_the_first_rank_finds_is_told_once_and_ends_all(repo, tmp_path):
+    done = launch(repo, tmp_path, tmp_path / "run", *QUIET, "data.shards=nowhere", "steps=3", ranks=2)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.stderr.count("error: ") == 1 and "nowhere': check the path" in done.stderr
+    assert "Traceback" not in done.stderr and "ends because" not in done.stderr
 
 
 def say_what_is_seen(rank: int, port: int, cases: list[list[Path]], told: Path) -> None:

@@ -15,7 +15,7 @@ from train.checkpoint.writer import CheckpointWriter
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import Engine, build_engine
-from train.faults.first_rank import first_rank_works
+from train.faults.first_rank import others_wait
 from train.faults.guard import Guard
 from train.faults.limits import LOADER
 from train.faults.preempt import RankConsensus, mark_done
@@ -94,10 +94,9 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
                 writer.begin(step, engine, ema)
         # Sample
         if last or (config.sample.every and step % config.sample.every == 0):
-            alone = first_rank_works(consensus, watchdog.reset)
-            with metrics.phase("sample"), ema.in_place_of_weights(engine), alone as after_step:
+            with metrics.phase("sample"), ema.in_place_of_weights(engine), others_wait(consensus, watchdog) as alive:
                 if progress:
-                    progress.draw_samples(step, engine.model, after_step)
+                    progress.draw_samples(step, engine.model, after_step=alive)
         if stop:
             break
     # Leave

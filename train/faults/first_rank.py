@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from train.faults.preempt import RankConsensus
+from train.faults.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -16,25 +17,25 @@ TELL_SECONDS = 1.0
 
 
 @contextmanager
-def first_rank_works(consensus: RankConsensus, alive: Callable[[], None]) -> Iterator[Callable[[object], None]]:
+def others_wait(consensus: RankConsensus, watchdog: Watchdog) -> Iterator[Callable[[object], None]]:
     """Inside the block the first rank works, and calls after each step what it is given; the others wait at its end.
 
-    At each step `alive` is called on all ranks, at most once in TELL_SECONDS on the others. A collective call; nobody
-    waits in one for longer than a step takes.
+    A step resets the watchdogs of all ranks, those of the others at most once in TELL_SECONDS. A collective call, in
+    which nobody waits for longer than a step takes.
     """
     first, told = dist.get_rank() == 0, time.monotonic()
 
-    def after_step(_: object = None) -> None:
+    def alive(_: object = None) -> None:
         nonlocal told
-        alive()
+        watchdog.reset()
         if time.monotonic() - told > TELL_SECONDS:
             consensus.any(True)
             told = time.monotonic()
 
-    yield after_step
-    alive()
+    yield alive
+    watchdog.reset()
     while consensus.any(False)[0] and not first:
-        alive()
+        watchdog.reset()
 
 
 def of_first_rank(look: Callable[[], T]) -> T:
