@@ -51,7 +51,7 @@ class Report:
 def look(options: Options, config: Config, ranks: int, nodes: int) -> Report:
     """What a rank can find by itself; the checks of the node are done by its first rank."""
     from launch.cost.estimate import estimate_reading
-    from launch.nodes.checks import code_hash, devices, disk_faults, read_rate, versions
+    from launch.nodes.checks import code_hash, devices, disk_faults, open_files_faults, read_rate, versions
 
     local_rank = int(os.environ["LOCAL_RANK"])
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -61,7 +61,7 @@ def look(options: Options, config: Config, ranks: int, nodes: int) -> Report:
         reading = estimate_reading(PlanOptions(), config)
         needed = reading.sample * config.global_batch / options.step_seconds / nodes
         report.read_rate, faults = read_rate(config, needed)
-        report.faults += faults + disk_faults(config, ranks)
+        report.faults += faults + disk_faults(config, ranks) + open_files_faults(config, ranks)
     return report
 
 
@@ -111,11 +111,12 @@ def preflight(argv: list[str]) -> None:
     import torch.distributed as dist
 
     from launch.nodes.checks import shared_run_dir_faults
-    from launch.nodes.network import all_reduce_rate, clock_offsets, pair_rates
+    from launch.nodes.network import all_reduce_rate, clock_offsets, meet_by_gloo, pair_rates
     from train.engine import init_distributed
     from train.inputs import resolve_text_shape
 
-    rank, ranks, device = init_distributed()
+    rank, ranks, device = init_distributed(config.hang_seconds)
+    meet_by_gloo()
     accumulation(config, ranks)
     resolve_text_shape(config)
     names: list = [None] * ranks

@@ -40,6 +40,7 @@ MAY_EXIT = {
     "launch/check_machine.py",
     "train/faults/preempt.py",  # a signal before the training begins
     "train/faults/watchdog.py",  # a rank that hangs
+    "train/faults/node_watch.py",  # a rank of a node where another has died
 }
 EXITS = {"SystemExit", "exit", "quit", "sys.exit", "os._exit"}
 MAX_FUNCTION_LINES = 80

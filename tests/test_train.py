@@ -7,22 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
 from data.embed import Embed, embed
 from data.index import Index, index
-from data.loader.dataset import Dataset
-from data.storage.shards import Shard
 from model.unet import UNet
 from tests.support.faulty_server import serving
-from tests.support.trainings import SMALL, STEPS, free_port, launch, make_data, metrics
+from tests.support.trainings import SMALL, STEPS, launch, make_data, metrics
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint
-from train.checkpoint.resume import check_same_everywhere
 from train.compose import compose_config
-from train.config import Config
 from train.inputs import resolve_text_shape
 from train.monitor.rank_memory import needed_bytes
 from train.summary import parameters
@@ -208,34 +203,6 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(re
     assert done.returncode != 0
     assert "could not be written" in done.stderr and "those before are intact" in done.stderr
     assert [path.name for path in complete_checkpoints(run_dir)] == ["step-00000003"]
-
-
-def say_what_is_seen(rank: int, port: int, cases: list, told: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for number, (folders, counts, digests) in enumerate(cases):
-        said = "nothing"
-        dataset = Dataset([Shard("0.tar", counts[rank])], "")
-        try:
-            check_same_everywhere(Config(run_dir=folders[rank]), [dataset], [digests[rank]])
-        except ValueError as error:
-            said = str(error)
-        Path(told, f"{number}-{rank}").write_text(said)
-    dist.destroy_process_group()
-
-
-def test_ranks_that_see_different_disks_are_told(two_ranks, tmp_path):
-    run, empty = str(two_ranks), str(tmp_path / "another disk")
-    same, seen = ((run, run), (5, 5)), ("d1", "d1")
-    cases = [
-        (*same, seen), ((run, empty), (5, 5), seen), ((run, run), (5, 4), seen), (*same, ("d1", "d2")),
-        (*same, ("d1", None)),  # the second rank does not know it
-    ]  # fmt: skip
-    torch.multiprocessing.spawn(say_what_is_seen, (free_port(), cases, str(tmp_path)), nprocs=2)
-    another = "rank 1 sees another data.shards="
-    expected = ["nothing", "rank 1 sees another run_dir=", another, another, "nothing"]
-    for number, words in enumerate(expected):
-        for rank in range(2):
-            assert (tmp_path / f"{number}-{rank}").read_text().startswith(words)
 
 
 def test_the_memory_of_a_rank_is_told_before_it_is_taken(repo, data, two_ranks):

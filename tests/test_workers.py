@@ -13,7 +13,7 @@ from data.loader.batch import Batch
 from data.loader.workers import LoaderDied, Workers
 
 
-def toy_workers(act: Callable[[int], None], samples: int = 32) -> Workers:
+def toy_workers(act: Callable[[int], None], samples: int = 32, patience: float = 100.0) -> Workers:
     """Batches whose visit is their number, by two processes that first call act with it."""
 
     def fill(first: int, stride: int, buffers: list[Batch]) -> Iterator[Batch]:
@@ -22,7 +22,10 @@ def toy_workers(act: Callable[[int], None], samples: int = 32) -> Workers:
             buffer.visit[:] = number
             yield buffer
 
-    return Workers(fill, lambda: Batch.shared(samples, 1, (1, 1), torch.float32), "number {}".format, 0, 2, False)
+    def new_buffer() -> Batch:
+        return Batch.shared(samples, 1, (1, 1), torch.float32)
+
+    return Workers(fill, new_buffer, "number {}".format, 0, 2, False, patience)
 
 
 def test_a_worker_that_dies_at_the_same_batch_again_and_again_ends_the_run(caplog):
@@ -51,8 +54,7 @@ def test_an_error_in_a_worker_is_the_runs_error():
 
 def test_a_worker_that_hangs_ends_the_run_and_a_slow_one_does_not(monkeypatch):
     monkeypatch.setattr("data.loader.workers.POLL_SECONDS", 0.1)
-    monkeypatch.setattr("data.loader.workers.HANG_SECONDS", 1.5)
-    batches = toy_workers(lambda number: time.sleep({2: 0.5, 4: 100}.get(number, 0)))
+    batches = toy_workers(lambda number: time.sleep({2: 0.5, 4: 100}.get(number, 0)), patience=1.5)
     assert [int(next(batches).visit[0]) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(LoaderDied, match=r"no loader worker made a batch for [12] s before micro batch 4"):
         next(batches)

@@ -9,6 +9,7 @@ from data.cli import location
 from data.config import DataConfig, TextConfig
 from data.loader.mixture import share_out
 from model.config import LAYOUTS, RECOMPUTE, UNetConfig
+from train.faults.limits import HANG_SECONDS
 
 CODE = Path(__file__).resolve().parent.parent
 # A sum of more bf16 gradients drifts: where all are alike it is 0.3 % too small at 64, and 28 % at 512
@@ -139,8 +140,8 @@ class Config:
     keep_checkpoints: number of newest checkpoints that are kept.
     keep_every: also keep every checkpoint whose step is a multiple of this; 0 keeps none.
     max_skipped: the run ends after so many steps in a row without a finite loss and gradient; each is skipped.
-    hang_seconds: a rank that makes no micro batch for so long prints its stacks and ends. Above the 540 s that the
-        loader waits for storage, and below the 600 s of the collectives' own limit, whose message says less.
+    hang_seconds: a rank that makes no micro batch for so long prints its stacks and ends. All other limits are
+        multiples of it: docs/reference/checkpoints.md.
     dry_run: check everything, say what would run and the memory that it needs, and leave; status 2 if it cannot run.
     model: the shape of the net.
     lora: fine-tuning of low-rank matrices.
@@ -168,7 +169,7 @@ class Config:
     keep_checkpoints: int = 3
     keep_every: int = 0
     max_skipped: int = 20
-    hang_seconds: int = 570
+    hang_seconds: int = HANG_SECONDS
     dry_run: bool = False
     model: UNetConfig = field(default_factory=UNetConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

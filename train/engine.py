@@ -8,6 +8,7 @@ import bitsandbytes
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -16,12 +17,17 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from model.unet import UNet
 from train import adam_state
 from train.config import Config, OptimConfig, accumulation
+from train.faults.limits import HANG_SECONDS, collective_limit
+from train.faults.route import choose_gloo_interface, gloo_reaches_all
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
+def init_distributed(hang_seconds: float = HANG_SECONDS) -> tuple[int, int, torch.device]:
     """Join the launcher's process group, or be its only rank where there is no launcher.
 
+    The first rank of each node tells over which interface, if there are several nodes.
+    hang_seconds: of the run; how long a rank waits for the others follows from it, in all process groups.
     Returns this process's rank, the number of ranks and the device.
+    Raises: ConnectionError if the other ranks cannot be reached.
     """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -36,7 +42,14 @@ def init_distributed() -> tuple[int, int, torch.device]:
     # DeepSpeed would compile an all-reduce for inference, which training never calls. That takes half a minute at the
     # first start, and if it is killed meanwhile it leaves a lock on which every later start waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed makes groups without a limit of their own, which then is torch's: ten minutes with NCCL.
+    limit = collective_limit(hang_seconds)
+    vars(c10d).update(default_pg_timeout=limit, default_pg_nccl_timeout=limit)
+    if (line := choose_gloo_interface()) and os.environ["LOCAL_RANK"] == "0":
+        print(line, flush=True)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    with gloo_reaches_all():
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
     return dist.get_rank(), dist.get_world_size(), device
 
 

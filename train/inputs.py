@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.loader.dataset import Dataset, find_datasets
@@ -17,6 +18,7 @@ from model.config import MIN_GROUP_CHANNELS
 from train.checkpoint.format import latest_checkpoint
 from train.checkpoint.identity import DataIdentity, data_digest, weights_digest
 from train.config import Config
+from train.faults.first_rank import of_first_rank, raise_on_all
 from train.weights.pretrained import load_pretrained
 
 if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online needs it
@@ -32,14 +34,16 @@ RELEASED_TEXT = (77, 4096)
 class Inputs:
     """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin from, if any.
 
+    from_weights: whether all weights that are trained begin from some, there being no checkpoint to go on from.
     encoder: makes the embeddings where they are not stored.  base: weights_digest of the net that a LoRA is added to;
-    '' without LoRA, None on the other ranks, which do not read it.
+    '' without LoRA, None on a rank that has not read it.
     prompts: on the first rank the captions of one's own for the sample grids, if any, with embeddings [tokens, dim].
     """
 
     datasets: list[Dataset]
     meta: TextMeta
     weights: dict[str, Tensor] | None = None
+    from_weights: bool = False
     encoder: "TextEncoder | None" = None
     base: str | None = ""
     prompts: list[tuple[str, np.ndarray]] = field(default_factory=list)
@@ -58,11 +62,6 @@ class Inputs:
         """What a checkpoint keeps of the inputs, so that the run goes on with no others."""
         samples = [dataset.samples for dataset in self.datasets]
         return DataIdentity(samples, [data_digest(dataset) for dataset in self.datasets], self.meta, self.base)
-
-
-def begins_from_weights(config: Config) -> bool:
-    """Whether all weights that are trained begin from some, there being no checkpoint to go on from."""
-    return bool(config.init_from) and not config.lora.rank and not latest_checkpoint(Path(config.run_dir))
 
 
 def find_inputs(config: Config, rank: int) -> Inputs:
@@ -96,13 +95,47 @@ def find_inputs(config: Config, rank: int) -> Inputs:
     prompts = (
         _encode_prompts(config, metas[0], encoder) if rank == 0 and isinstance(config.sample.prompts, list) else []
     )
-    weights = None
-    if rank == 0 and (begins_from_weights(config) or config.lora.rank):
+    weights, from_weights = None, False
+    if rank == 0 and config.init_from and not config.lora.rank:
+        from_weights = not latest_checkpoint(Path(config.run_dir))
+    if rank == 0 and (from_weights or config.lora.rank):
         weights = load_pretrained(config.init_from, config.model)
     base: str | None = ""
     if config.lora.rank:
         base = weights_digest(weights) if weights else None
-    return Inputs(datasets, metas[0], weights, encoder, base, prompts)
+    return Inputs(datasets, metas[0], weights, from_weights, encoder, base, prompts)
+
+
+def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
+    """The first rank's inputs on all ranks, None if it found none; a collective call.
+
+    The others look at no shard and no checkpoint: 512 ranks that each did would keep a file system busy. They load the
+    text encoder, if there is one, and set data.tokens and model.encoder_dim as find_inputs does.
+    found: of the first rank; the weights and the prompts stay there.
+    Raises: ValueError on all ranks if one of them cannot load the encoder.
+    """
+
+    def to_share() -> Inputs | None:
+        if found is None:
+            return None
+        datasets = [replace(dataset, encoder=None) for dataset in found.datasets]
+        return replace(found, datasets=datasets, weights=None, encoder=None, prompts=[])
+
+    inputs, fault = of_first_rank(to_share), ""
+    if inputs is None:
+        return None
+    if dist.get_rank() == 0:
+        inputs = found
+    else:
+        _set_text_shape(config, *inputs.meta.shape)
+        try:
+            inputs.encoder = (
+                _load_encoder(config, inputs.datasets, inputs.meta) if config.text.mode == "online" else None
+            )
+        except (OSError, ValueError) as error:
+            fault = f"rank {dist.get_rank()}: {error}"
+    raise_on_all(fault)
+    return inputs
 
 
 def _encode_prompts(config: Config, meta: TextMeta, encoder: "TextEncoder | None") -> list[tuple[str, np.ndarray]]:

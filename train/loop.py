@@ -14,10 +14,12 @@ from train.checkpoint.writer import CheckpointWriter
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import Engine, build_engine
+from train.faults.first_rank import others_wait
 from train.faults.guard import Guard
+from train.faults.limits import LOADER
 from train.faults.preempt import RankConsensus, mark_done, stop_requested
 from train.faults.watchdog import Watchdog
-from train.inputs import Inputs, begins_from_weights
+from train.inputs import Inputs
 from train.monitor.metrics import Metrics
 from train.monitor.progress import RunProgress
 from train.noise import DeviceBatches
@@ -42,14 +44,14 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
     stream, batches = load(config, inputs, rank, ranks, first_step, device)
     # Save, measure, show, watch
-    writer, metrics = CheckpointWriter(config, inputs.identity, changes, consensus), Metrics(device, config)
+    watchdog, metrics = Watchdog(rank, config.hang_seconds), Metrics(device, config)
+    writer = CheckpointWriter(config, inputs.identity, changes, consensus, watchdog)
+    guard = Guard(config, rank, stream, consensus)
     progress = RunProgress(config, inputs, run_dir, first_step, device) if rank == 0 else None
-    guard, watchdog = Guard(config, rank, stream, consensus), Watchdog(rank, config.hang_seconds)
 
     for step in range(first_step + 1, config.steps + 1):
         lr, answer = engine.lr(), consensus.ask(stop_requested(), *writer.progress())
         for _ in range(accumulation(config, ranks)):
-            watchdog.reset()
             # Take a batch, and noise it
             with metrics.phase("data"):
                 batch = next(batches)
@@ -68,6 +70,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             # Step, which the engine does after the last micro batch
             with metrics.phase("step"):
                 engine.step()
+            watchdog.reset()
 
         # Average the weights
         if engine.stepped:
@@ -90,10 +93,9 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
                 writer.begin(step, engine, ema)
         # Sample
         if last or (config.sample.every and step % config.sample.every == 0):
-            watchdog.reset(6 * config.hang_seconds)  # rank 0 samples, the others wait
-            with metrics.phase("sample"), ema.in_place_of_weights(engine):
+            with metrics.phase("sample"), ema.in_place_of_weights(engine), others_wait(consensus, watchdog) as alive:
                 if progress:
-                    progress.draw_samples(step, engine.model)
+                    progress.draw_samples(step, engine.model, after_step=alive)
         if stop:
             break
     # Leave
@@ -111,7 +113,7 @@ def build(config: Config, inputs: Inputs, ranks: int, device: torch.device) -> E
     torch.manual_seed(config.seed)
     inputs.to(device)
     engine = build_engine(build_net(config, inputs, device), config, ranks)
-    if begins_from_weights(config):
+    if inputs.from_weights:
         engine.set_weights(inputs.weights)
         inputs.weights = None
     return engine
@@ -137,6 +139,7 @@ def load(
         config.data, inputs.datasets, inputs.meta, image_size=config.model.image_size, seed=config.seed,
         global_batch=config.global_batch, micro_batch=config.micro_batch, rank=rank, ranks=ranks, step=first_step,
     )  # fmt: skip
-    loaded = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda")
+    patience = LOADER * config.hang_seconds
+    loaded = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda", patience=patience)
     wanted = islice(loaded, (config.steps - first_step) * stream.micro_batches)
     return stream, DeviceBatches(wanted, config.seed, config.diffusion_steps, device)

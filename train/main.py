@@ -22,6 +22,7 @@ from train.compose import compose_config, training_help
 from train.config import Config, accumulation
 
 if TYPE_CHECKING:
+    from train.faults.node_watch import NodeWatch
     from train.inputs import Inputs
 
 # How gloo and NCCL say that another rank is gone.
@@ -55,14 +56,12 @@ def run(config: Config, rank: int, ranks: int) -> None:
     """Look at everything that can be looked at before the ranks meet, then train."""
     quiet_libraries()
     # Imported here: torch takes seconds, and --help and a mistyped key are answered before.
-    from train.checkpoint.identity import add_missing_digests
-    from train.checkpoint.resume import check_resumable
+    from train.faults.node_watch import NodeWatch
     from train.faults.preempt import install_signal_handlers
-    from train.inputs import find_inputs
-    from train.monitor.tracker import check_login
 
     raise_open_file_limit()
     install_signal_handlers()
+    watch = NodeWatch()
     faulthandler.enable()
     # At INFO setuptools, for one, shows how DeepSpeed looks for a library with gcc. Ours alone is of interest.
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -78,17 +77,29 @@ def run(config: Config, rank: int, ranks: int) -> None:
         check_nodes(os.environ, ranks)
         check_open_files(config.data.workers, ranks)
         accumulation(config, ranks)
-        inputs = find_inputs(config, rank)
-        if rank == 0:
-            add_missing_digests(inputs.datasets)
-        check_resumable(config, inputs.identity)
-        if rank == 0:
-            check_login(config.wandb.mode)
     except ValueError as error:
         leave(error, tell=rank == 0)
     except OSError as error:
         leave(error, tell=True)
-    train_together(config, inputs)
+    train_together(config, look(config) if rank == 0 else None, watch)
+
+
+def look(config: Config) -> "Inputs | None":
+    """What the first rank finds on storage that all ranks share, for all of them; None after telling a mistake."""
+    from train.checkpoint.identity import add_missing_digests
+    from train.checkpoint.resume import check_resumable
+    from train.inputs import find_inputs
+    from train.monitor.tracker import check_login
+
+    try:
+        inputs = find_inputs(config, rank=0)
+        add_missing_digests(inputs.datasets)
+        check_resumable(config, inputs.identity)
+        check_login(config.wandb.mode)
+        return inputs
+    except (ValueError, OSError) as error:
+        tell_mistake(error)
+        return None
 
 
 def dry_run(config: Config, ranks: int) -> None:
@@ -131,8 +142,13 @@ def dry_run(config: Config, ranks: int) -> None:
         sys.exit(MISTAKE)
 
 
-def train_together(config: Config, inputs: "Inputs") -> None:
-    """Join the other ranks and train. A mistake that every rank finds is told by the first, another by who finds it."""
+def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -> None:
+    """Join the other ranks and train. A mistake that every rank finds is told by the first, another by who finds it.
+
+    found: by the first rank; None there means that it has told a mistake, which ends all ranks.
+    """
+    if found is None and os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(MISTAKE)
     # Imported here: the engine takes seconds to import, and what the looks before find is told at once.
     import torch.distributed as dist
 
@@ -144,14 +160,20 @@ def train_together(config: Config, inputs: "Inputs") -> None:
     from train.engine import init_distributed
     from train.faults.guard import NotFinite, TooManyBad
     from train.faults.run_lock import InUse, lock_run_dir
+    from train.inputs import share_inputs
     from train.loop import train
 
     rank = int(os.environ.get("RANK", "0"))
     try:
-        rank, ranks, device = init_distributed()
-        check_same_everywhere(config, inputs.datasets, inputs.identity.digests)
+        rank, ranks, device = init_distributed(config.hang_seconds)
+        inputs = share_inputs(config, found)
+        if inputs is None:
+            sys.exit(MISTAKE)
+        check_same_everywhere(config, inputs.datasets)
     except ValueError as error:
         leave(error, tell=rank == 0)
+    except OSError as error:
+        leave(error, tell=True)
     try:
         if rank == 0:
             lock_run_dir(Path(config.run_dir))
@@ -165,6 +187,7 @@ def train_together(config: Config, inputs: "Inputs") -> None:
             raise
         print(f"rank {rank} ends because another rank is gone; see that rank's own error above", file=sys.stderr)
         sys.exit(1)
+    watch.stop()
     dist.barrier()  # a launcher ends the others as soon as one has left
     dist.destroy_process_group()
     if not finished:
@@ -196,11 +219,16 @@ def check_nodes(environment: Mapping[str, str], ranks: int) -> None:
 def leave(error: Exception, tell: bool) -> NoReturn:
     """End this process for a mistake, with one line if this rank is to tell it."""
     if tell:
-        # What a loader worker raised comes with the worker's traceback before it.
-        text = reason(error)
-        text = text.strip().splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
-        print(f"error: {text}", file=sys.stderr)
+        tell_mistake(error)
     sys.exit(MISTAKE)
+
+
+def tell_mistake(error: Exception) -> None:
+    """Print it in one line."""
+    text = reason(error)
+    if "Original Traceback" in text:  # what a loader worker raised comes with the worker's traceback before it
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

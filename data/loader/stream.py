@@ -15,7 +15,7 @@ from data.loader.dataset import Dataset
 from data.loader.draws import Draw, Draws
 from data.loader.mixture import Mixture
 from data.loader.order import Block
-from data.loader.workers import Workers
+from data.loader.workers import HANG_SECONDS, Workers
 from data.storage.machine import raise_if_machine
 from data.text.decode import decode_caption
 from data.text.embeddings import read_empty, read_into
@@ -159,8 +159,13 @@ class MicroBatches:
             raise ValueError(TEXT_UNREADABLE) from None
 
 
-def micro_batches(stream: MicroBatches, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The micro batches in order, made by worker processes (see Workers), or by this process if workers is 0."""
+def micro_batches(
+    stream: MicroBatches, workers: int, pin_memory: bool, patience: float = HANG_SECONDS
+) -> Iterator[Batch]:
+    """The micro batches in order, made by worker processes (see Workers), or by this process if workers is 0.
+
+    patience: seconds after which workers that have made no batch are taken to hang.
+    """
     if workers:
-        return Workers(stream.fill, stream.new_buffer, stream.describe, stream.first, workers, pin_memory)
+        return Workers(stream.fill, stream.new_buffer, stream.describe, stream.first, workers, pin_memory, patience)
     return (batch.copy(pin_memory) for batch in stream.fill(stream.first, 1, [stream.new_buffer()]))

@@ -21,8 +21,8 @@ SAMPLES_PER_MESSAGE = 32
 PREFETCH = 2
 # After so many deaths without a batch in between, the cause is taken to be permanent and the run ends.
 MAX_DEATHS = 3
-# Seconds without a batch after which the trainer checks that all workers are alive; and after which the run ends, while
-# it can still say why: the other ranks give up on this one after ten minutes.
+# Seconds without a batch after which the trainer checks that all workers are alive; and after which they are taken to
+# hang, unless the caller has another limit (a training does: train/faults/limits.py).
 POLL_SECONDS, HANG_SECONDS = 1.0, 540.0
 
 
@@ -41,16 +41,17 @@ class Workers:
 
     fill: runs in the workers.  new_buffer: makes one batch in shared memory.
     describe: says where the batch of a number comes from, for a message.
+    patience: seconds without a batch after which the workers are taken to hang.
     Raises: LoaderDied, and whatever a worker raised, from next().
     """
 
     def __init__(
         self, fill: Fill, new_buffer: Callable[[], Batch], describe: Callable[[int], str], first: int, workers: int,
-        pin_memory: bool,
+        pin_memory: bool, patience: float = HANG_SECONDS,
     ) -> None:  # fmt: skip
         self._fill, self._new_buffer, self._describe = fill, new_buffer, describe
         self._next, self._workers, self._pin_memory = first, workers, pin_memory
-        self._deaths = 0
+        self._deaths, self._patience = 0, patience
         self._start()
 
     def __iter__(self) -> "Workers":
@@ -106,7 +107,7 @@ class Workers:
         # The connections of a killed process break a moment before the process counts as ended.
         wait([process.sentinel for process in self._processes], timeout=0 if no_batch_yet else 1)
         died = [f"pid {p.pid} {_cause(p.exitcode)}" for p in self._processes if p.exitcode is not None]
-        if not died and no_batch_yet and waited < HANG_SECONDS:
+        if not died and no_batch_yet and waited < self._patience:
             return False
         where = f"before micro batch {self._next} ({self._describe(self._next)})"
         for process in self._processes if died or no_batch_yet else ():

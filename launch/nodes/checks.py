@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.storage.locations import open_location
+from data.storage.machine import check_open_files
 from data.text.meta import sidecar_location
 from launch.cost.traffic import checkpoint_bytes
 from train.compose import ROOT
@@ -112,6 +113,15 @@ def disk_faults(config: Config, ranks: int) -> list[str]:
             f"run_dir={run_dir} has {free / 1e9:.1f} GB free, and {config.keep_checkpoints} checkpoints and one being "
             f"written take {needed / 1e9:.1f} GB: free some space, or lower keep_checkpoints"
         ]
+    return []
+
+
+def open_files_faults(config: Config, ranks: int) -> list[str]:
+    """What is wrong with this node's limit of open files, which a training raises as far as it may."""
+    try:
+        check_open_files(config.data.workers, ranks)
+    except OSError as error:
+        return [str(error)]
     return []
 
 

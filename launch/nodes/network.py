@@ -5,6 +5,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from train.faults.route import gloo_reaches_all
+
 ROUNDS = 5
 
 
@@ -14,6 +16,15 @@ def clock_offsets() -> list[float]:
     clocks: list = [None] * dist.get_world_size()
     dist.all_gather_object(clocks, time.time())
     return clocks
+
+
+def meet_by_gloo() -> None:
+    """Make a group of gloo and use it once, as a training has for its ranks' consent, with NCCL too.
+
+    Raises: ConnectionError if a node cannot be reached so.
+    """
+    with gloo_reaches_all():
+        dist.barrier(group=dist.new_group(backend="gloo"))
 
 
 def _synchronize(device: torch.device) -> None:

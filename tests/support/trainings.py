@@ -37,12 +37,15 @@ def free_port() -> int:
 
 def start(
     repo: Path, data: Path, run_dir: Path, *overrides: str, ranks: int = 1, file_size: tuple[int, int] | None = None,
-    **popen,
+    script: Path | None = None, before: tuple[str, ...] = (), **popen,
 ) -> subprocess.Popen:  # fmt: skip
-    """Start train/main.py from another folder, as a user might, through the launcher when there are several ranks."""
-    script = str(repo / "train" / "main.py")
+    """Start train/main.py from another folder, as a user might, through the launcher when there are several ranks.
+
+    script: another one, which takes the arguments `before` in front of those.
+    """
+    main = [str(script or repo / "train" / "main.py"), *before]
     launcher = Path(sys.executable).with_name("deepspeed")
-    program = [sys.executable, script]
+    program = [sys.executable, *main]
     if ranks > 1:
         program = [
             sys.executable,
@@ -52,7 +55,7 @@ def start(
             str(ranks),
             "--master_port",
             str(free_port()),
-            script,
+            *main,
         ]
     given = {o.split("=")[0] for o in overrides}
     program += [o for o in SMALL if o.split("=")[0] not in given]

@@ -106,11 +106,12 @@ class Checkpoint:
             raise ValueError(f"the manifest in '{folder}' is not one of this version ({error!r})") from None
 
     def verify(self, rank: int = 0, ranks: int = 1) -> str:
-        """What is wrong with the files, '' for nothing; each of several ranks reads its share of them.
+        """What is wrong with the files, '' for nothing.
 
+        Of several ranks each reads its share of them, and the first one looks at the sizes of all.
         Raises: OSError if a file is there and cannot be read: that is a fault of the machine, and not damage.
         """
-        if fault := size_fault(self.folder, self.manifest):
+        if rank == 0 and (fault := size_fault(self.folder, self.manifest)):
             return fault
         hashes = self.manifest["sha256"]
         for name in sorted(hashes)[rank::ranks]:

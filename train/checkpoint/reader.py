@@ -42,7 +42,9 @@ class CheckpointReader:
                 state = {name.removeprefix("moments."): file.get_slice(name) for name in self._moments}
                 for which in (1, 2):
                     pieces[which - 1].append(adam_state.decode(state, which, first, last))
-        with safe_open(self._files[0], framework="pt") as file:
+        # It is the same in every file, and not all ranks should open one.
+        own = self._files[min(start // self.size, len(self._files) - 1)]
+        with safe_open(own, framework="pt") as file:
             step = int(file.get_tensor("moments.step"))
         return _joined(pieces[0], stop - start), _joined(pieces[1], stop - start), step
 

@@ -1,11 +1,12 @@
 """Resuming from the newest undamaged checkpoint, on any number of ranks."""
 
-import hashlib
 import json
+import os
 import shutil
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,14 @@ import torch.distributed as dist
 
 from data.cli import reason
 from data.loader.dataset import Dataset
+from data.storage.locations import is_remote
+from data.storage.shards import Shard, read_stats
 from train.checkpoint.changes import describe_changes, find_changes, rate_change
 from train.checkpoint.checkpoint import Checkpoint
-from train.checkpoint.format import CheckpointFailed, latest_checkpoint, step_folders
+from train.checkpoint.format import MANIFEST, CheckpointFailed, latest_checkpoint, step_folders
 from train.checkpoint.identity import DataIdentity, check_same_run
 from train.config import Config
+from train.faults.first_rank import of_first_rank, raise_on_all
 
 if TYPE_CHECKING:  # the engine takes seconds to import, and check_resumable has no need of it
     from train.ema import EMA
@@ -27,7 +31,7 @@ if TYPE_CHECKING:  # the engine takes seconds to import, and check_resumable has
 def check_resumable(config: Config, data: DataIdentity) -> None:
     """Make sure that the run can go on from its latest checkpoint, if it has one.
 
-    The number of ranks may be another, and the optimizer 8-bit or not.
+    Only the first rank looks. The number of ranks may be another, and the optimizer 8-bit or not.
     Raises: ValueError if the checkpoint belongs to another run or other data.
     """
     checkpoint = Checkpoint.latest(Path(config.run_dir))
@@ -39,57 +43,59 @@ def check_resumable(config: Config, data: DataIdentity) -> None:
         raise ValueError(f"'{folder}' is beyond steps={config.steps}: raise steps, or choose another run_dir")
 
 
-def check_same_everywhere(config: Config, datasets: list[Dataset], digests: list[str | None]) -> None:
-    """Make sure that all ranks see the same shards and the same latest checkpoint; a collective call.
+def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
+    """Make sure that all ranks see the first rank's latest checkpoint and shards; a collective call.
 
-    digests: data_digest of each dataset, None where it is not known to this rank.
+    A rank looks at one manifest and at one shard of each dataset, each at another one, however many there are.
+    datasets: as the first rank found them.
     Raises: ValueError on all ranks if run_dir or data.shards is not shared between the nodes.
     """
-    latest = latest_checkpoint(Path(config.run_dir))
-    names = repr([(shard.name, shard.count) for dataset in datasets for shard in dataset.shards])
-    seen = (latest and latest.name, hashlib.sha256(names.encode()).hexdigest(), digests)
-    everywhere: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, seen)
-    first_latest, first_names, first_digests = everywhere[0]
-    for rank, (their_latest, their_names, their_digests) in enumerate(everywhere):
-        what = ""
-        if their_latest != first_latest:
-            what = f"run_dir={config.run_dir} (its latest checkpoint)"
-        elif their_names != first_names or not _agree(first_digests, their_digests):
-            what = f"data.shards={config.data.shards}"
-        if what:
-            raise ValueError(f"rank {rank} sees another {what} than rank 0: put it on storage that all nodes share")
+    rank, ranks, run_dir = dist.get_rank(), dist.get_world_size(), Path(config.run_dir)
+    latest = of_first_rank(lambda: latest_checkpoint(run_dir))
+    seen = [d.shards[rank * len(d.shards) // ranks] for d in datasets]
+    what = ""
+    if latest and not (latest / MANIFEST).is_file():
+        what = f"run_dir={config.run_dir} (its latest checkpoint)"
+    elif not all(map(_is_here, seen)):
+        what = f"data.shards={config.data.shards}"
+    raise_on_all(what and f"rank {rank} sees another {what} than rank 0: put it on storage that all nodes share")
 
 
-def _agree(digests: list[str | None], others: list[str | None]) -> bool:
-    return all(mine == theirs for mine, theirs in zip(digests, others, strict=True) if mine and theirs)
+def _is_here(shard: Shard) -> bool:
+    """Whether this rank sees the shard that the first rank found: its size, its count and its captions' digest."""
+    if is_remote(shard.location):
+        return True
+    try:
+        size, stats = os.path.getsize(shard.location), read_stats(shard.location)
+    except (OSError, ValueError):
+        return False
+    if stats and (stats.samples != shard.count or (stats.digest and shard.digest and stats.digest != shard.digest)):
+        return False
+    return shard.size in (None, size)
 
 
 def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> tuple[int, list[dict]]:
     """Restore the newest undamaged checkpoint; a collective call.
 
-    Every rank checks its share of the files, then reads its own part of them: each byte is read twice in all. A damaged
-    checkpoint is renamed to step-NNNNNNNN.damaged. The first rank prints from which step the run goes on, and with what
-    changes.
+    The first rank reads the manifest and looks at the sizes of all files. Every rank checks the contents of its share
+    of them, then reads its own part: each byte is read twice in all. A damaged checkpoint is renamed to
+    step-NNNNNNNN.damaged. The first rank prints from which step the run goes on, and with what changes.
     Returns its step, 0 if there is none, and the changes of the configuration on the way there and now, as find_history
     makes them.
     Raises: CheckpointFailed if there are checkpoints, and all of them are damaged or one cannot be read.
     """
     rank, ranks, run_dir = dist.get_rank(), dist.get_world_size(), Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
-    folders = step_folders(run_dir)
     if rank == 0:
         for unfinished in checkpoints.glob("*.part"):  # left by a start that was killed as it saved
             shutil.rmtree(unfinished, ignore_errors=True)
         (run_dir / "done").unlink(missing_ok=True)  # left by a start with fewer steps
+    folders = of_first_rank(lambda: step_folders(run_dir))
     faults: list[tuple[str, str]] = [("", "")] * ranks
-    for folder in _of_first_rank(folders):
-        fault = unreadable = ""
+    for folder in folders:
+        checkpoint, fault, unreadable = of_first_rank(partial(_read, folder))
         try:
-            checkpoint = Checkpoint.read(folder)
-            fault = checkpoint.verify(rank, ranks)
-        except ValueError as error:
-            fault = str(error)
+            fault = fault or (checkpoint.verify(rank, ranks) if checkpoint else "")
         except OSError as error:
             unreadable = reason(error)
         dist.all_gather_object(faults, (fault, unreadable))
@@ -98,11 +104,11 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
                 f"the checkpoint '{folder}' cannot be read ({problem}), which is no damage of it: repair the storage "
                 "or raise the limit, then run the same command; or move that folder away to resume from the one before"
             )
-        if not any(fault for fault, _ in faults):
+        if checkpoint and not any(fault for fault, _ in faults):
             return _restore(checkpoint, config, data, engine, ema)
         if rank == 0:
             _set_aside(folder, next(fault for fault, _ in faults if fault))
-    if _of_first_rank(folders or sorted(checkpoints.glob("step-????????.damaged"))):
+    if of_first_rank(lambda: folders or sorted(checkpoints.glob("step-????????.damaged"))):
         raise CheckpointFailed(
             f"every checkpoint in '{checkpoints}' is damaged: choose another run_dir to begin from scratch, or delete "
             "that folder"
@@ -122,17 +128,21 @@ def _set_aside(folder: Path, fault: str) -> None:
         folder.rename(aside)
 
 
-def _of_first_rank(folders: list[Path]) -> list[Path]:
-    """The first rank's list, on all ranks: the others may see an older state of a shared folder."""
-    lists = [folders]
-    dist.broadcast_object_list(lists, src=0)
-    return lists[0]
+def _read(folder: Path) -> tuple[Checkpoint | None, str, str]:
+    """A checkpoint whose contents are not verified yet, its damage, and why it cannot be read; '' for nothing."""
+    try:
+        return Checkpoint.read(folder), "", ""
+    except ValueError as error:
+        return None, str(error), ""
+    except OSError as error:
+        return None, "", reason(error)
 
 
 def _restore(
     checkpoint: Checkpoint, config: Config, data: DataIdentity, engine: "Engine", ema: "EMA"
 ) -> tuple[int, list[dict]]:
-    rank, reader, size = dist.get_rank(), checkpoint.reader(), engine.master.numel()
+    rank, size = dist.get_rank(), engine.master.numel()
+    reader = of_first_rank(checkpoint.reader)
     start, stop = rank * size, (rank + 1) * size
     same_parts = (reader.size, checkpoint.ranks) == (size, dist.get_world_size())
     moments = reader.moments_of_rank(rank) if same_parts else {}

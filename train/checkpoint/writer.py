@@ -29,7 +29,9 @@ from train.checkpoint.identity import DataIdentity
 from train.config import Config
 from train.ema import EMA
 from train.engine import Engine
+from train.faults.limits import SAVE
 from train.faults.preempt import RankConsensus
+from train.faults.watchdog import Watchdog
 
 
 class CheckpointWriter:
@@ -39,10 +41,14 @@ class CheckpointWriter:
     in each step (progress) whether all ranks have written. If they have, the first rank's thread writes the manifest
     and renames (poll).
     changes: of the configuration since the run's first step, as train.checkpoint.resume.find_history makes them.
+    watchdog: is given the time of a save by begin and finish.
     Methods raise: CheckpointFailed on all ranks if one of them could not write; older checkpoints stay untouched.
     """
 
-    def __init__(self, config: Config, data: DataIdentity, changes: list[dict], consensus: RankConsensus) -> None:
+    def __init__(
+        self, config: Config, data: DataIdentity, changes: list[dict], consensus: RankConsensus, watchdog: Watchdog
+    ) -> None:
+        self._watchdog = watchdog
         self._config, self._data, self._changes, self._consensus = config, data, changes, consensus
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._thread: threading.Thread | None = None
@@ -55,7 +61,7 @@ class CheckpointWriter:
 
     def begin(self, step: int, engine: Engine, ema: EMA) -> None:
         """Copy the state of a step to the host and start to write it."""
-        self.finish()
+        self.finish()  # which gives the watchdog the time of a save
         began = time.perf_counter()
         folder = step_folder(Path(self._config.run_dir), step)
         self._aside = aside = folder.with_suffix(".part")
@@ -91,6 +97,7 @@ class CheckpointWriter:
         self._publish, self._publishing = publish, False
         self._start(write)
         self._stalled += time.perf_counter() - began
+        self._watchdog.reset()
 
     def progress(self) -> tuple[bool, bool]:
         """Whether this rank's thread is at work, and whether it failed; what the ranks ask one another of it."""
@@ -114,6 +121,7 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Wait until the checkpoint under way is complete."""
+        self._watchdog.reset(SAVE)
         began = time.perf_counter()
         while self._publish:
             self.poll(*self._consensus.ask(*self.progress())())

@@ -7,6 +7,8 @@ import tempfile
 import threading
 import time
 
+from train.faults.limits import FIRST
+
 # Seconds that the interpreter's own timer waits longer than the watchdog's thread. The thread prints more; the timer
 # also works while another thread holds the interpreter's lock.
 GRACE = 30.0
@@ -20,15 +22,16 @@ class Watchdog:
 
     def __init__(self, rank: int, seconds: float) -> None:
         self._rank, self._seconds, self._timer_started = rank, seconds, 0.0
+        self._waits = seconds
         self._stopped = threading.Event()
-        self.reset(3 * seconds)  # the first step may compile the net
+        self.reset(FIRST)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def reset(self, seconds: float = 0.0) -> None:
-        """Start the countdown again, from its usual length or, once, from another one."""
-        now, wanted = time.monotonic(), seconds or self._seconds
-        self._deadline = now + wanted
-        if seconds or now - self._timer_started > GRACE / 3:  # not every time, since it starts a thread
+    def reset(self, times: float = 1.0) -> None:
+        """Start the countdown again, from its usual length or, once, from a multiple of it (train/faults/limits.py)."""
+        now, wanted = time.monotonic(), times * self._seconds
+        self._deadline, self._waits = now + wanted, wanted
+        if times != 1 or now - self._timer_started > GRACE / 3:  # not every time, since it starts a thread
             faulthandler.dump_traceback_later(wanted + GRACE, exit=True)
             self._timer_started = now
 
@@ -48,6 +51,6 @@ class Watchdog:
             file.seek(0)
             stacks = "".join(f"rank {self._rank} | {line}" for line in file)
         # In one write, since other ranks write to the same stream.
-        sys.stderr.write(f"rank {self._rank}: HANGS, no progress for {self._seconds:g} s. Its threads:\n{stacks}")
+        sys.stderr.write(f"rank {self._rank}: HANGS, no progress for {self._waits:g} s. Its threads:\n{stacks}")
         sys.stderr.flush()
         os._exit(1)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,14 +63,18 @@ class RunProgress:
                 f"on rank 0 since the start: {bad_counts}; listed in {self.run_dir / 'quarantine'}"
             )
 
-    def draw_samples(self, step: int, unet: UNet) -> None:
-        """Draw the grid of a step: the same prompts and seeds each time, a row for each guidance scale."""
+    def draw_samples(self, step: int, unet: UNet, after_step: Callable[[int], object]) -> None:
+        """Draw the grid of a step: the same prompts and seeds each time, a row for each guidance scale.
+
+        after_step: called after each denoising step of a row with its number of images.
+        """
         c, n = self.config, len(self.captions)
         scales = c.sample.guidance_scales
         scheduler = make_scheduler(c.diffusion_steps, c.model.learn_sigma)
         seeds = [c.seed + i for i in range(n)]
         rows: list[Tensor] = [
-            sample(unet, scheduler, self.text_emb, self.empty, scale, c.sample.steps, seeds) for scale in scales
+            sample(unet, scheduler, self.text_emb, self.empty, scale, c.sample.steps, seeds, after_step)
+            for scale in scales
         ]
         path = self.run_dir / "samples" / f"step-{step:08d}.png"
         guidance = ", ".join(f"{scale:g}" for scale in scales)
