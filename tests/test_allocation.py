@@ -116,7 +116,7 @@ def test_srun_args_are_split_as_by_a_shell():
         split_srun_args("image.sqsh")
 
 
-@pytest.mark.parametrize("visible", ["3,5", "GPU-0a1b,GPU-2c3d", None])
+@pytest.mark.parametrize("visible", ["5,GPU-0a1b", None])
 def test_the_ranks_of_a_node_keep_the_gpus_that_slurm_gave(tmp_path, visible):
     show = "import json, os; print(json.dumps([os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['LOCAL_RANK']]))"
     (tmp_path / "show.py").write_text(show)
