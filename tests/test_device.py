@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.device import OLDEST_DRIVER, Machine, check_device, check_ranks, find_machine, unusable
+from data.device import OLDEST_DRIVER, Machine, check_device, check_ranks, default_device, find_machine, unusable
 from launch.check_machine import DRIVER_OF_PINNED_CUDA
 from train.compose import compose_config, names
 
@@ -95,6 +95,12 @@ def test_ds_accelerator_cpu_is_asking_for_the_cpu(monkeypatch):
         monkeypatch.delenv("DS_ACCELERATOR") if chosen is None else monkeypatch.setenv("DS_ACCELERATOR", chosen)
         with pytest.raises(ValueError, match=r"Slurm gave 8.*, or set DS_ACCELERATOR=cpu to run on the CPU$"):
             check_device()
+
+
+def test_a_command_says_what_it_runs_on(monkeypatch, capsys):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert default_device() == torch.device("cpu")
+    assert capsys.readouterr().out == "runs on the CPU, as DS_ACCELERATOR=cpu says\n"
 
 
 def run(repo: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

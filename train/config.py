@@ -135,8 +135,8 @@ class Config:
     max_skipped: the run ends after so many steps in a row without a finite loss and gradient; each is skipped.
     hang_seconds: a rank that makes no micro batch for so long prints its stacks and ends. Above the 540 s that the
         loader waits for storage, and below the 600 s of the collectives' own limit, whose message says less.
-    needs_gpu: without a GPU the training is refused, unless DS_ACCELERATOR=cpu is set. On a machine that has a GPU a
-        training that could not use it is refused in any case.
+    needs_gpu: a training without a GPU is refused, unless DS_ACCELERATOR=cpu is set. Where there is a GPU that torch
+        cannot use, it is refused in any case.
     dry_run: check everything, say what would run and the memory that it needs, and leave; status 2 if it cannot run.
     model: the shape of the net.
     lora: fine-tuning of low-rank matrices.
