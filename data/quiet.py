@@ -6,7 +6,7 @@ import warnings
 # By the name of the logger, the beginnings of the messages that it does not print.
 LOGGED: dict[str, tuple[str, ...]] = {
     "DeepSpeed": (
-        # A run on the CPU is meant to be there: the first lines of dry_run and of the report name the device.
+        # A run on the CPU is meant to be there: data/device.py has looked for a GPU.
         "Setting accelerator to CPU.",
         # AdamW8bit under ZeRO-1 is tested here: tests/test_checkpoint.py, tests/test_train.py.
         "**** You are using ZeRO with an untested optimizer",

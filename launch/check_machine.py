@@ -5,6 +5,7 @@ The Makefile runs it with the Python that will make .venv. It needs nothing else
 
 import glob
 import os
+import re
 import shutil
 import sys
 
@@ -12,6 +13,8 @@ import sys
 # needs space to unpack what it downloads.
 NEEDED_GB = 12
 NEEDED_AGAIN_GB = 1
+# CUDA's major version that torch's build in constraints.txt is for, and the oldest driver that runs it.
+DRIVER_OF_PINNED_CUDA = (13, 580)
 
 
 def python_fault(version=sys.version_info[:2]):
@@ -45,14 +48,36 @@ def disk_fault(folder="."):
     )
 
 
+def driver_note(version="/proc/driver/nvidia/version"):
+    """What to do if the GPU's driver is too old for the torch that is installed; None if it is not, or there is none.
+
+    version: the file in which the driver names itself.
+    """
+    try:
+        with open(version) as file:
+            driver = re.search(r"\b(\d{3,})(\.\d+)+", file.read())
+    except OSError:
+        return None
+    cuda, oldest = DRIVER_OF_PINNED_CUDA
+    if not driver or int(driver.group(1)) >= oldest:
+        return None
+    return (
+        f"the NVIDIA driver {driver.group(0)} is too old for CUDA {cuda}, which the pinned torch is built for, so that "
+        f"it cannot use this machine's GPU: install driver {oldest} or later"
+    )
+
+
 def main():
-    """Print every fault, one line each.
+    """Print every fault, one line each, and what does not keep the install from going on.
 
     Raises: SystemExit 1 if there is any.
     """
     faults = [fault for fault in (python_fault(), disk_fault()) if fault]
     for fault in faults:
         print("cannot set up: " + fault, file=sys.stderr)
+    note = driver_note()
+    if note:
+        print("note: " + note, file=sys.stderr)
     sys.exit(1 if faults else 0)
 
 

@@ -14,8 +14,10 @@ from statistics import median
 from data.checks import count
 from data.cli import MISTAKE, run_command
 from launch.cost.options import PlanOptions
+from launch.nodes.cpus import Cpus, cpu_faults, find_cpus
 from train.compose import help_with_training, parse_with_config
 from train.config import Config, accumulation
+from train.faults.launched import check_launched
 
 # A healthy pair of nodes may be this many times slower than the median before it is named.
 SLOW_PAIR = 3.0
@@ -23,7 +25,7 @@ SLOW_PAIR = 3.0
 
 @dataclass(slots=True)
 class Options:
-    """Checks every node before a training: code, packages, GPUs, clocks, disk space, storage and network.
+    """Checks every node before a training: code, packages, GPUs, CPUs, clocks, disk space, storage and network.
 
     step_seconds: seconds that the plan says a step takes; data must be read fast enough for it.
     max_skew: largest difference between clocks, in seconds.
@@ -37,13 +39,18 @@ class Options:
 
 @dataclass(slots=True)
 class Report:
-    """What one rank found.  faults: what is wrong there, whatever the other ranks find."""
+    """What one rank found.
+
+    cpus: those that it may use, of the node's; all of its loader workers share them.  faults: what is wrong there,
+    whatever the other ranks find.
+    """
 
     node: str
     local_rank: int
     code: str
     versions: dict[str, str]
     devices: str
+    cpus: Cpus
     read_rate: float = 0.0
     faults: list[str] = field(default_factory=list)
 
@@ -56,7 +63,7 @@ def look(options: Options, config: Config, ranks: int, nodes: int) -> Report:
     local_rank = int(os.environ["LOCAL_RANK"])
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     seen, faults = devices(local_rank)
-    report = Report(node, local_rank, code_hash(), versions(), seen, faults=faults)
+    report = Report(node, local_rank, code_hash(), versions(), seen, find_cpus(), faults=faults)
     if local_rank == 0:
         reading = estimate_reading(PlanOptions(), config)
         needed = reading.sample * config.global_batch / options.step_seconds / nodes
@@ -110,11 +117,14 @@ def preflight(argv: list[str]) -> None:
     # Imported here, since torch takes seconds.
     import torch.distributed as dist
 
+    from data.device import check_device
     from launch.nodes.checks import shared_run_dir_faults
     from launch.nodes.network import all_reduce_rate, clock_offsets, meet_by_gloo, pair_rates
     from train.engine import init_distributed
     from train.inputs import resolve_text_shape
 
+    check_launched(os.environ)
+    check_device(config.needs_gpu)
     rank, ranks, device = init_distributed(config.hang_seconds)
     meet_by_gloo()
     accumulation(config, ranks)
@@ -129,7 +139,8 @@ def preflight(argv: list[str]) -> None:
     rates = pair_rates(device, options.test_mb, names)
     faults: list[str] = []
     if rank == 0:
-        faults = compare(reports) + shared + slow_pairs(rates)
+        cpus = {name: [report.cpus for report in reports if report.node == name] for name in names}
+        faults = compare(reports) + cpu_faults(cpus, config.data.workers) + shared + slow_pairs(rates)
         middle = median(offsets)
         faults += [
             f"{name}: its clock is {offset - middle:+.1f} s off: start chrony or ntpd there"

@@ -1,12 +1,16 @@
 """The decisions of the batch script, without Slurm; tests/test_slurm.py runs it on a real one."""
 
+import json
+import os
 import socket
+import subprocess
 
 import pytest
 
 from data.cli import REQUEUE
 from launch.slurm.allocation import Allocation, check_hostfile, find_allocation, free_port, ranks_per_node
-from launch.slurm.batch import MISTAKE, main, verdict
+from launch.slurm.batch import LAUNCHER, MISTAKE, NODE, main, split_srun_args, verdict
+from train.faults.launched import check_launched
 
 JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[1-2]"}
 TWO = Allocation("123", ["node1", "node2"], 8, "node1", 15123, 0)
@@ -100,3 +104,39 @@ def test_its_own_hostfile_agrees(tmp_path):
 def test_when_to_requeue(status, done, warned, restarts, reached, again):
     found, why = verdict(status, done, warned, restarts, most=100, began_at=50, reached=reached)
     assert found == again and why
+
+
+def test_srun_args_are_split_as_by_a_shell():
+    assert split_srun_args("") == []
+    image = "--container-image='my image.sqsh' --container-mounts=/a:/a,/b:/b"
+    assert split_srun_args(image) == ["--container-image=my image.sqsh", "--container-mounts=/a:/a,/b:/b"]
+    with pytest.raises(ValueError, match="SRUN_ARGS=--a='b cannot be split into options: no closing quotation"):
+        split_srun_args("--a='b")
+    with pytest.raises(ValueError, match=r"SRUN_ARGS=image\.sqsh must be options of srun"):
+        split_srun_args("image.sqsh")
+
+
+@pytest.mark.parametrize("visible", ["5,GPU-0a1b", None])
+def test_the_ranks_of_a_node_keep_the_gpus_that_slurm_gave(tmp_path, visible):
+    show = "import json, os; print(json.dumps([os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['LOCAL_RANK']]))"
+    (tmp_path / "show.py").write_text(show)
+    (tmp_path / "hosts").write_text("node1 slots=2\n")
+    command = ["bash", "-c", NODE, str(LAUNCHER), f"{tmp_path}/log", f"{tmp_path}/hosts", "127.0.0.1", "15000"]
+    environment = os.environ | {"SLURMD_NODENAME": "node1", "SLURM_NODEID": "0"}
+    environment |= {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    subprocess.run([*command, "show.py"], cwd=tmp_path, env=environment, check=True, timeout=120)
+    lines = (tmp_path / "log-node1.log").read_text().splitlines()
+    seen = sorted(json.loads(line) for line in lines if line.startswith('["'))
+    assert seen == [[visible or "0,1", "0"], [visible or "0,1", "1"]]
+
+
+def test_tasks_without_a_launcher_are_refused():
+    task = {"SLURM_PROCID": "1", "SLURM_NTASKS": "8"}
+    with pytest.raises(
+        ValueError, match=r"Slurm has 8 tasks, and no launcher made them ranks .*launch/slurm/train.sbatch"
+    ):
+        check_launched(task)
+    check_launched(task | {"RANK": "1"})
+    check_launched(task | {"SLURM_STEP_NUM_TASKS": "1"})  # one process, in an allocation for eight
+    check_launched({"SLURM_NTASKS": "8"})  # the shell of salloc
+    check_launched({})

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.check_machine import python_fault
+from launch.check_machine import driver_note, python_fault
 
 
 def check(repo: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -43,6 +43,17 @@ def test_other_pythons():
     assert python_fault() is None
     for version in [(3, 9), (3, 12), (2, 7)]:
         assert "Python 3.10 or 3.11 is needed" in python_fault(version)
+
+
+def test_an_old_driver_is_noted(tmp_path):
+    path = tmp_path / "version"
+    assert driver_note(path) is None
+    for driver, old in (("535.104.05", True), ("580.65.06", False)):
+        path.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19 01:15:15 UTC 2023")
+        note = driver_note(path)
+        assert (note is not None) == old
+    path.write_text("in another form")
+    assert driver_note(path) is None
 
 
 def test_make_passes_over_a_python_that_does_not_run(repo, tmp_path):

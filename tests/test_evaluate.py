@@ -123,6 +123,7 @@ def test_two_ranks_give_the_pictures_of_one(repo, base, one):
     done = command(repo, base, "two", ranks=2)
     told, error = done.communicate(timeout=300)
     assert done.returncode == 0, told[-2000:] + error[-3000:]
+    assert told.count("runs on the CPU") == 1, "the first rank tells"
     assert len(list((base / "two" / "guidance-1").glob("*.images.npy"))) == SAMPLES // 4
     for scale in (1, 3):
         of_one, of_two = (

@@ -1,6 +1,7 @@
 """The preflight on two ranks that stand for two nodes: one that fails is named, with the remedy."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.nodes.cpus import Cpus, cpu_faults, find_cpus
 from launch.nodes.network import tournament
 from launch.preflight import slow_pairs
 from tests.support.trainings import SMALL, free_port, make_data
@@ -21,14 +23,17 @@ def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def preflight(trees: list[Path], overrides: list[list[str]]) -> tuple[list[int], str, str]:
-    """One process in each tree with its own overrides; exit statuses, stdout and stderr of the first."""
+def preflight(trees: list[Path], overrides: list[list[str]], **more: str) -> tuple[list[int], str, str]:
+    """One process in each tree with its own overrides; exit statuses, stdout and stderr of the first.
+
+    more: for the environment.
+    """
     port, started = str(free_port()), []
     for rank, (tree, own) in enumerate(zip(trees, overrides, strict=True)):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "SLURMD_NODENAME": f"node{rank + 1}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+        } | more  # fmt: skip
         command = [sys.executable, "-m", "launch.preflight", *SMALL, *FAST, *own]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=tree, env=environment, **pipes))
@@ -61,11 +66,12 @@ def test_two_good_nodes_and_three_kinds_of_bad_ones(repo, data, tmp_path):
     assert "every node is ready" not in out
 
 
-def test_a_full_disk_and_slow_storage_are_faults(repo, data, tmp_path):
+def test_a_full_disk_slow_storage_and_one_cpu_are_faults(repo, data, tmp_path):
     good = [f"run_dir={tmp_path / 'run'}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
     greedy = [*good, "keep_checkpoints=100000000", "step_seconds=1e-9"]
-    status, _, err = preflight([repo, repo], [greedy, greedy])
+    status, _, err = preflight([repo, repo], [greedy, greedy], SLURM_CPUS_ON_NODE="1")
     assert status == [2, 2]
+    assert err.count("Slurm gave the job 1 of the node's") == (2 if os.cpu_count() > 1 else 0)
     assert err.count("GB free") == 2 and err.count("MB/s a node") == 2
     assert "node1, rank 0" in err and "node2, rank 1" in err
 
@@ -84,3 +90,44 @@ def test_a_slow_pair_is_named():
     (fault,) = slow_pairs(rates)
     assert fault.startswith("a and c: 2.00 GB/s")
     assert not slow_pairs({}) and not slow_pairs({("a", "b"): 1.0})
+
+
+def cpus(bound: int, given: int | None = None, first: int = 0, of_node: int = 96) -> Cpus:
+    return Cpus(frozenset(range(first, first + bound)), given, of_node)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([cpus(96)] * 8, None),
+        ([cpus(96, given=96)] * 8, None),
+        ([cpus(40, given=40)] * 8, None),  # one for each of 8 ranks and 32 workers
+        ([cpus(5, first=5 * i) for i in range(8)], None),  # each rank with CPUs of its own
+        ([cpus(32, given=32, of_node=32)] * 8, None),  # the node has no more
+        (
+            [cpus(1)] * 8,
+            "n: all that runs there is bound to 1 of the node's 96 CPUs, for 8 ranks with 4 loader workers",
+        ),
+        ([cpus(39)] * 8, "bound to 39 of the node's 96 CPUs"),
+        (
+            [cpus(96, given=1)] * 8,
+            "n: Slurm gave the job 1 of the node's 96 CPUs, .* --exclusive or --cpus-per-task=40",
+        ),
+        ([*[cpus(96)] * 7, cpus(2)], "n: its rank 7 is bound to 2 of the node's 96 CPUs, for itself and 4 loader"),
+    ],
+)
+def test_too_few_cpus_for_ranks_and_workers(ranks, message):
+    faults = cpu_faults({"n": ranks, "good": [cpus(96)]}, workers=4)
+    assert len(faults) == (message is not None)
+    if message:
+        assert re.match(f".*{message}", faults[0])
+
+
+def test_the_cpus_of_a_process_are_those_that_it_is_bound_to():
+    own = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(own)})
+        assert find_cpus({"SLURM_CPUS_ON_NODE": "4"}) == Cpus(frozenset({min(own)}), 4, os.cpu_count())
+    finally:
+        os.sched_setaffinity(0, own)
+    assert find_cpus({}) == Cpus(frozenset(own), None, os.cpu_count())

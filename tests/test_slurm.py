@@ -1,6 +1,7 @@
 """The batch script on a real Slurm of two nodes on this machine: warned, requeued, resumed, finished."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from data.device import find_machine
 from tests.support.slurm_cluster import Cluster, install
 from tests.support.trainings import SMALL, make_data, metrics
 from train.checkpoint.format import latest_checkpoint, read_manifest
@@ -38,11 +41,11 @@ def data(tmp_path_factory) -> Path:
 
 
 def submit(
-    cluster: Cluster, repo: Path, log: Path, *overrides: str, options: tuple[str, ...] = (), **environment
+    cluster: Cluster, repo: Path, log: Path, *overrides: str, options: tuple[str, ...] = (), **environment: str | None
 ) -> str:
-    small = ["--nodes=2", "--gpus-per-node=1", "--time=20", "--exclusive=user", f"--output={log}"]
+    small = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=2", "--time=20", "--exclusive=user", f"--output={log}"]
     command = ["sbatch", "--parsable", *small, *options, "launch/slurm/train.sbatch", *overrides]
-    with_more = cluster.environment | environment
+    with_more = {name: value for name, value in (cluster.environment | environment).items() if value is not None}
     done = subprocess.run(command, cwd=repo, env=with_more, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -135,6 +138,75 @@ def test_the_command_of_the_model_card_in_an_allocation(cluster, repo, data, tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2 and (run_dir / "done").exists()
+
+
+# Prints what a rank sees, one line in the log of its node.
+SHOW = """
+import json, os
+names = ("RANK", "CUDA_VISIBLE_DEVICES", "FROM_SRUN_ARGS")
+print("seen", json.dumps([*map(os.environ.get, names), len(os.sched_getaffinity(0))]))
+"""
+RUN_SHOW = """
+import os, pathlib, sys
+from launch.slurm.allocation import find_allocation
+from launch.slurm.batch import Job, split_srun_args
+folder, allocation = pathlib.Path(sys.argv[1]), find_allocation()
+(folder / "hosts").write_text(allocation.hostfile())
+sys.exit(Job(allocation, folder / "hosts", folder, split_srun_args(os.environ["SRUN_ARGS"])).run("show", sys.argv[2]))
+"""
+
+
+def test_the_ranks_keep_what_slurm_gave(cluster, repo, tmp_path):
+    """On shared nodes, of whose two GPUs another job has the first, and where srun would bind the task to a core."""
+    (tmp_path / "show.py").write_text(SHOW)
+    shared = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--exclusive=user"]
+    other = cluster.command("sbatch", "--parsable", "--output=/dev/null", *shared, "--wrap=sleep 300").strip()
+    wait_until(lambda: cluster.state(other) == "RUNNING", "the other job", tmp_path / "none", 60)
+    environment = cluster.environment | {"SLURM_CPU_BIND": "cores", "SRUN_ARGS": "--export='ALL,FROM_SRUN_ARGS=a b'"}
+    run_show = [sys.executable, "-c", RUN_SHOW, str(tmp_path), str(tmp_path / "show.py")]
+    done = subprocess.run(
+        ["salloc", *shared, "--cpus-per-task=2", *run_show],
+        cwd=repo, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    cluster.command("scancel", other)
+    logs = "".join(path.read_text() for path in tmp_path.glob("show-*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    seen = sorted(json.loads(line[len("seen ") :]) for line in logs.splitlines() if line.startswith("seen "))
+    assert seen == [[str(rank), "1", "a b", 2] for rank in range(2)]
+
+
+@pytest.mark.skipif(find_machine().has_gpu and torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_cannot_use_ends_the_preflight(cluster, repo, data, tmp_path):
+    log, run_dir = tmp_path / "job.log", tmp_path / "run"
+    given = [f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
+    job = submit(cluster, repo, log, *FIRST, *given, DS_ACCELERATOR=None)
+    wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job", log)
+    assert cluster.state(job) == "FAILED" and "no training is started" in log.read_text()
+    found = "".join(path.read_text() for path in (run_dir / "logs").glob("preflight-*.log"))
+    assert "error: torch" in found and "(Slurm gave 1)" in found and "or set DS_ACCELERATOR=cpu" in found
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="there is one CPU, which is enough then")
+def test_too_few_cpus_end_the_preflight(cluster, repo, data, tmp_path):
+    log, run_dir = tmp_path / "job.log", tmp_path / "run"
+    given = [f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
+    job = submit(cluster, repo, log, *FIRST, *given, options=("--cpus-per-task=1",))
+    wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job", log)
+    assert cluster.state(job) == "FAILED" and "no training is started" in log.read_text()
+    found = (run_dir / "logs" / f"preflight-{job}-node1.log").read_text()
+    for node in ("node1", "node2"):
+        assert f"error: {node}: Slurm gave the job 1 of the node's {os.cpu_count()} CPUs" in found, found[-3000:]
+
+
+def test_srun_without_the_launcher_is_one_line(cluster, repo, tmp_path):
+    command = ["srun", "--nodes=2", "--ntasks=4", "--exclusive=user", sys.executable, "train/main.py", *FIRST]
+    done = subprocess.run(
+        [*command, f"run_dir={tmp_path}/run"],
+        cwd=repo, env=cluster.environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("srun: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: Slurm has 4 tasks, and no launcher"), done.stderr
 
 
 def test_a_missing_partition(cluster, repo):

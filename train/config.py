@@ -142,6 +142,8 @@ class Config:
     max_skipped: the run ends after so many steps in a row without a finite loss and gradient; each is skipped.
     hang_seconds: a rank that makes no micro batch for so long prints its stacks and ends. All other limits are
         multiples of it: docs/reference/checkpoints.md.
+    needs_gpu: a training without a GPU is refused, unless DS_ACCELERATOR=cpu is set. Where there is a GPU that torch
+        cannot use, it is refused in any case.
     dry_run: check everything, say what would run and the memory that it needs, and leave; status 2 if it cannot run.
     model: the shape of the net.
     lora: fine-tuning of low-rank matrices.
@@ -170,6 +172,7 @@ class Config:
     keep_every: int = 0
     max_skipped: int = 20
     hang_seconds: int = HANG_SECONDS
+    needs_gpu: bool = False
     dry_run: bool = False
     model: UNetConfig = field(default_factory=UNetConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

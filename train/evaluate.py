@@ -66,6 +66,7 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     import numpy as np
     import torch.distributed as dist
 
+    from data.device import check_device, device_name
     from train.evaluation.chunked_array import ArrayFiller, ChunkedArray
     from train.evaluation.drawing import draw
     from train.evaluation.eval_set import find_eval_set
@@ -91,7 +92,10 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
 
     from train.engine import init_distributed  # it takes seconds more
 
+    check_device()
     rank, ranks, device = init_distributed()
+    if rank == 0:
+        print(f"runs on {device_name(device)}")
     filler = ArrayFiller(args.micro_batch, rank, ranks)
     names = sorted({FEATURES[name] for name in args.scores} - {""})
     extractors = [load_extractor(name, args.inception, device) for name in names]

@@ -20,6 +20,7 @@ from data.quiet import quiet_libraries
 from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
 from train.config import Config, accumulation
+from train.faults.launched import check_launched
 
 if TYPE_CHECKING:
     from train.faults.node_watch import NodeWatch
@@ -33,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     """Exits: 2 with one line for what the user can fix; 75 when asked to leave before the end; 130 for Ctrl-C before
     the first step, or a second one.
     """
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # Of the tasks that srun starts without a launcher, one tells what is wrong.
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     given = arguments(argv)
     if HELP & set(given):
         if rank == 0:
@@ -72,8 +75,8 @@ def run(config: Config, rank: int, ranks: int) -> None:
             dry_run(config, ranks)
         return
     try:
-        if config.compile:
-            find_compiler(tell=os.environ.get("LOCAL_RANK", "0") == "0")
+        check_launched(os.environ)
+        look_at_node(config, tell=os.environ.get("LOCAL_RANK", "0") == "0")
         check_nodes(os.environ, ranks)
         check_open_files(config.data.workers, ranks)
         accumulation(config, ranks)
@@ -107,11 +110,11 @@ def dry_run(config: Config, ranks: int) -> None:
 
     Exits: 2 if there is a mistake.
     """
+    from data.device import check_device, uses_gpu
     from train.checkpoint.identity import add_missing_digests
     from train.checkpoint.resume import check_resumable
     from train.faults.compiler import check_compiler
     from train.inputs import find_inputs
-    from train.monitor.rank_memory import trains_on_gpu
     from train.monitor.tracker import check_login
     from train.summary import describe
 
@@ -125,7 +128,8 @@ def dry_run(config: Config, ranks: int) -> None:
         check_resumable(config, inputs.identity)
 
     for look in (
-        lambda: check_compiler(trains_on_gpu()) if config.compile else None,
+        lambda: check_launched(os.environ),
+        lambda: check_compiler(uses_gpu()) if config.compile else None,
         lambda: check_nodes(os.environ, ranks),
         lambda: check_open_files(config.data.workers, ranks),
         find,
@@ -136,6 +140,11 @@ def dry_run(config: Config, ranks: int) -> None:
             look()
         except (ValueError, OSError) as error:
             mistakes.append(reason(error))
+    try:
+        check_device(config.needs_gpu)
+    except ValueError as error:
+        # No mistake: what will run elsewhere may be looked at on a machine without a GPU.
+        print(f"a training would not start on this machine: {error}")
     for mistake in dict.fromkeys(mistakes):
         print(f"error: {mistake}", file=sys.stderr)
     if mistakes:
@@ -194,13 +203,18 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
         sys.exit(REQUEUE)
 
 
-def find_compiler(tell: bool) -> None:
-    """Look for the compiler that compile=true needs, on every node.  tell: whether this rank tells what is wrong."""
+def look_at_node(config: Config, tell: bool) -> None:
+    """Look for the GPU, and the compiler that compile=true needs, on every node.
+
+    tell: whether this rank tells what is wrong.
+    """
+    from data.device import check_device, uses_gpu
     from train.faults.compiler import check_compiler
-    from train.monitor.rank_memory import trains_on_gpu
 
     try:
-        check_compiler(trains_on_gpu())
+        check_device(config.needs_gpu)
+        if config.compile:
+            check_compiler(uses_gpu())
     except ValueError as error:
         leave(error, tell)
 

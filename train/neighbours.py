@@ -42,11 +42,11 @@ def neighbours(args: Neighbours) -> "tuple[np.ndarray, np.ndarray]":
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     import numpy as np
 
+    from data.device import default_device
     from data.storage.shards import find_shards
     from train.evaluation.eval_set import Pictures
     from train.evaluation.features import load_extractor
     from train.evaluation.nearest import image_features, nearest, plot_neighbours, read_images, training_features
-    from train.weights.trained_net import default_device
 
     images = read_images(Path(args.images))
     folder = Path(args.images).absolute()

@@ -49,11 +49,12 @@ def run(args: Sample) -> Path:
     """
     check(args)
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
+    from data.device import default_device
     from train.checkpoint.checkpoint import Checkpoint
     from train.sampling.output import next_folder, write_samples
     from train.sampling.prompts import find_prompts
     from train.sampling.sampler import make_scheduler, sample_batches, set_steps
-    from train.weights.trained_net import default_device, load_net
+    from train.weights.trained_net import load_net
 
     # Guidance moves away from the empty caption, so that itself cannot be guided.
     scale = 1.0 if args.prompt is not None and not args.prompt.strip() else args.guidance_scale

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data.device import default_device
 from data.storage.claims import Claim, claim
 from data.storage.locations import write_whole
 from data.storage.shards import Shard
@@ -37,17 +38,19 @@ def open_embeddings(out: Path, chosen: Settings, defaults: Settings) -> tuple[Te
     chosen: settings that a meta file must agree with.  defaults: what a new one has where nothing is chosen.
     Raises: ValueError if a chosen setting is not that of the meta file, or the encoder cannot be used; OSError.
     """
+    device = default_device()
     out.mkdir(parents=True, exist_ok=True)
     while not ((out / META).exists() and (out / EMPTY).exists()):
         if held := claim(out / META):
             with held:
-                return _load_or_create_meta(out, chosen, defaults)
+                return _load_or_create_meta(out, chosen, defaults, device)
         time.sleep(POLL_SECONDS)
-    return _load_or_create_meta(out, chosen, defaults)
+    return _load_or_create_meta(out, chosen, defaults, device)
 
 
-def _load_or_create_meta(out: Path, chosen: Settings, defaults: Settings) -> tuple[TextEncoder, TextMeta]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _load_or_create_meta(
+    out: Path, chosen: Settings, defaults: Settings, device: torch.device
+) -> tuple[TextEncoder, TextMeta]:
     if (out / META).exists():
         meta = TextMeta.read(out)
         differing = [

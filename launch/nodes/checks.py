@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.device import uses_gpu
 from data.storage.locations import open_location
 from data.storage.machine import check_open_files
 from data.text.meta import sidecar_location
@@ -51,10 +52,8 @@ def versions() -> dict[str, str]:
 
 def devices(local_rank: int) -> tuple[str, list[str]]:
     """The node's devices in words, and what is wrong with this rank's."""
-    if not torch.cuda.is_available():
-        if os.environ.get("DS_ACCELERATOR") == "cpu" or not os.environ.get("SLURM_GPUS_ON_NODE"):
-            return "CPU", []
-        return "CPU", ["Slurm gave GPUs, and torch sees none: run nvidia-smi there, and look at the driver"]
+    if not uses_gpu():
+        return "CPU", []
     free, total = torch.cuda.mem_get_info(local_rank)
     name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(local_rank)}, {total / 2**30:.0f} GiB"
     if free < FREE_SHARE * total:

@@ -3,10 +3,12 @@
     python -m launch.slurm.batch +experiment=if_i_xl        inside a job; launch/slurm/train.sbatch runs it
 
 Environment variables and their defaults: RANKS_PER_NODE (the GPUs of a node), MAX_RESTARTS (100), PREFLIGHT (1: run it
-before the first start; 0: never), LOGS (run_dir/logs), HOSTFILE (written for the job), MASTER_PORT (a free one).
+before the first start; 0: never), LOGS (run_dir/logs), HOSTFILE (written for the job), MASTER_PORT (a free one),
+SRUN_ARGS (none: more options of srun, such as those of a container).
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,9 +22,14 @@ from train.config import accumulation
 
 # The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
 # The name of the log has Slurm's name of the node, which may differ from the machine's.
+# It numbers the GPUs of its ranks from 0, which on a shared node are not always those that Slurm gave: `env` gives the
+# ranks Slurm's CUDA_VISIBLE_DEVICES back.
 NODE = """
-log=$1-$SLURMD_NODENAME.log; shift; exec >>"$log" 2>&1; trap "" USR1
-exec "$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" "$@"
+log=$1-$SLURMD_NODENAME.log hostfile=$2 address=$3 port=$4; shift 4
+exec >>"$log" 2>&1; trap "" USR1
+exec "$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" --hostfile "$hostfile" \\
+    --master_addr "$address" --master_port "$port" --no_python \\
+    env ${CUDA_VISIBLE_DEVICES+"CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"} "${0%/*}/python" -u "$@"
 """
 # By its full path: the `deepspeed` on PATH may be launch/slurm/bin/deepspeed.
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -32,12 +39,14 @@ LAUNCHER = Path(sys.executable).with_name("deepspeed")
 class Job:
     """A job in its allocation.
 
+    srun_args: more options for srun.
     warned: Slurm has sent its warning before the end of the job.  cancelled: Slurm has ended the job.
     """
 
     allocation: Allocation
     hostfile: Path
     logs: Path
+    srun_args: list[str] = field(default_factory=list)
     warned: bool = False
     cancelled: bool = False
     steps: list[subprocess.Popen] = field(default_factory=list)
@@ -57,14 +66,14 @@ class Job:
         self.cancelled = True
 
     def run(self, name: str, *program: str) -> int:
-        """Run a program on every rank; returns the highest exit status, above 128 if a signal ended it."""
-        nodes = self.allocation.nodes
-        log = f"{self.logs}/{name}-{self.allocation.job_id}"
-        say(f"{name}: {len(nodes)} nodes x {self.allocation.ranks_per_node}, logs in {log}-NODE.log")
+        """Run arguments of Python on every rank; returns the highest exit status, above 128 if a signal ended it."""
+        allocation, nodes = self.allocation, self.allocation.nodes
+        log = f"{self.logs}/{name}-{allocation.job_id}"
+        say(f"{name}: {len(nodes)} nodes x {allocation.ranks_per_node}, logs in {log}-NODE.log")
         command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--overlap"]
-        command += ["--kill-on-bad-exit=1", "bash", "-c", NODE, str(LAUNCHER), log]
-        command += ["--hostfile", str(self.hostfile), "--master_addr", self.allocation.master_addr]
-        command += ["--master_port", str(self.allocation.master_port), *program]
+        # The one task of a node starts all of its ranks and their loader workers: it must not be bound to one CPU.
+        command += ["--kill-on-bad-exit=1", "--cpu-bind=none", *self.srun_args, "bash", "-c", NODE, str(LAUNCHER), log]
+        command += [str(self.hostfile), allocation.master_addr, str(allocation.master_port), *program]
         # In a session of its own, so that signals to this script do not end it.
         step = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         while True:
@@ -73,6 +82,20 @@ class Job:
                 return status if status >= 0 else 128 - status
             except InterruptedError:
                 continue
+
+
+def split_srun_args(text: str) -> list[str]:
+    """The options of SRUN_ARGS, as a shell would split them.
+
+    Raises: ValueError if a quote is not closed, or the first is no option, which srun would run as a program.
+    """
+    try:
+        args = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"SRUN_ARGS={text} cannot be split into options: {str(error).lower()}") from None
+    if args and not args[0].startswith("-"):
+        raise ValueError(f"SRUN_ARGS={text} must be options of srun, such as --container-image=NAME")
+    return args
 
 
 def say(text: str) -> None:
@@ -119,6 +142,7 @@ def batch(overrides: list[str]) -> None:
     """
     allocation = find_allocation()
     check_commands(LAUNCHER)
+    srun_args = split_srun_args(os.environ.get("SRUN_ARGS", ""))
     config = compose_config(overrides)
     accumulation(config, allocation.ranks)
     run_dir = Path(config.run_dir)
@@ -128,10 +152,10 @@ def batch(overrides: list[str]) -> None:
     if "HOSTFILE" not in os.environ:
         hostfile.write_text(allocation.hostfile())
     check_hostfile(hostfile, allocation)
-    job = Job(allocation, hostfile, logs)
+    job = Job(allocation, hostfile, logs, srun_args)
     job.install_signal_handlers()
     if os.environ.get("PREFLIGHT", "1") != "0" and not allocation.restarts:
-        status = job.run("preflight", "--module", "launch.preflight", *overrides)
+        status = job.run("preflight", "-m", "launch.preflight", *overrides)
         if status or job.cancelled:
             say(f"the preflight ended with status {status}, so no training is started: {logs}/preflight-*.log say why")
             sys.exit(status)

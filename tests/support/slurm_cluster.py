@@ -28,7 +28,7 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SwitchType=switch/none
@@ -39,8 +39,8 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=5
 GresTypes=gpu
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 Gres=gpu:1
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 Gres=gpu:1
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 Gres=gpu:2
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 Gres=gpu:2
 PartitionName=main Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -79,8 +79,8 @@ class Cluster:
         (self.folder / "state").mkdir()
         host = socket.gethostname().split(".")[0]
         self.conf.write_text(CONF.format(folder=self.folder, host=host, ports=ports))
-        # A device that no training on the CPU opens.
-        (self.folder / "gres.conf").write_text("NodeName=node[1-2] Name=gpu File=/dev/null\n")
+        # Devices that stand for two GPUs, which no training on the CPU opens.
+        (self.folder / "gres.conf").write_text("NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)

@@ -178,6 +178,6 @@ def find_history(checkpoint: Checkpoint, config: Config, data: DataIdentity, ran
 
 def _comparable(config: dict, text: dict, ranks: int) -> dict:
     """What may change between two starts: the configuration, the embeddings and the number of ranks."""
-    left_out = {"dry_run"} if config["lora"]["rank"] else {"dry_run", "init_from"}
+    left_out = {"dry_run", "needs_gpu"} | (set() if config["lora"]["rank"] else {"init_from"})
     kept = {key: value for key, value in config.items() if key not in left_out}
     return kept | {"ranks": ranks, "embeddings": text}

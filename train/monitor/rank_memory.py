@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from data.device import uses_gpu
 from data.loader.workers import PREFETCH, SAMPLES_PER_MESSAGE
 from train.config import Config, accumulation
 from train.monitor.memory import WEIGHT_BYTES, largest_parameter, peak, states
@@ -26,7 +27,7 @@ def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> di
 
     trained, frozen: numbers of parameters.
     """
-    on_gpu = trains_on_gpu()
+    on_gpu = uses_gpu()
     device, host = needed_bytes(config, ranks, trained, frozen, on_gpu)
     of_this_node = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     available = available_bytes()
@@ -43,11 +44,6 @@ def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> di
         f"{_verdict(of_this_node * host, available)}"
     )
     return lines
-
-
-def trains_on_gpu() -> bool:
-    """Whether the net will be on a GPU, asked before DeepSpeed decides it in the same way."""
-    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: bool) -> tuple[int, int]:

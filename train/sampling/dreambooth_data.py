@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data.device import default_device
 from data.images import BadImage, decode
 from data.prepare.packing import key_of
 from data.storage.tars import stats_path, write_json, write_shard
@@ -18,7 +19,7 @@ from data.text.encoder import load_encoder
 from data.text.meta import TextMeta
 from train.checkpoint.checkpoint import Checkpoint
 from train.sampling.sampler import make_scheduler, sample, set_steps
-from train.weights.trained_net import default_device, load_net
+from train.weights.trained_net import load_net
 
 # A concept has at most this many pictures.
 FEW = 100
@@ -106,14 +107,16 @@ def draw_class(checkpoint: Checkpoint, drawing: Drawing, encoder: str, micro_bat
     prompts, steps, seed = drawing.prompts, drawing.steps, drawing.seed
     scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma)
     set_steps(scheduler, steps)
-    text_encoder = load_encoder(checkpoint.text, encoder)
+    device = default_device()
+    text_encoder = load_encoder(checkpoint.text, encoder, device)
     empty = torch.from_numpy(text_encoder([""])[0])
-    unet = load_net(checkpoint, "ema", default_device())
+    batches = [prompts[first : first + micro_batch] for first in range(0, len(prompts), micro_batch)]
+    text_embs = [torch.from_numpy(text_encoder(batch)) for batch in batches]
+    del text_encoder  # a GPU need not hold it beside the net
+    unet = load_net(checkpoint, "ema", device)
     drawn: list[tuple[bytes, str]] = []
-    for first in tqdm(range(0, len(prompts), micro_batch), "pictures of the class", unit="batch"):
-        batch = prompts[first : first + micro_batch]
-        text_emb = torch.from_numpy(text_encoder(batch))
-        seeds = range(seed + first, seed + first + len(batch))
+    for batch, text_emb in zip(tqdm(batches, "pictures of the class", unit="batch"), text_embs, strict=True):
+        seeds = range(seed + len(drawn), seed + len(drawn) + len(batch))
         images = sample(unet, scheduler, text_emb, empty, drawing.guidance_scale, steps, seeds).numpy()
         for image, prompt in zip(images, batch, strict=True):
             file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Loads a trained net to sample from; the one place that says on which device, and in which dtype."""
+"""Loads a trained net to sample from; the one place that says in which dtype."""
 
 from pathlib import Path
 
@@ -9,11 +9,6 @@ from model.config import UNetConfig
 from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
 from train.weights.pretrained import load_pretrained, net_weights
-
-
-def default_device() -> torch.device:
-    """The GPU of this machine, or the CPU if there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sampling_dtype(precision: str, device: torch.device) -> torch.dtype:
