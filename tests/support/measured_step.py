@@ -27,14 +27,14 @@ def size(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def counted(name: str, into: dict[str, int]) -> None:
-    """Add up the bytes of the tensors that a collective of torch.distributed is given."""
+def counted(name: str, into: dict[str, list[int]]) -> None:
+    """List the bytes of the tensors that a collective of torch.distributed is given."""
     real = getattr(dist, name)
-    into[name] = 0
+    into[name] = []
 
     def collective(*args, **kwargs):
         # The first is the result: the whole tensor.
-        into[name] += size([[*args, *kwargs.values()][0]])
+        into[name].append(size([[*args, *kwargs.values()][0]]))
         return real(*args, **kwargs)
 
     setattr(dist, name, collective)
@@ -82,7 +82,7 @@ def allocated(action: Callable[[], Tensor | None]) -> tuple[int, int]:
 
 def main(out: str, *overrides: str) -> None:
     config = compose_config(list(overrides))
-    sent: dict[str, int] = {}
+    sent: dict[str, list[int]] = {}
     for name in ("all_reduce", "all_gather_into_tensor"):  # DeepSpeed looks them up when it begins
         counted(name, sent)
     rank, ranks, _ = init_distributed()
@@ -92,13 +92,13 @@ def main(out: str, *overrides: str) -> None:
         engine = build_engine(UNet(config.model, config.recompute), config, ranks)
         built.append((engine, EMA(engine, config.ema_decay)))
 
-    found = {"construction": allocated(build)[1]}
+    found: dict[str, Any] = {"construction": allocated(build)[1]}
     engine, ema = built[0]
     unet = engine.model
     args = inputs(config.model, config.micro_batch, config.data.tokens)
     zero = engine.engine.optimizer
-    for name in sent:
-        sent[name] = 0
+    for sizes in sent.values():
+        sizes.clear()
     for _ in range(config.global_batch // (ranks * config.micro_batch)):
         found["backward"] = allocated(lambda: engine.backward(engine(*args).float().square().mean()))[1]
         # The last micro batch of a step leaves none: they are reduced, and the rank's part is kept elsewhere.
