@@ -1,22 +1,31 @@
 """The cost of a run: memory, time and traffic, counted on the real net with tensors that have no contents."""
 
 import os
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
 
 from tqdm import tqdm
 
 from data.loader.dataset import find_datasets
 from data.text.meta import TextMeta
+from launch.cost.network import Buckets, Network, bucket_costs
 from launch.cost.options import PlanOptions, check_options
-from launch.cost.traffic import Collectives, Reading, checkpoint_bytes, collectives, embedding_bytes
+from launch.cost.traffic import Collectives, Reading, checkpoint_bytes, collectives, embedding_bytes, ring_rate
 from model.config import RECOMPUTE
 from train.config import Config, accumulation
 from train.inputs import resolve_text_shape
 from train.monitor.flops import Flops, training_flops
 from train.monitor.gpus import GPU, find_gpu
-from train.monitor.memory import WEIGHT_BYTES, Peak, States, largest_parameter, most_that_fits, peak, states
-from train.monitor.step_memory import Bytes, step_bytes
+from train.monitor.memory import (
+    WEIGHT_BYTES,
+    Peak,
+    States,
+    construction,
+    largest_parameter,
+    most_that_fits,
+    peak,
+    states,
+)  # fmt: skip
+from train.monitor.step_memory import Bytes, walk_step
 from train.summary import parameters
 
 GB = 1e9
@@ -39,17 +48,18 @@ class RecomputeCost:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one step, by part."""
+    """Seconds of one step, by part; of the network those that the step waits for."""
 
     compute: float
-    communication: float
+    all_reduce: float
+    all_gather: float
     update: float
     reading: float
 
     @property
     def step(self) -> float:
         """The parts run one after another, except reading, which runs beside the others."""
-        return max(self.compute + self.communication + self.update, self.reading)
+        return max(self.compute + self.all_reduce + self.all_gather + self.update, self.reading)
 
     @property
     def bottleneck(self) -> str:
@@ -63,7 +73,8 @@ class Plan:
     """Everything that launch/cost/page.py prints.
 
     parameters: that are trained.  largest: elements of the largest of them.  costs: by choice of recomputation.
-    checkpoint: bytes.  times, limit: as assumed, and at the physical limit.
+    construction: the most bytes before the first step.  buckets: as the engine has them, then larger ones.
+    checkpoint: bytes.  alone: a step without a network.  limit: the physical limit.
     """
 
     options: PlanOptions
@@ -73,12 +84,14 @@ class Plan:
     largest: int
     accumulate: int
     states: States
+    construction: int
     costs: dict[str, RecomputeCost]
     collectives: Collectives
+    buckets: list[Buckets]
     reading: Reading
     assumed_text: bool
     checkpoint: int
-    times: Times
+    alone: Times
     limit: Times
 
     @property
@@ -91,9 +104,29 @@ class Plan:
         """FLOP of a step as MFU counts them: forward and backward, without what is computed again."""
         return self.flops.total * self.config.global_batch
 
+    @property
+    def networks(self) -> dict[float, Network]:
+        """By Gbit/s of a node's link, with the buckets of the engine."""
+        return self.buckets[0].networks
+
+    @property
+    def times(self) -> Times:
+        """As the options say, with the all-reduces beside the backward."""
+        return self.overlapped(self.options.link)
+
+    def overlapped(self, link: float) -> Times:
+        """The same with this many Gbit/s of a node's link."""
+        network = self.networks[link]
+        return replace(self.alone, all_reduce=network.exposed, all_gather=network.all_gather)
+
+    def nothing_hidden(self, link: float) -> Times:
+        """With the all-reduces behind the backward."""
+        network = self.networks[link]
+        return replace(self.alone, all_reduce=network.all_reduce, all_gather=network.all_gather)
+
 
 def make_plan(options: PlanOptions, config: Config) -> Plan:
-    """Count what a run costs, in a minute or two on one core.
+    """Count what a run costs, in a quarter of a minute on one core.
 
     Raises: ValueError for a value that cannot be, or a micro batch that does not divide the batch.
     """
@@ -102,47 +135,57 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     gpu, ranks = find_gpu(options.gpu), options.ranks
     accumulate, weight_bytes = accumulation(config, ranks), WEIGHT_BYTES[config.precision]
     trained, frozen = parameters(config)
+    largest = largest_parameter(config)
     resident = states(trained, ranks, config.optim.name, weight_bytes, frozen)
     available = gpu.memory - options.reserve_gb * GB - resident.total
     costs = {}
     for recompute in tqdm(RECOMPUTE, desc="counting", unit="choice", leave=False, disable=None):
-        costs[recompute] = recompute_cost(config, recompute, trained, ranks, available)
+        costs[recompute] = recompute_cost(config, recompute, trained, largest, ranks, available)
     traffic, reading = collectives(trained, ranks, weight_bytes), estimate_reading(options, config)
 
-    node_link = options.link * GB / 8
-    at_peak = costs[config.recompute].flops.total * config.global_batch / (ranks * gpu.tflops * 1e12)
-    times = Times(
+    flops = costs[config.recompute].flops
+    at_peak = flops.total * config.global_batch / (ranks * gpu.tflops * 1e12)
+    alone = Times(
         compute=at_peak / options.mfu,
-        communication=traffic.seconds(gpu, options.nodes, options.gpus_per_node, node_link, options.link_efficiency),
+        all_reduce=0.0,
+        all_gather=0.0,
         # Masters, moments and EMA are read and written; the rest of the update is small beside them.
         update=2 * (resident.master + resident.moments + resident.ema) / gpu.memory_rate,
         reading=reading.sample * config.global_batch / (options.storage * GB) if options.storage else 0.0,
     )
-    # At the limit the links are used whole, and communication hides behind the backward.
-    at_full_rate = traffic.seconds(gpu, options.nodes, options.gpus_per_node, node_link, 1.0)
-    limit = Times(max(at_peak, at_full_rate), 0.0, 0.0, times.reading)
-    checkpoint = checkpoint_bytes(resident, ranks)
+    # Of the last micro batch: the gradients of the others are only added up.
+    backward = alone.compute / accumulate * flops.backward / flops.total
+    buckets = bucket_costs(options, config, gpu, flops, largest, backward)
+    # At the limit the links are used whole, and all communication hides behind the compute.
+    whole = ring_rate(gpu, options.nodes, options.gpus_per_node, options.link * GB / 8)
+    at_full_rate = (traffic.sent_reducing + traffic.sent_gathering) / whole
+    limit = Times(max(at_peak, at_full_rate), 0.0, 0.0, 0.0, alone.reading)
     return Plan(
-        options, config, gpu, trained, largest_parameter(config), accumulate, resident, costs, traffic, reading,
-        assumed_text, checkpoint, times, limit,
+        options, config, gpu, trained, largest, accumulate, resident,
+        construction(trained, ranks, weight_bytes, frozen), costs, traffic, buckets, reading, assumed_text,
+        checkpoint_bytes(resident, ranks), alone, limit,
     )  # fmt: skip
 
 
-def recompute_cost(config: Config, recompute: str, trained: int, ranks: int, available: float) -> RecomputeCost:
+def recompute_cost(
+    config: Config, recompute: str, trained: int, largest: int, ranks: int, available: float
+) -> RecomputeCost:
     """What a choice of recomputation costs.  available: bytes of a GPU for what a step adds to its states."""
     weight_bytes, per_rank = WEIGHT_BYTES[config.precision], config.global_batch // ranks
-    tokens, lora, largest = config.data.tokens, config.lora, largest_parameter(config)
+    walk = walk_step(config.model, config.precision, config.data.tokens, config.lora, recompute)
 
-    @cache
     def step(micro_batch: int) -> Bytes:
-        return step_bytes(config.model, micro_batch, config.precision, per_rank > micro_batch, tokens, lora, recompute)
+        return walk.bytes(micro_batch, accumulated=per_rank > micro_batch)
 
     def peak_at(micro_batch: int) -> Peak:
         return peak(step(micro_batch), trained, ranks, weight_bytes, largest)
 
-    fits = most_that_fits(lambda micro_batch: peak_at(micro_batch).most, config.micro_batch, available)
+    # In micro batches as large as the rank's share of the batch or larger nothing is accumulated, and they take less.
+    fits = most_that_fits(lambda more: peak_at(per_rank + more - 1).most, available) + per_rank - 1
+    if fits < per_rank:
+        fits = min(per_rank - 1, most_that_fits(lambda micro_batch: peak_at(micro_batch).most, available))
     dividing = [m for m in range(1, min(fits, per_rank) + 1) if per_rank % m == 0]
-    flops = training_flops(config.model, tokens, lora, recompute)
+    flops = training_flops(config.model, config.data.tokens, config.lora, recompute)
     return RecomputeCost(step(config.micro_batch), peak_at(config.micro_batch), flops, fits, max(dividing, default=0))
 
 

@@ -5,14 +5,17 @@ from train.config import summed_in
 from train.monitor.gpus import NODE_LINKS
 from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, partition
 
+# Gbit/s of a node's link at which the step is compared, beside that of the options.
+COMPARED = (200, 800, 1600)
+
 DAY = 86_400
 FLOP_UNITS = (("ZFLOP", 1e21), ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 
 
 def render(plan: Plan) -> str:
     """The page: what was counted, where the bottleneck lies, and what was assumed."""
-    parts = (head, memory, work, communication, reading, checkpoints, time, assumptions)
-    return "\n\n".join("\n".join(part(plan)) for part in parts)
+    parts = (head, memory, work, communication, buckets, reading, checkpoints, time, links, assumptions)
+    return "\n\n".join("\n".join(lines) for lines in (part(plan) for part in parts) if lines)
 
 
 def row(name: str, *cells: str, width: int = 18) -> str:
@@ -52,7 +55,7 @@ def memory(plan: Plan) -> list[str]:
     resident, costs, ranks = plan.states, plan.costs.values(), plan.options.ranks
     weight_bytes = WEIGHT_BYTES[plan.config.precision]
     reserve = plan.options.reserve_gb * GB
-    total = [resident.total + cost.peak.most + reserve for cost in costs]
+    total = [max(resident.total + cost.peak.most, plan.construction) + reserve for cost in costs]
     return [
         row("MEMORY OF A GPU", gb(plan.gpu.memory)),
         row("weights", gb(resident.weights)),
@@ -61,13 +64,14 @@ def memory(plan: Plan) -> list[str]:
         row(f"EMA, fp32, 1/{ranks}", gb(resident.ema)),
         row("gradients", gb(weight_bytes * plan.parameters)),
         row(f"{BUCKETS} buckets of the all-reduce", gb(BUCKETS * weight_bytes * plan.largest)),
+        row("construction: net in fp32, flat copy", gb(plan.construction)),
         row("reserve", gb(reserve)),
         "",
         row(f"recompute, micro batch {plan.config.micro_batch}", *plan.costs),
         row("activations kept for backward", *(gb(cost.step.kept) for cost in costs)),
         row("backward: activations, gradients, buckets", *(gb(cost.peak.backward) for cost in costs)),
         row("update: gradients, the part in fp32", *(gb(cost.peak.update) for cost in costs)),
-        row("in all", *map(gb, total)),
+        row("in all, or construction if it is more", *map(gb, total)),
         row("fits", *("yes" if t <= plan.gpu.memory else "NO" for t in total)),
         row("largest micro batch that fits", *(str(cost.largest) for cost in costs)),
         row("  and divides the batch", *(str(cost.largest_dividing or "none") for cost in costs)),
@@ -91,18 +95,40 @@ def communication(plan: Plan) -> list[str]:
     traffic, options = plan.collectives, plan.options
     lines = [
         row("COMMUNICATION, A STEP"),
-        row("all-reduce of the gradients", gb(traffic.reduced)),
+        row("all-reduce of the gradients", gb(traffic.reduced), f"{len(plan.buckets[0].filled)} buckets"),
         row("all-gather of the weights", gb(traffic.gathered)),
-        row("sent by each GPU, around a ring", gb(traffic.sent)),
+        row("sent by each GPU, around a ring", gb(traffic.sent_reducing + traffic.sent_gathering)),
     ]
-    if options.nodes == 1:
-        return [*lines, row("time within the node", f"{plan.times.communication:.3f} s")]
-    for rate in sorted({*NODE_LINKS, options.link}):
-        seconds = traffic.seconds(
-            plan.gpu, options.nodes, options.gpus_per_node, rate * GB / 8, options.link_efficiency
-        )
-        chosen = "  <- link" if rate == options.link else ""
-        lines.append(row(f"time at {rate:g} Gbit/s a node", f"{seconds:.3f} s") + chosen)
+    if options.ranks == 1:
+        return [*lines, "one GPU: nothing is sent"]
+    lines.append(row("", "all-reduce", "hidden", "exposed", "all-gather"))
+    for link in compared(plan, NODE_LINKS):
+        network = plan.networks[link]
+        seconds = (network.all_reduce, network.hidden, network.exposed, network.all_gather)
+        lines.append(row(link_name(plan, link), *(f"{value:.3f} s" for value in seconds)))
+    return lines
+
+
+def compared(plan: Plan, links: tuple[int, ...]) -> list[float]:
+    """Gbit/s of a node's link: these and that of the options; within one node there is nothing to compare."""
+    return sorted({*links, plan.options.link}) if plan.options.nodes > 1 else [plan.options.link]
+
+
+def link_name(plan: Plan, link: float) -> str:
+    return f"at {link:g} Gbit/s a node" if plan.options.nodes > 1 else "within the node"
+
+
+def buckets(plan: Plan) -> list[str]:
+    """What larger buckets would cost."""
+    if plan.options.ranks == 1:
+        return []
+    links = compared(plan, COMPARED)
+    header = [f"at {link:g}" if plan.options.nodes > 1 else "exposed" for link in links]
+    lines = [row("BUCKETS, s of the all-reduce exposed", f"{BUCKETS} in memory", "all-reduces", *header)]
+    for multiple in plan.buckets:
+        name = f"{multiple.elements:,} elements" + (", as configured" if multiple is plan.buckets[0] else "")
+        exposed = [f"{multiple.networks[link].exposed:.3f} s" for link in links]
+        lines.append(row(name, gb(multiple.memory), str(len(multiple.filled)), *exposed))
     return lines
 
 
@@ -147,23 +173,49 @@ def checkpoints(plan: Plan) -> list[str]:
     ]
 
 
+PARTS = {"all_reduce": "all-reduce of the gradients, exposed", "all_gather": "all-gather of the weights"}
+
+
 def time(plan: Plan) -> list[str]:
-    """Time of a step, days and GPU-hours, as assumed and at the physical limit."""
-    lines = [row("TIME", f"MFU {plan.options.mfu:.0%}", "limit")]
-    for name in ("compute", "communication", "update", "reading"):
-        at_limit = getattr(plan.limit, name)
-        shown = f"{at_limit:.3f} s" if at_limit else "hidden" if name in ("communication", "update") else "-"
-        lines.append(row(name, f"{getattr(plan.times, name):.3f} s" if getattr(plan.times, name) else "-", shown))
-    both = (plan.times, plan.limit)
-    steps, gpus = plan.config.steps, plan.options.ranks
+    """Time of a step, days and GPU-hours: before and after the overlap, and at the physical limit."""
+    options = plan.options
+    each = (plan.nothing_hidden(options.link), plan.times, plan.limit)
+    lines = [
+        row(f"TIME, MFU {options.mfu:.0%}, {link_name(plan, options.link)}", "nothing hidden", "overlapped", "limit")
+    ]
+    for name in ("compute", "all_reduce", "all_gather", "update", "reading"):
+        hidden = name in ("all_reduce", "all_gather", "update")
+        cells = [f"{getattr(t, name):.3f} s" if getattr(t, name) else "-" for t in each]
+        lines.append(row(PARTS.get(name, name), *cells[:2], "hidden" if hidden else cells[2]))
+    steps, gpus = plan.config.steps, options.ranks
     lines += [
-        row("step", *(f"{t.step:.3f} s" for t in both)),
-        row("steps a day", *(f"{DAY / t.step:,.0f}" for t in both)),
-        row("days", *(digits(steps * t.step / DAY) for t in both)),
-        row("GPU-hours", *(digits(gpus * steps * t.step / 3600) for t in both)),
-        row("MFU of the whole step", *(f"{mfu(plan, t):.0%}" for t in both)),
+        row("step", *(f"{t.step:.3f} s" for t in each)),
+        row("steps a day", *(f"{DAY / t.step:,.0f}" for t in each)),
+        row("days", *(digits(steps * t.step / DAY) for t in each)),
+        row("GPU-hours", *(digits(gpus * steps * t.step / 3600) for t in each)),
+        row("MFU of the whole step", *(f"{mfu(plan, t):.0%}" for t in each)),
         row("bottleneck", bottleneck(plan)),
     ]
+    return lines
+
+
+def links(plan: Plan) -> list[str]:
+    """The run before and after the overlap, at each rate of a node's link."""
+    options = plan.options
+    if options.nodes == 1:
+        return []
+    both = ("step", "days", "GPU-hours")
+    lines = [
+        row("BY LINK", "nothing hidden", "", "", "overlapped", width=14),
+        row("", *both, *both, "saved", width=14),
+    ]
+    for link in compared(plan, COMPARED):
+        before, after = plan.nothing_hidden(link).step, plan.overlapped(link).step
+        cells = []
+        for step in (before, after):
+            seconds = plan.config.steps * step
+            cells += [f"{step:.3f} s", digits(seconds / DAY), digits(options.ranks * seconds / 3600)]
+        lines.append(row(link_name(plan, link), *cells, f"{1 - after / before:.0%}", width=14))
     return lines
 
 
@@ -196,7 +248,9 @@ def assumptions(plan: Plan) -> list[str]:
         f"{gpu.memory_rate / 1e12:g} TB/s, {gpu.link_rate / GB:g} GB/s to its neighbours (data sheets)",
         f"  mfu={options.mfu:g}: not measured here; `make gpu-check` measures it on your GPU",
         f"  link={options.link:g} Gbit/s a node each way, of which collectives reach link_efficiency="
-        f"{options.link_efficiency:g}; counted as if nothing overlapped with backward, as the all-reduces do",
+        f"{options.link_efficiency:g}",
+        "  all-reduces go beside the backward and slow none of its kernels; its time is shared out by FLOP. When a",
+        "  bucket is full, the backward waits until the one before is sent, as with DeepSpeed",
         f"  reserve_gb={options.reserve_gb:g} for CUDA, NCCL, cuDNN's workspaces and fragments",
         f"  data: {data}; embeddings as data.embed stores them"
         + (f", {text} as T5-XXL's" if plan.assumed_text else ""),

@@ -1,5 +1,6 @@
 """What goes through the network and into files: gradients and weights, images and embeddings, checkpoints."""
 
+import math
 from dataclasses import dataclass
 
 from train.monitor.gpus import GPU
@@ -11,27 +12,39 @@ class Collectives:
     """Bytes of the collectives of one step.
 
     reduced, gathered: of the tensors, gradients and weights, that every rank reduces and gathers.
-    sent: by each GPU for them, around a ring of all GPUs.
     """
 
     reduced: int
     gathered: int
-    sent: float
+    ranks: int
 
-    def seconds(self, gpu: GPU, nodes: int, gpus_per_node: int, node_link: float, efficiency: float) -> float:
-        """Seconds of the collectives; every byte that goes around the ring passes each node's link once.
+    @property
+    def sent_reducing(self) -> float:
+        """By each GPU for the all-reduces, around a ring of all GPUs."""
+        return ring_all_reduce(self.reduced, self.ranks)
 
-        node_link: bytes/s each way.  efficiency: share of a link's rate that collectives reach.
-        """
-        rates = [gpu.link_rate] * (gpus_per_node > 1) + [node_link] * (nodes > 1)
-        return self.sent / (min(rates) * efficiency) if rates else 0.0
+    @property
+    def sent_gathering(self) -> float:
+        """By each GPU for the all-gather, around the same ring."""
+        return self.gathered * (self.ranks - 1) / self.ranks
 
 
 def collectives(trained: int, ranks: int, weight_bytes: int) -> Collectives:
     """DeepSpeed's ZeRO-1 all-reduces every gradient, once a step, then gathers the weights."""
-    reduced = weight_bytes * trained
-    gathered = weight_bytes * partition(trained, ranks) * ranks
-    return Collectives(reduced, gathered, (2 * reduced + gathered) * (ranks - 1) / ranks)
+    return Collectives(weight_bytes * trained, weight_bytes * partition(trained, ranks) * ranks, ranks)
+
+
+def ring_all_reduce(size: float, ranks: int) -> float:
+    """Bytes that each rank sends, around a ring, for the all-reduce of so many."""
+    return 2 * size * (ranks - 1) / ranks
+
+
+def ring_rate(gpu: GPU, nodes: int, gpus_per_node: int, node_link: float) -> float:
+    """Bytes/s of the slowest link of a ring of all GPUs; every byte of it passes each node's link once.
+
+    node_link: bytes/s each way.
+    """
+    return min([gpu.link_rate] * (gpus_per_node > 1) + [node_link] * (nodes > 1), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from model.unet import UNet
 from train.compose import compose_config
 from train.ema import EMA
-from train.engine import build_engine, init_distributed
+from train.engine import Engine, build_engine, init_distributed
 from train.monitor.step_memory import inputs
 
 
@@ -27,20 +27,20 @@ def size(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def counted(name: str, into: dict[str, int]) -> None:
-    """Add up the bytes of the tensors that a collective of torch.distributed is given."""
+def counted(name: str, into: dict[str, list[int]]) -> None:
+    """List the bytes of the tensors that a collective of torch.distributed is given."""
     real = getattr(dist, name)
-    into[name] = 0
+    into[name] = []
 
     def collective(*args, **kwargs):
         # The first is the result: the whole tensor.
-        into[name] += size([[*args, *kwargs.values()][0]])
+        into[name].append(size([[*args, *kwargs.values()][0]]))
         return real(*args, **kwargs)
 
     setattr(dist, name, collective)
 
 
-def allocated(action: Callable[[], Tensor]) -> tuple[int, int]:
+def allocated(action: Callable[[], Tensor | None]) -> tuple[int, int]:
     """Bytes that action() leaves allocated, without those of its result, and the most that there were at any moment.
 
     They come from the allocator's log of real memory, so they check both the plan's tensors without contents and its
@@ -82,20 +82,25 @@ def allocated(action: Callable[[], Tensor]) -> tuple[int, int]:
 
 def main(out: str, *overrides: str) -> None:
     config = compose_config(list(overrides))
-    sent: dict[str, int] = {}
+    sent: dict[str, list[int]] = {}
     for name in ("all_reduce", "all_gather_into_tensor"):  # DeepSpeed looks them up when it begins
         counted(name, sent)
     rank, ranks, _ = init_distributed()
-    unet = UNet(config.model, config.recompute)
-    engine = build_engine(unet, config, ranks)
-    ema = EMA(engine, config.ema_decay)
+    built: list[tuple[Engine, EMA]] = []
+
+    def build() -> None:
+        engine = build_engine(UNet(config.model, config.recompute), config, ranks)
+        built.append((engine, EMA(engine, config.ema_decay)))
+
+    found: dict[str, Any] = {"construction": allocated(build)[1]}
+    engine, ema = built[0]
+    unet = engine.model
     args = inputs(config.model, config.micro_batch, config.data.tokens)
     zero = engine.engine.optimizer
-    for name in sent:
-        sent[name] = 0
-    found = {}
+    for sizes in sent.values():
+        sizes.clear()
     for _ in range(config.global_batch // (ranks * config.micro_batch)):
-        engine.backward(engine(*args).float().square().mean())
+        found["backward"] = allocated(lambda: engine.backward(engine(*args).float().square().mean()))[1]
         # The last micro batch of a step leaves none: they are reduced, and the rank's part is kept elsewhere.
         found["gradients"] = max(found.get("gradients", 0), size(p.grad for p in unet.parameters()))
         engine.step()
@@ -110,12 +115,17 @@ def main(out: str, *overrides: str) -> None:
     } | sent
     if config.optim.name == "adamw8bit":
         assert {t.dtype for t in engine.moments.values()} & {torch.uint8}, "the part is large enough for 8 bits"
+    # The last rank's part of the gradients comes first, when most activations are there.
+    backward = [None] * ranks
+    dist.all_gather_object(backward, found["backward"])
+    found["backward"] = max(backward)
     if rank == 0:
         # The net as the plan takes it: without DeepSpeed's hooks, and with weights of its own.
         bare = UNet(config.model, config.recompute).to(next(unet.parameters()).dtype)
         found["kept"] = allocated(lambda: bare(*args))[0]
         found["peak"] = allocated(lambda: bare(*args).sum().backward())[1]
-        found["accumulated_peak"] = allocated(lambda: bare(*args).sum().backward())[1] + found["gradients"]
+        gradients = size(p.grad for p in bare.parameters())
+        found["accumulated_peak"] = allocated(lambda: bare(*args).sum().backward())[1] + gradients
         Path(out).write_text(json.dumps(found))
     dist.barrier()
 

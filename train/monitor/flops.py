@@ -1,8 +1,10 @@
 """What training on one image takes in floating-point operations (FLOP), and how many a card can do in a second."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import UNetConfig
@@ -12,14 +14,29 @@ from train.weights.lora import unet_on_meta
 
 
 @dataclass(frozen=True, slots=True)
+class Gradient:
+    """A parameter's gradient: the parameter's name and elements, and the FLOP of the backward when it is ready."""
+
+    name: str
+    elements: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
 class Flops:
     """FLOP of the convolutions, matrix products and attention for one image; a multiplication and an addition are two.
 
     forward: of the forward.  total: of forward and backward, with what the backward computes again.
+    gradients: of the trained parameters, in the order in which the backward makes them.
     """
 
     forward: int
     total: int
+    gradients: tuple[Gradient, ...]
+
+    @property
+    def backward(self) -> int:
+        return self.total - self.forward
 
 
 def training_flops(config: UNetConfig, tokens: int, lora: LoRAConfig | None = None, recompute: str = "none") -> Flops:
@@ -29,13 +46,22 @@ def training_flops(config: UNetConfig, tokens: int, lora: LoRAConfig | None = No
     activation that lies before the first LoRA matrix.
     recompute: one of model.config.RECOMPUTE; without recomputation the total is what MFU counts.
     """
-    unet = unet_on_meta(config, lora, recompute)
+    # The exact GELU, which is one operation; those of fewer bits have hundreds, and no more FLOP as they are counted.
+    unet = unet_on_meta(replace(config, activation="gelu"), lora, recompute)
+    gradients: list[Gradient] = []
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
+
+        def ready(name: str, parameter: Tensor) -> None:
+            gradients.append(Gradient(name, parameter.numel(), counter.get_total_flops() - forward))
+
+        for name, parameter in unet.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(ready, name))
         x = torch.empty(1, config.in_channels, config.image_size, config.image_size)
         out = unet(x, torch.zeros(1, dtype=torch.int64), torch.empty(1, tokens, config.encoder_dim))
         forward = counter.get_total_flops()
         out.sum().backward()
-    return Flops(forward, counter.get_total_flops())
+    return Flops(forward, counter.get_total_flops(), tuple(gradients))
 
 
 def peak_flops(device: torch.device) -> float | None:

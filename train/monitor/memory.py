@@ -1,5 +1,6 @@
 """Memory of one GPU by part, under ZeRO-1 as train/engine.py sets it up, and the largest micro batch that fits."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ def states(trained: int, ranks: int, optimizer: str, weight_bytes: int, frozen: 
 
 
 def peak(step: Bytes, trained: int, ranks: int, weight_bytes: int, largest: int) -> Peak:
-    """What a step adds to that; at most, for a gradient that was handed over is counted until the backward's end.
+    """What a step adds to that.
 
     From the last micro batch's first gradient on there are the buckets and room for the gradients of the rank's part,
     which may begin and end within a parameter. The update holds those too, the part of them, and that twice in fp32.
@@ -69,7 +70,19 @@ def peak(step: Bytes, trained: int, ranks: int, weight_bytes: int, largest: int)
     """
     part = partition(trained, ranks)
     reducing = weight_bytes * (BUCKETS * largest + min(trained, part + 2 * largest))
-    return Peak(backward=step.peak + reducing, update=reducing + (weight_bytes + 2 * FP32) * part)
+    return Peak(backward=step.handed_over + reducing, update=reducing + (weight_bytes + 2 * FP32) * part)
+
+
+def construction(trained: int, ranks: int, weight_bytes: int, frozen: int = 0) -> int:
+    """The most bytes of a rank before its first step.
+
+    The net is made in fp32 and rounded to the working precision. DeepSpeed then copies the trained weights into one
+    tensor, frees them, and makes masters of the rank's part and for a moment as large a gradient.
+    """
+    part = partition(trained, ranks)
+    made = FP32 * (trained + frozen)
+    flat = weight_bytes * (part * ranks + frozen)
+    return max(made, flat + weight_bytes * trained, flat + 2 * FP32 * part)
 
 
 def largest_parameter(config: Config) -> int:
@@ -77,28 +90,9 @@ def largest_parameter(config: Config) -> int:
     return max(p.numel() for p in unet_on_meta(config.model, config.lora).parameters() if p.requires_grad)
 
 
-def most_that_fits(bytes_needed: Callable[[int], int], first: int, available: float) -> int:
-    """The largest n with bytes_needed(n) <= available, 0 if there is none; above 100 to within a hundredth.
-
-    bytes_needed: grows with n along straight pieces that get steeper. It is slow, so each next n comes from a line
-    through the two last values.  first: the n to begin with.
-    """
-    known = {first: bytes_needed(first)}
-    fits, too_many, guess = 0, None, 8 * first
-    if known[first] <= available:
-        fits = first
-    else:
-        too_many, guess = first, first // 2
-    while too_many is None or too_many - fits > max(1, fits // 100):
-        guess = max(guess, fits + 1)
-        if too_many is not None:
-            guess = min(guess, too_many - 1)
-        known[guess] = bytes_needed(guess)
-        if known[guess] <= available:
-            fits = guess
-        else:
-            too_many = guess
-        (a, bytes_a), (b, bytes_b) = list(known.items())[-2:]
-        slope = (bytes_b - bytes_a) / (b - a)
-        guess = int(b + (available - bytes_b) / slope) if slope > 0 else 2 * guess
-    return fits
+def most_that_fits(bytes_needed: Callable[[int], int], available: float) -> int:
+    """The largest n with bytes_needed(n) <= available, 0 if there is none; bytes_needed grows with n."""
+    too_many = 1
+    while bytes_needed(too_many) <= available:
+        too_many *= 2
+    return bisect_right(range(1, too_many), available, key=bytes_needed)

@@ -8,7 +8,7 @@ import torch
 from data.device import uses_gpu
 from data.loader.workers import PREFETCH, SAMPLES_PER_MESSAGE
 from train.config import Config, accumulation
-from train.monitor.memory import WEIGHT_BYTES, largest_parameter, peak, states
+from train.monitor.memory import WEIGHT_BYTES, construction, largest_parameter, peak, states
 from train.monitor.step_memory import step_bytes
 
 GB = 1e9
@@ -62,7 +62,8 @@ def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: 
     # Each worker is some messages ahead and writes the next one; a message has one micro batch or more.
     loaded = config.data.workers * (PREFETCH + 1) * max(SAMPLES_PER_MESSAGE, config.micro_batch) * sample
     checkpoint = held.master + held.moments + held.ema
-    return held.total + most, PROCESS_BYTES + config.data.workers * WORKER_BYTES + loaded + checkpoint
+    built = construction(trained, ranks, weight_bytes, frozen)
+    return max(held.total + most, built), PROCESS_BYTES + config.data.workers * WORKER_BYTES + loaded + checkpoint
 
 
 def available_bytes() -> int:
