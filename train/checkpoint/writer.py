@@ -35,7 +35,7 @@ from train.faults.watchdog import Watchdog
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time; every method is a collective call of the training threads.
+    """Writes one checkpoint at a time; begin, poll and finish are collective calls of the training threads.
 
     The writing threads touch files and host memory alone, never a process group. The training threads ask one another
     in each step (progress) whether all ranks have written. If they have, the first rank's thread writes the manifest
