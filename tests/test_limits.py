@@ -30,7 +30,7 @@ def run_slowly(repo: Path, data: Path, run_dir: Path, what: str, seconds: float)
 
 @pytest.mark.slow
 def test_what_may_take_longer_than_the_limit_does(repo, data, tmp_path):
-    # The limit is 10 s. Two steps for each guidance scale take longer; a rank's file and the first micro batch 15 s.
+    # 2.5 s for each of six denoising steps, 15 s for a file or for the first micro batch: the limit is 10 s.
     status, said = run_slowly(repo, data, tmp_path / "sample", "sample", 2.5)
     assert status == 0 and "HANGS" not in said, said[-3000:]
     (groups,) = re.findall(r"(\d+) groups wait \[80\.0\] s", said)

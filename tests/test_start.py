@@ -12,6 +12,7 @@ from data import demo
 from data.embed import Embed, embed
 from data.loader.dataset import Dataset
 from data.storage.shards import find_shards
+from data.text.meta import EMPTY
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from tests.checkpoints import write_manifest
 from tests.support.split_checkpoint import split_checkpoint
@@ -72,7 +73,7 @@ def say_what_is_seen(rank: int, port: int, cases: list[list[Path]], told: Path) 
     datasets: list[list[Dataset]] = [[]]
     for number, disks in enumerate(cases):
         os.chdir(disks[rank])  # all paths are relative, so each rank has a disk of its own
-        datasets = [[Dataset(find_shards("shards"), "")]] if rank == 0 else [[]]
+        datasets = [[Dataset(find_shards("shards"), "text")]] if rank == 0 else [[]]
         dist.broadcast_object_list(datasets, src=0)
         try:
             check_same_everywhere(Config(run_dir="run"), datasets[0])
@@ -84,19 +85,23 @@ def say_what_is_seen(rank: int, port: int, cases: list[list[Path]], told: Path) 
 
 
 def test_ranks_that_see_different_disks_are_told(tmp_path):
-    disks = [tmp_path / name for name in ("disk", "copy", "other run", "other captions", "fewer", "empty")]
-    for disk in disks[:5]:
+    disks = [tmp_path / name for name in ("disk", "copy", "other run", "other captions", "fewer", "empty", "no text")]
+    for disk in (*disks[:5], disks[6]):
         seed = int(disk.name == "other captions")
         demo.main([f"out={disk / 'shards'}", "samples=16", "shard_size=4", f"seed={seed}"])
     for disk in (*disks[:2], *disks[3:]):
         (disk / "run/checkpoints/step-00000004").mkdir(parents=True)
         write_manifest(disk / "run/checkpoints/step-00000004", {"step": 4})
+    for disk in disks[:6]:
+        (disk / "text").mkdir(parents=True)
+        (disk / "text" / EMPTY).write_bytes(b"")
     for tar in list((disks[4] / "shards").glob("0000[23]*")):
         tar.unlink()
     torch.multiprocessing.spawn(
         say_what_is_seen, (free_port(), [[disks[0], other] for other in disks], tmp_path), nprocs=2
     )
     run, shards = "rank 1 sees another run_dir=run (its latest checkpoint) than", "rank 1 sees another data.shards="
-    for number, words in enumerate(("nothing", "nothing", run, shards, shards, shards)):
+    text = "rank 1 sees another data.text="
+    for number, words in enumerate(("nothing", "nothing", run, shards, shards, shards, text)):
         for rank in range(2):
             assert (tmp_path / f"{number}-{rank}").read_text().startswith(words), disks[number].name

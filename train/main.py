@@ -64,7 +64,6 @@ def run(config: Config, rank: int, ranks: int) -> None:
 
     raise_open_file_limit()
     install_signal_handlers()
-    watch = NodeWatch()
     faulthandler.enable()
     # At INFO setuptools, for one, shows how DeepSpeed looks for a library with gcc. Ours alone is of interest.
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -74,6 +73,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
         if rank == 0:
             dry_run(config, ranks)
         return
+    watch = NodeWatch()
     try:
         check_launched(os.environ)
         look_at_node(config, tell=os.environ.get("LOCAL_RANK", "0") == "0")
@@ -196,6 +196,7 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
             raise
         print(f"rank {rank} ends because another rank is gone; see that rank's own error above", file=sys.stderr)
         sys.exit(1)
+    dist.barrier()  # the first rank draws the curves
     watch.stop()
     dist.barrier()  # a launcher ends the others as soon as one has left
     dist.destroy_process_group()

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from data.cli import reason
 from data.loader.dataset import Dataset
-from data.storage.locations import is_remote
+from data.storage.locations import is_remote, join
 from data.storage.shards import Shard, read_stats
+from data.text.meta import EMPTY
 from train.checkpoint.changes import describe_changes, find_changes, rate_change
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import MANIFEST, CheckpointFailed, latest_checkpoint, step_folders
@@ -46,9 +47,9 @@ def check_resumable(config: Config, data: DataIdentity) -> None:
 def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
     """Make sure that all ranks see the first rank's latest checkpoint and shards; a collective call.
 
-    A rank looks at one manifest and at one shard of each dataset, each at another one, however many there are.
+    A rank looks at one manifest and, of each dataset, at one shard, each rank at another one, and the empty caption.
     datasets: as the first rank found them.
-    Raises: ValueError on all ranks if run_dir or data.shards is not shared between the nodes.
+    Raises: ValueError on all ranks if run_dir, data.shards or data.text is not shared between the nodes.
     """
     rank, ranks, run_dir = dist.get_rank(), dist.get_world_size(), Path(config.run_dir)
     latest = of_first_rank(lambda: latest_checkpoint(run_dir))
@@ -58,6 +59,8 @@ def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
         what = f"run_dir={config.run_dir} (its latest checkpoint)"
     elif not all(map(_is_here, seen)):
         what = f"data.shards={config.data.shards}"
+    elif not all(is_remote(d.text) or os.path.isfile(join(d.text, EMPTY)) for d in datasets):
+        what = f"data.text={config.data.text}"
     raise_on_all(what and f"rank {rank} sees another {what} than rank 0: put it on storage that all nodes share")
 
 

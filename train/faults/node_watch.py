@@ -7,8 +7,9 @@ import time
 
 import psutil
 
-# Seconds in which a rank may end by itself, and say why, after another rank of its node has ended.
-GRACE = 5.0
+# Seconds in which a rank may end by itself, and say why, after another rank of its node has ended. Of a hang all ranks
+# tell their stacks: their watchdogs act at about the same time.
+GRACE = 10.0
 POLL_SECONDS = 0.5
 
 

@@ -41,7 +41,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(min(self._seconds / 4, 5.0)):
+        while not self._stopped.wait(min(self._seconds / 4, 1.0)):
             if time.monotonic() > self._deadline:
                 self._end()
 
