@@ -244,10 +244,14 @@ def test_link_and_mfu_make_the_time(plan):
     before = plan.nothing_hidden(8)
     assert before.all_reduce == pytest.approx(2 * 2 * plan.parameters / 2 / 0.5e9, rel=0.001)
     assert before.all_gather == pytest.approx(2 * plan.parameters / 2 / 0.5e9, rel=0.001)
-    # The backward is so much faster than the network that almost nothing is hidden, but all of it is at a fast link.
+    # The backward is so much faster than the network that almost nothing is hidden.
     assert 0.9 * before.all_reduce < plan.times.all_reduce < before.all_reduce
     assert plan.times.step == pytest.approx(before.step - plan.networks[8].hidden)
     assert plan.times.all_gather == before.all_gather, "nothing hides it"
+    # More room never makes the backward wait longer.
+    configured, *_, all_at_once = plan.buckets
+    assert all(all_at_once.networks[link].exposed <= network.exposed for link, network in plan.networks.items())
+    assert configured.memory == 2 * 2 * plan.largest and all_at_once.memory == 2 * plan.parameters
     assert plan.times.compute == pytest.approx(plan.flops.total * 8 / (2 * GPUS["a100-80g"].tflops * 1e12 * 0.1))
     assert plan.times.bottleneck == "all_reduce"
     slow = replace(plan.times, reading=1000.0)

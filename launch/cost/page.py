@@ -55,24 +55,24 @@ def memory(plan: Plan) -> list[str]:
     resident, costs, ranks = plan.states, plan.costs.values(), plan.options.ranks
     weight_bytes = WEIGHT_BYTES[plan.config.precision]
     reserve = plan.options.reserve_gb * GB
-    total = [max(resident.total + cost.peak.most, plan.construction) + reserve for cost in costs]
+    total, built = [resident.total + cost.peak.most + reserve for cost in costs], plan.construction + reserve
     return [
         row("MEMORY OF A GPU", gb(plan.gpu.memory)),
         row("weights", gb(resident.weights)),
         row(f"fp32 masters, 1/{ranks}: {partition(plan.parameters, ranks):,}", gb(resident.master)),
         row(f"moments of {plan.config.optim.name}, 1/{ranks}", gb(resident.moments)),
         row(f"EMA, fp32, 1/{ranks}", gb(resident.ema)),
-        row("gradients", gb(weight_bytes * plan.parameters)),
+        row("gradients, where they accumulate", gb(weight_bytes * plan.parameters)),
         row(f"{BUCKETS} buckets of the all-reduce", gb(BUCKETS * weight_bytes * plan.largest)),
-        row("construction: net in fp32, flat copy", gb(plan.construction)),
         row("reserve", gb(reserve)),
         "",
         row(f"recompute, micro batch {plan.config.micro_batch}", *plan.costs),
         row("activations kept for backward", *(gb(cost.step.kept) for cost in costs)),
         row("backward: activations, gradients, buckets", *(gb(cost.peak.backward) for cost in costs)),
         row("update: gradients, the part in fp32", *(gb(cost.peak.update) for cost in costs)),
-        row("in all, or construction if it is more", *map(gb, total)),
-        row("fits", *("yes" if t <= plan.gpu.memory else "NO" for t in total)),
+        row("in all", *map(gb, total)),
+        row("construction, in fp32, with the reserve", *[gb(built)] * len(total)),
+        row("fits", *("yes" if max(t, built) <= plan.gpu.memory else "NO" for t in total)),
         row("largest micro batch that fits", *(str(cost.largest) for cost in costs)),
         row("  and divides the batch", *(str(cost.largest_dividing or "none") for cost in costs)),
     ]
@@ -119,14 +119,17 @@ def link_name(plan: Plan, link: float) -> str:
 
 
 def buckets(plan: Plan) -> list[str]:
-    """What larger buckets would cost."""
+    """What larger buckets would cost, and room for all, with which the backward would never wait."""
     if plan.options.ranks == 1:
         return []
     links = compared(plan, COMPARED)
     header = [f"at {link:g}" if plan.options.nodes > 1 else "exposed" for link in links]
-    lines = [row("BUCKETS, s of the all-reduce exposed", f"{BUCKETS} in memory", "all-reduces", *header)]
+    lines = [row("BUCKETS, s of the all-reduce exposed", "memory", "all-reduces", *header)]
     for multiple in plan.buckets:
-        name = f"{multiple.elements:,} elements" + (", as configured" if multiple is plan.buckets[0] else "")
+        number = "all" if multiple is plan.buckets[-1] else str(BUCKETS)
+        name = f"{number} of {multiple.elements:,}" + (
+            " elements, as configured" if multiple is plan.buckets[0] else ""
+        )
         exposed = [f"{multiple.networks[link].exposed:.3f} s" for link in links]
         lines.append(row(name, gb(multiple.memory), str(len(multiple.filled)), *exposed))
     return lines

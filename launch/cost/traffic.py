@@ -21,7 +21,7 @@ class Collectives:
     @property
     def sent_reducing(self) -> float:
         """By each GPU for the all-reduces, around a ring of all GPUs."""
-        return ring_all_reduce(self.reduced, self.ranks)
+        return 2 * self.reduced * (self.ranks - 1) / self.ranks
 
     @property
     def sent_gathering(self) -> float:
@@ -32,11 +32,6 @@ class Collectives:
 def collectives(trained: int, ranks: int, weight_bytes: int) -> Collectives:
     """DeepSpeed's ZeRO-1 all-reduces every gradient, once a step, then gathers the weights."""
     return Collectives(weight_bytes * trained, weight_bytes * partition(trained, ranks) * ranks, ranks)
-
-
-def ring_all_reduce(size: float, ranks: int) -> float:
-    """Bytes that each rank sends, around a ring, for the all-reduce of so many."""
-    return 2 * size * (ranks - 1) / ranks
 
 
 def ring_rate(gpu: GPU, nodes: int, gpus_per_node: int, node_link: float) -> float:
