@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from tests.benchmarks.limited_links import steps_of
-from tests.support.limited_links import PREFIX, missing, run
+from tests.support.namespaces import PREFIX, missing, run
 
 HOLD = """
 import time
-from tests.support.limited_links import machines
+from tests.support.namespaces import machines
 
 with machines(2):
     print('made', flush=True)

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from tests.support.namespaces import nodes, why_not
+from tests.support.namespaces import missing, nodes
 from tests.support.trainings import SMALL, make_data
 from train.faults.route import choose_gloo_interface
 
 TWO_NODES = {"WORLD_SIZE": "16", "LOCAL_SIZE": "8", "MASTER_PORT": "29500"}
 CHOOSE = "from train.faults.route import choose_gloo_interface as c; print(c())"
-WHY_NOT = why_not()
+WHY_NOT = missing()
 needs_namespaces = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.cli import command
-from tests.support.limited_links import LINK, MASTER, machines, missing
+from tests.support.namespaces import LINK, MASTER, machines, missing
 
 # Collectives as a share of forward and backward: the plan's for XL on 64 x 8 A100, by Gbit/s of a node's link.
 XL = {0: 0.0, 1600: 0.39, 800: 0.78, 200: 3.1}

@@ -24,7 +24,7 @@ from data.config import DataConfig
 from launch.cost.traffic import collectives
 from model.config import UNetConfig
 from tests.support.handed_over import handed_over
-from tests.support.limited_links import limit, sent
+from tests.support.namespaces import limit, sent
 from tests.support.overlapped_steps import OVERLAPPING, behind_backward, make_net
 from train import engine as engine_module
 from train.config import Config, OptimConfig
