@@ -4,7 +4,6 @@ import os
 import warnings
 from dataclasses import dataclass
 
-import bitsandbytes
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -19,6 +18,10 @@ from train import adam_state
 from train.config import Config, OptimConfig, accumulation
 from train.faults.limits import HANG_SECONDS, collective_limit
 from train.faults.route import choose_gloo_interface, gloo_reaches_all
+from train.light_import import without_torch_compile
+
+with without_torch_compile():
+    import bitsandbytes
 
 
 def init_distributed(hang_seconds: float = HANG_SECONDS) -> tuple[int, int, torch.device]:

@@ -21,7 +21,6 @@ from train.faults.preempt import RankConsensus, mark_done, stop_requested
 from train.faults.watchdog import Watchdog
 from train.inputs import Inputs
 from train.monitor.metrics import Metrics
-from train.monitor.progress import RunProgress
 from train.noise import DeviceBatches
 from train.weights.lora import add_lora
 
@@ -47,7 +46,11 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     watchdog, metrics = Watchdog(rank, config.hang_seconds), Metrics(device, config)
     writer = CheckpointWriter(config, inputs.identity, changes, consensus, watchdog)
     guard = Guard(config, rank, stream, consensus)
-    progress = RunProgress(config, inputs, run_dir, first_step, device) if rank == 0 else None
+    progress = None
+    if rank == 0:
+        from train.monitor.progress import RunProgress  # here: it takes seconds, and the others need none of it
+
+        progress = RunProgress(config, inputs, run_dir, first_step, device)
 
     for step in range(first_step + 1, config.steps + 1):
         lr, answer = engine.lr(), consensus.ask(stop_requested(), *writer.progress())
