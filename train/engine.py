@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from model.unet import UNet
 from train import adam_state
 from train.config import Config, OptimConfig, accumulation
+from train.faults.compiler import without_torch_compile
 from train.faults.limits import HANG_SECONDS, collective_limit
 from train.faults.route import choose_gloo_interface, gloo_reaches_all
-from train.light_import import without_torch_compile
 
 with without_torch_compile():
     import bitsandbytes

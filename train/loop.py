@@ -2,6 +2,7 @@
 
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,9 @@ from train.inputs import Inputs
 from train.monitor.metrics import Metrics
 from train.noise import DeviceBatches
 from train.weights.lora import add_lora
+
+if TYPE_CHECKING:
+    from train.monitor.progress import RunProgress
 
 
 def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> bool:
@@ -46,11 +50,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     watchdog, metrics = Watchdog(rank, config.hang_seconds), Metrics(device, config)
     writer = CheckpointWriter(config, inputs.identity, changes, consensus, watchdog)
     guard = Guard(config, rank, stream, consensus)
-    progress = None
-    if rank == 0:
-        from train.monitor.progress import RunProgress  # here: it takes seconds, and the others need none of it
-
-        progress = RunProgress(config, inputs, run_dir, first_step, device)
+    progress = show(config, inputs, first_step, device) if rank == 0 else None
 
     for step in range(first_step + 1, config.steps + 1):
         lr, answer = engine.lr(), consensus.ask(stop_requested(), *writer.progress())
@@ -146,3 +146,10 @@ def load(
     loaded = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda", patience=patience)
     wanted = islice(loaded, (config.steps - first_step) * stream.micro_batches)
     return stream, DeviceBatches(wanted, config.seed, config.diffusion_steps, device)
+
+
+def show(config: Config, inputs: Inputs, first_step: int, device: torch.device) -> "RunProgress":
+    """What the user sees of the run, on the first rank."""
+    from train.monitor.progress import RunProgress  # here: it takes seconds, and the other ranks need none of it
+
+    return RunProgress(config, inputs, Path(config.run_dir), first_step, device)

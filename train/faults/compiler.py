@@ -1,11 +1,14 @@
-"""Whether this machine has the compiler that compile=true needs, asked before anything starts."""
+"""The compiler of compile=true: whether this machine has it, asked before anything starts; no other use of it."""
 
 import os
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # What torch.compile writes for a CPU includes these headers and is built with these flags.
 # Source: torch/_inductor/codecache.py, cpp_prefix.h and cpp_builder.py of torch 2.13.
@@ -43,6 +46,26 @@ def check_compiler(on_gpu: bool) -> None:
             f"compile=true needs a {language} compiler, and '{compiler}' {fault}: install {package}, name another one "
             f"in {variable}, or set compile=false"
         )
+
+
+@contextmanager
+def without_torch_compile() -> Iterator[None]:
+    """Inside the block torch.compile gives every function back as it is, without loading the compiler: 2 s of a start.
+
+    bitsandbytes wraps four functions in it at import: those of its backend for other devices than CPUs and NVIDIA's
+    GPUs, and of 4-bit weights. No training calls them.
+    """
+
+    import torch
+
+    def as_it_is(function: Callable | None = None, **_: Any) -> Callable:
+        return function or as_it_is
+
+    compile_, torch.compile = torch.compile, as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_
 
 
 def _first_error(said: str) -> str:
