@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -243,7 +244,7 @@ def test_memory_against_a_plan_that_is_a_tenth_too_small(monkeypatch):
 
     def too_small(*args):
         found = plan(*args)
-        return type(found)(found.kept, int(found.peak * 0.9))
+        return replace(found, peak=int(found.peak * 0.9))
 
     monkeypatch.setattr(memory, "net_bytes", too_small)
     row = memory.net_row("x", Check(), "M", nets.KEEP)
