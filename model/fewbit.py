@@ -118,7 +118,9 @@ def decode(codes: Tensor, levels: Tensor) -> Tensor:
 class _FewBitGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, levels: Tensor, borders: list[float], bits: int, packed: bool) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(levels, *(pack(encode(x, borders), bits) if packed else [x]))
+        ctx.channels_last = is_channels_last(x)
+        in_memory = x.permute(0, 2, 3, 1) if ctx.channels_last else x
+        ctx.save_for_backward(levels, *(pack(encode(in_memory, borders), bits) if packed else [in_memory]))
         ctx.borders, ctx.bits, ctx.packed = borders, bits, packed
         return F.gelu(x)
 
@@ -131,7 +133,11 @@ class _FewBitGELU(torch.autograd.Function):
             )
         levels, *kept = ctx.saved_tensors
         codes = unpack(kept, ctx.bits, grad.numel()) if ctx.packed else encode(kept[0], ctx.borders)
-        return grad * decode(codes, levels.to(grad.dtype)).view(grad.shape), None, None, None, None
+        slopes = decode(codes, levels.to(grad.dtype))
+        if ctx.channels_last:
+            n, channels, height, width = grad.shape
+            slopes = slopes.view(n, height, width, channels).permute(0, 3, 1, 2)
+        return grad * slopes.view(grad.shape), None, None, None, None
 
 
 class FewBitGELU(nn.Module):
@@ -156,8 +162,6 @@ class FewBitGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return F.gelu(x)
-        if is_channels_last(x):  # the codes are in the order of memory
-            return self(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return _FewBitGELU.apply(x, self.levels, self.borders, self.bits, self.packed)
 
     def _fill(self) -> None:
