@@ -158,7 +158,7 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     buckets = bucket_costs(options, config, gpu, flops, largest, backward)
     # At the limit the links are used whole, and all communication hides behind the compute.
     whole = ring_rate(gpu, options.nodes, options.gpus_per_node, options.link * GB / 8)
-    at_full_rate = (traffic.sent_reducing + traffic.sent_gathering) / whole
+    at_full_rate = traffic.sent / whole
     limit = Times(max(at_peak, at_full_rate), 0.0, 0.0, 0.0, alone.reading)
     return Plan(
         options, config, gpu, trained, largest, accumulate, resident,

@@ -28,6 +28,11 @@ class Collectives:
         """By each GPU for the all-gather, around the same ring."""
         return self.gathered * (self.ranks - 1) / self.ranks
 
+    @property
+    def sent(self) -> float:
+        """By each GPU in a step."""
+        return self.sent_reducing + self.sent_gathering
+
 
 def collectives(trained: int, ranks: int, weight_bytes: int) -> Collectives:
     """DeepSpeed's ZeRO-1 all-reduces every gradient, once a step, then gathers the weights."""

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.cli import command
+from launch.cost.overlap import exposed_seconds
 from tests.support.namespaces import LINK, MASTER, machines, missing
+from tests.support.paced_steps import FORWARD
 
 # Collectives as a share of forward and backward: the plan's for XL on 64 x 8 A100, by Gbit/s of a node's link.
 XL = {0: 0.0, 1600: 0.39, 800: 0.78, 200: 3.1}
@@ -38,7 +40,10 @@ class LimitedLinks:
 
 
 def measure(args: LimitedLinks) -> None:
-    """Print what each rank sends, then a row for each link; `hidden` is the share of the all-reduces' own time."""
+    """Print what each rank sends, then a row for each link: the time measured, and that of the plan's model.
+
+    `hidden` is the time that overlapping has won, as a share of the all-reduces' own.
+    """
     if why := missing():
         raise ValueError(why)
     unknown = sorted({*args.links} - {*XL})
@@ -50,15 +55,28 @@ def measure(args: LimitedLinks) -> None:
     for way, of_ranks in found["engine"].items():
         mean = sum(of_ranks) / len(of_ranks)
         print(f"| {way} the backward | {mean / 1e6:.2f} | {mean / found['planned']:.3f} |")
-    print("\n| link as XL's at | Mbit/s of a rank | collectives alone | behind | inside | of behind | hidden |")
-    print("|---" * 7 + "|")
+    heads = "Mbit/s of a rank | collectives alone | behind | inside | of behind | hidden | by the plan"
+    print(f"\n| link as XL's at | {heads} |")
+    print("|---" * 8 + "|")
     for link, case in zip(args.links, found["cases"], strict=True):
         name, mbit = (f"{link} Gbit/s", f"{case['mbit']:.0f}") if link else ("no limit", "-")
         alone = case["ratio"] * args.compute
         behind, inside = case["behind"], case["inside"]
         times = f"{behind:.2f} s | {inside:.2f} s | {inside / behind:.2f}"
         hidden = f"{(behind - inside) / (alone * ALL_REDUCES):.0%}" if link else "-"
-        print(f"| {name} | {mbit} | {f'{alone:.2f} s' if link else '-'} | {times} | {hidden} |")
+        print(
+            f"| {name} | {mbit} | {f'{alone:.2f} s' if link else '-'} | {times} | {hidden} "
+            f"| {planned(found, alone, args.compute):.2f} s |"
+        )
+
+
+def planned(found: dict, alone: float, compute: float) -> float:
+    """Seconds of the step with overlap by the plan's model.  alone: seconds of all collectives."""
+    sizes, backward = found["sizes"]["inside"], (1 - FORWARD) * compute
+    ready = [moment * backward for moment in found["moments"]["inside"]]
+    # An all-reduce sends twice what it reduces, and the all-gather half of that.
+    seconds = [alone * ALL_REDUCES * size / sum(sizes) for size in sizes]
+    return compute + exposed_seconds(ready, seconds, rate=1.0) + alone * (1 - ALL_REDUCES) + ready[-1] - backward
 
 
 def steps_of(ranks: int, ratios: list[float], compute: float, steps: int) -> dict:

@@ -33,7 +33,9 @@ from train.monitor.memory import partition
 from train.monitor.step_memory import inputs
 
 # Of the released form, with 8.8 million parameters: its largest is a thirtieth of it, as XL's is.
-NET = UNetConfig(model_channels=32, num_head_channels=32, encoder_dim=64, encoder_channels=128, att_pool_heads=8)
+NET = UNetConfig(
+    model_channels=32, norm_groups=8, num_head_channels=32, encoder_dim=64, encoder_channels=128, att_pool_heads=8
+)
 WAYS = {"behind": behind_backward, "inside": OVERLAPPING}
 FORWARD = 1 / 3  # of forward and backward
 
