@@ -6,6 +6,7 @@ tc limits what it sends. Also counts the bytes that it sends, beside those of th
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,13 +31,13 @@ class LimitedLinks:
     ranks: how many, each in a namespace.
     links: Gbit/s of a node's link whose proportions are taken, of 1600, 800 and 200; 0 for no limit.
     compute: seconds of forward and backward.
-    steps: steps of each case, of which the median is printed.
+    steps: steps of each case and way, in turn, of which the medians are printed.
     """
 
     ranks: int = 4
     links: list[int] = field(default_factory=lambda: list(XL))
     compute: float = 1.0
-    steps: int = 2
+    steps: int = 3
 
 
 def measure(args: LimitedLinks) -> None:
@@ -61,8 +62,9 @@ def measure(args: LimitedLinks) -> None:
     for link, case in zip(args.links, found["cases"], strict=True):
         name, mbit = (f"{link} Gbit/s", f"{case['mbit']:.0f}") if link else ("no limit", "-")
         alone = case["ratio"] * args.compute
-        behind, inside = case["behind"], case["inside"]
-        times = f"{behind:.2f} s | {inside:.2f} s | {inside / behind:.2f}"
+        behind, inside = (statistics.median(case[way]) for way in ("behind", "inside"))
+        ratios = [b / a for a, b in zip(case["behind"], case["inside"], strict=True)]
+        times = f"{behind:.2f} s | {inside:.2f} s | {min(ratios):.2f} to {max(ratios):.2f}"
         hidden = f"{(behind - inside) / (alone * ALL_REDUCES):.0%}" if link else "-"
         print(
             f"| {name} | {mbit} | {f'{alone:.2f} s' if link else '-'} | {times} | {hidden} "

@@ -10,7 +10,6 @@ goes on during an all-reduce, and waits for it before the next one (average_tens
 """
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -66,10 +65,8 @@ def main(out: str, ratios: str, compute: str, steps: str) -> None:
     for ratio in json.loads(ratios):
         mbit = 8e-6 * plan.sent / (ratio * driver.compute) if ratio else 0.0
         limit(mbit)
-        case = {"ratio": ratio, "mbit": mbit}
-        for way, backward in backwards.items():
-            case[way] = timed(lambda backward=backward: driver.step(backward), int(steps))
-        found["cases"].append(case)
+        seconds = timed(driver, backwards, int(steps))
+        found["cases"].append({"ratio": ratio, "mbit": mbit} | seconds)
     if rank == 0:
         Path(out).write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
@@ -122,17 +119,19 @@ class Driver:
         dist.all_gather_into_tensor(self.weights, self.part)
 
 
-def timed(step: Callable[[], None], steps: int) -> float:
-    """Seconds of a step, those of the slowest rank; the median of some, after one that fills the link's bucket."""
-    seconds = []
-    for _ in range(steps + 1):
-        dist.barrier()
-        began = time.monotonic()
-        step()
-        slowest = torch.tensor(time.monotonic() - began)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        seconds.append(float(slowest))
-    return statistics.median(seconds[1:])
+def timed(driver: Driver, backwards: dict[str, Backward], steps: int) -> dict[str, list[float]]:
+    """Seconds of each step by way, those of the slowest rank; the ways take turns, after one that fills the link."""
+    seconds: dict[str, list[float]] = {way: [] for way in backwards}
+    for turn in range(steps + 1):
+        for way, backward in backwards.items():
+            dist.barrier()
+            began = time.monotonic()
+            driver.step(backward)
+            slowest = torch.tensor(time.monotonic() - began)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            if turn:
+                seconds[way].append(float(slowest))
+    return seconds
 
 
 if __name__ == "__main__":
