@@ -133,7 +133,8 @@ def test_a_command_ends_in_one_line(repo, tmp_path, words, environment, message)
 
 @pytest.mark.skipif(find_machine().has_gpu, reason="this machine has a GPU")
 def test_a_dry_run_needs_no_gpu_and_says_that_the_training_would(repo, tmp_path):
-    done = run(repo, "train/main.py", "+experiment=if_i_m", "dry_run=true", f"run_dir={tmp_path}/run", "compile=false")
+    given = ["+experiment=if_i_m", "dry_run=true", f"run_dir={tmp_path}/run", "compile=false", "micro_batch=48"]
+    done = run(repo, "train/main.py", *given)
     assert "371,605,830 parameters" in done.stdout
     assert "a training would not start on this machine: needs_gpu=true" in done.stdout
     assert "needs_gpu" not in done.stderr
