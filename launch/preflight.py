@@ -16,7 +16,7 @@ from data.cli import MISTAKE, run_command
 from launch.cost.options import PlanOptions
 from launch.nodes.cpus import Cpus, cpu_faults, find_cpus
 from train.compose import help_with_training, parse_with_config
-from train.config import Config, accumulation
+from train.config import Config, check_accumulation
 from train.faults.launched import check_launched
 
 # A healthy pair of nodes may be this many times slower than the median before it is named.
@@ -127,7 +127,7 @@ def preflight(argv: list[str]) -> None:
     check_device(config.needs_gpu)
     rank, ranks, device = init_distributed(config.hang_seconds)
     meet_by_gloo()
-    accumulation(config, ranks)
+    check_accumulation(config, ranks)
     resolve_text_shape(config)
     names: list = [None] * ranks
     dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or socket.gethostname())

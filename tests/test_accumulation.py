@@ -14,7 +14,7 @@ from tests.test_config import load
 from tests.test_overlap import TINY
 from train import config as config_module
 from train.compose import compose_config
-from train.config import MOST_BF16_SUMMANDS, accumulation
+from train.config import MOST_BF16_SUMMANDS, accumulation, check_accumulation
 from train.engine import build_engine, init_distributed
 from train.monitor.step_memory import inputs
 
@@ -55,7 +55,7 @@ def test_the_sum_is_wrong_beyond_it():
 def test_more_micro_batches_than_bf16_adds_up_are_refused_with_what_would_fit(repo):
     config = load(repo, "+experiment=if_i_xl")
     with pytest.raises(ValueError, match=r"of 512 micro batches in bf16: at most 64.*8 ranks, micro_batch=48 or prec"):
-        accumulation(config, 1)
+        check_accumulation(config, 1)
     assert accumulation(config, 8) == accumulation(load(repo, "+experiment=if_i_xl", "micro_batch=48"), 1) == 64
     assert accumulation(load(repo, "+experiment=if_i_xl", "precision=fp32"), 1) == 512
 

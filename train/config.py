@@ -222,7 +222,7 @@ def check_run_dir(run_dir: str) -> None:
 def accumulation(config: Config, ranks: int) -> int:
     """Micro batches per rank and optimizer step: global_batch / (ranks x micro_batch).
 
-    Raises: ValueError if it is not a whole number, or so large that the sum of the gradients in bf16 would be wrong.
+    Raises: ValueError if it is not a whole number.
     """
     whole, rest = divmod(config.global_batch, ranks * config.micro_batch)
     if rest or not whole:
@@ -236,6 +236,12 @@ def accumulation(config: Config, ranks: int) -> int:
             f"global_batch={config.global_batch} is not a multiple of {count(ranks, 'rank')} x "
             f"micro_batch={config.micro_batch}: {remedy}"
         )
+    return whole
+
+
+def check_accumulation(config: Config, ranks: int) -> None:
+    """Raises: ValueError, as accumulation, or if so many micro batches would be added up wrongly in bf16."""
+    whole = accumulation(config, ranks)
     if config.precision == "bf16" and whole > MOST_BF16_SUMMANDS:
         of_rank = config.global_batch // ranks
         fits = next(m for m in range(-(-of_rank // MOST_BF16_SUMMANDS), of_rank + 1) if of_rank % m == 0)
@@ -246,7 +252,6 @@ def accumulation(config: Config, ranks: int) -> int:
             f"the gradients of {whole} micro batches in bf16: at most {MOST_BF16_SUMMANDS}, for the sum of more is too "
             f"small, by 0.3 % at 64 and up to 28 % at 512. Take {least} ranks, micro_batch={fits} or precision=fp32"
         )
-    return whole
 
 
 def summed_in(config: Config, accumulated: int) -> str:

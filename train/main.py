@@ -19,7 +19,7 @@ from data.cli import HELP, MISTAKE, REQUEUE, arguments, reason
 from data.quiet import quiet_libraries
 from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
-from train.config import Config, accumulation
+from train.config import Config, check_accumulation
 from train.faults.launched import check_launched
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
         look_at_node(config, tell=os.environ.get("LOCAL_RANK", "0") == "0")
         check_nodes(os.environ, ranks)
         check_open_files(config.data.workers, ranks)
-        accumulation(config, ranks)
+        check_accumulation(config, ranks)
     except ValueError as error:
         leave(error, tell=rank == 0)
     except OSError as error:
@@ -132,6 +132,7 @@ def dry_run(config: Config, ranks: int) -> None:
         lambda: check_compiler(uses_gpu()) if config.compile else None,
         lambda: check_nodes(os.environ, ranks),
         lambda: check_open_files(config.data.workers, ranks),
+        lambda: check_accumulation(config, ranks),
         find,
         lambda: check_login(config.wandb.mode),
         lambda: print(describe(config, ranks, inputs)),

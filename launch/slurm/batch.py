@@ -18,7 +18,7 @@ from pathlib import Path
 from data.cli import MISTAKE, REQUEUE, run_command
 from launch.slurm.allocation import Allocation, check_commands, check_hostfile, find_allocation
 from train.compose import ROOT, compose_config, training_help
-from train.config import accumulation
+from train.config import check_accumulation
 
 # The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
 # The name of the log has Slurm's name of the node, which may differ from the machine's.
@@ -144,7 +144,7 @@ def batch(overrides: list[str]) -> None:
     check_commands(LAUNCHER)
     srun_args = split_srun_args(os.environ.get("SRUN_ARGS", ""))
     config = compose_config(overrides)
-    accumulation(config, allocation.ranks)
+    check_accumulation(config, allocation.ranks)
     run_dir = Path(config.run_dir)
     logs = Path(os.environ.get("LOGS") or run_dir / "logs").absolute()
     logs.mkdir(parents=True, exist_ok=True)
