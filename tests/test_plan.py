@@ -51,7 +51,10 @@ def measured(repo, tmp_path, ranks: int, *overrides: str) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("ranks", "precision", "optimizer", "recompute", "accumulate"),
-    [(2, "bf16", "adamw8bit", "none", 1), (1, "fp32", "adamw", "blocks", 4)],
+    [
+        (2, "bf16", "adamw8bit", "none", 1),
+        pytest.param(1, "fp32", "adamw", "blocks", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_bytes_of_a_real_step(repo, tmp_path, ranks, precision, optimizer, recompute, accumulate):
     overrides = [

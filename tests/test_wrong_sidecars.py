@@ -171,7 +171,7 @@ def test_the_commands_that_draw_refuse_them_in_one_line(right, wrong, unknown, t
         assert_one_line(caught, capsys, message)
 
 
-@pytest.mark.parametrize(("ranks", "known"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("ranks", "known"), [(1, True), pytest.param(2, False, marks=pytest.mark.slow)])
 def test_a_training_ends_with_one_line(repo, right, wrong, unknown, tmp_path, ranks, known):
     """Before it begins where the stats files tell, else at the first sample, which a loader worker reads."""
     shards = wrong if known else unknown
