@@ -19,7 +19,7 @@ ON_THE_CPU = "or set DS_ACCELERATOR=cpu to run on the CPU"
 # Of a display or 3D controller of NVIDIA, as the kernel lists PCI devices.
 NVIDIA, DISPLAY = "0x10de", "0x03"
 # What CUDA_VISIBLE_DEVICES holds where it hides all GPUs; the last by older versions of Slurm.
-NONE_VISIBLE = ("", "-1", "NoDevFiles")
+NONE_VISIBLE = ("", "-1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def check_device(needs_gpu: bool = False) -> None:
     machine = find_machine()
     if machine.has_gpu:
         hidden = f" (CUDA_VISIBLE_DEVICES={machine.visible})" if machine.visible else ""
-        fault = unusable(machine, torch.__version__, torch.version.cuda)
+        fault = "" if torch.version.hip else unusable(machine, torch.__version__, torch.version.cuda)
         raise ValueError(f"{fault or f'torch can use no GPU{hidden}: {_torch_says()}'}, {ON_THE_CPU}")
     if needs_gpu:
         raise ValueError(f"needs_gpu=true, and this machine has no GPU of NVIDIA: use one that has, {ON_THE_CPU}")
@@ -102,6 +102,8 @@ def unusable(machine: Machine, version: str, cuda: str | None) -> str:
     if not cuda:
         seen = f"Slurm gave {machine.given}" if machine.given else "this machine has one"
         return f"torch {version} is built without CUDA and cannot use a GPU ({seen}): install torch's build for CUDA"
+    if machine.visible == "NoDevFiles":
+        return "Slurm gave this job no GPU (CUDA_VISIBLE_DEVICES=NoDevFiles): ask for one, sbatch --gpus-per-node"
     if machine.visible in NONE_VISIBLE:
         return f"CUDA_VISIBLE_DEVICES='{machine.visible}' hides every GPU: unset it"
     if not machine.driver:

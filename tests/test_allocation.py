@@ -131,7 +131,7 @@ def test_the_ranks_of_a_node_keep_the_gpus_that_slurm_gave(tmp_path, visible):
 
 
 def test_tasks_without_a_launcher_are_refused():
-    task = {"SLURM_PROCID": "1", "SLURM_NTASKS": "8"}
+    task = {"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}
     with pytest.raises(
         ValueError, match=r"Slurm has 8 tasks, and no launcher made them ranks .*launch/slurm/train.sbatch"
     ):
@@ -139,4 +139,5 @@ def test_tasks_without_a_launcher_are_refused():
     check_launched(task | {"RANK": "1"})
     check_launched(task | {"SLURM_STEP_NUM_TASKS": "1"})  # one process, in an allocation for eight
     check_launched({"SLURM_NTASKS": "8"})  # the shell of salloc
+    check_launched({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})  # the batch script
     check_launched({})

@@ -323,7 +323,9 @@ def test_the_training_ends_in_one_line(arguments, message):
 
 
 def test_tasks_of_srun_without_a_launcher_end_in_one_line():
-    tasks = [run_command("train/main.py", *SMALL, SLURM_PROCID=str(task), SLURM_NTASKS="2") for task in range(2)]
+    tasks = [
+        run_command("train/main.py", *SMALL, SLURM_PROCID=str(task), SLURM_STEP_NUM_TASKS="2") for task in range(2)
+    ]
     assert [done.returncode for done in tasks] == [2, 2] and not any(done.stdout for done in tasks)
     assert tasks[0].stderr.startswith("error: Slurm has 2 tasks, and no launcher made them ranks")
     assert tasks[0].stderr.count("\n") == 1 and not tasks[1].stderr

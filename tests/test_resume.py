@@ -21,7 +21,7 @@ from tests.checkpoints import write_manifest
 from tests.support.trainings import free_port, launch, make_data, metrics
 from train.checkpoint.changes import describe_changes, find_changes, learning_rate, rate_change, show
 from train.checkpoint.checkpoint import Checkpoint
-from train.checkpoint.format import MANIFEST, CheckpointFailed, latest_checkpoint, part_file, sealed
+from train.checkpoint.format import MANIFEST, SEAL, CheckpointFailed, latest_checkpoint, part_file, sealed
 from train.checkpoint.identity import DataIdentity, add_missing_digests, data_digest, identity, weights_digest
 from train.checkpoint.resume import check_resumable, find_history, resume
 from train.compose import compose_config
@@ -55,6 +55,7 @@ def write_step(config: Config, step: int = 4, data: DataIdentity = DATA) -> Path
         ("global_batch=32", "global_batch=16, now it is 32"),
         ("diffusion_steps=500", "diffusion_steps=1000, now it is 500"),
         ("model.activation=gelu_3bit", "model.activation=gelu, now it is gelu_3bit"),
+        ("model.norm_groups=4", "model.norm_groups=8, now it is 4"),
         ("data.streams=2", "data.streams=4, now it is 2"),
         ("data.phases=2", "data.phases=1, now it is 2"),
         ("data.shuffle_block=64", "data.shuffle_block=128, now it is 64"),
@@ -67,6 +68,17 @@ def test_what_may_not_change_on_the_way_is_named(tmp_path, override, key):
     with pytest.raises(ValueError) as error:
         check_resumable(load(tmp_path / "run", override), DATA)
     assert f"was trained with {key}" in str(error.value) and "or choose another run_dir" in str(error.value)
+
+
+def test_what_was_no_key_yet_had_its_default(tmp_path):
+    wide = "model.model_channels=128"
+    folder = write_step(load(tmp_path / "run", wide, "model.norm_groups=32"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["config"]["model"]["norm_groups"], manifest[SEAL]
+    write_manifest(folder, manifest)
+    check_resumable(load(tmp_path / "run", wide, "model.norm_groups=32"), DATA)
+    with pytest.raises(ValueError, match=r"model\.norm_groups=32, now it is 8"):
+        check_resumable(load(tmp_path / "run", wide), DATA)
 
 
 def test_all_else_may_change_on_the_way(tmp_path):

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from data import demo
 from data.embed import Embed, embed
 from data.loader.dataset import Dataset
-from data.storage.shards import find_shards
+from data.storage.shards import Shard, find_shards
 from data.text.meta import EMPTY
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from tests.checkpoints import write_manifest
 from tests.support.split_checkpoint import split_checkpoint
 from tests.support.trainings import free_port, launch, start
 from train.checkpoint.format import latest_checkpoint
-from train.checkpoint.resume import check_same_everywhere
+from train.checkpoint.resume import _is_here, check_same_everywhere
 from train.config import Config
 
 SUPPORT = Path(__file__).resolve().parent / "support"
@@ -105,3 +105,13 @@ def test_ranks_that_see_different_disks_are_told(tmp_path):
     for number, words in enumerate(("nothing", "nothing", run, shards, shards, shards, text)):
         for rank in range(2):
             assert (tmp_path / f"{number}-{rank}").read_text().startswith(words), disks[number].name
+
+
+def test_an_index_may_count_a_shard_otherwise_than_its_stats_file(tmp_path):
+    demo.main([f"out={tmp_path / 'shards'}", "samples=8", "shard_size=4"])
+    (first, _) = find_shards(tmp_path / "shards")
+    stats = Path(first.location.replace(".tar", "_stats.json"))
+    stats.write_text(json.dumps(json.loads(stats.read_text()) | {"successes": 5}))
+    size = os.path.getsize(first.location)
+    assert _is_here(Shard(first.location, 4, size)) and not _is_here(Shard(first.location, 4, size + 512))
+    assert _is_here(Shard(first.location, 5)) and not _is_here(Shard(first.location, 4))

@@ -126,7 +126,7 @@ class Config:
     steps: optimizer steps of the whole run.
     global_batch: samples of an optimizer step, over all ranks.
     micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks; with
-        bf16 it is at most 64, see docs/recipe.md.
+        bf16 the accumulation is at most 64, see docs/recipe.md.
     diffusion_steps: T, the timesteps of the diffusion.
     precision: bf16 or fp32.
     recompute: what backward computes again to save memory: none, cheap (norms, activations, copies) or blocks

@@ -1,6 +1,7 @@
 """The micro batches on the device, each sample with its timestep and its noise; the next one is sent ahead."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +75,8 @@ class DeviceBatches:
             self._error = error
             return
         if batch:
-            with torch.cuda.stream(self._stream):  # of no effect on a CPU, where there is no stream
+            # Without a stream not even torch.cuda.stream(None): it would take memory of a GPU that is not used.
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                 self._next = self._send(batch)
 
     def _send(self, batch: Batch) -> DeviceBatch:

@@ -137,7 +137,9 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     trained, frozen = parameters(config)
     largest = largest_parameter(config)
     resident = states(trained, ranks, config.optim.name, weight_bytes, frozen)
-    available = gpu.memory - options.reserve_gb * GB - resident.total
+    built = construction(trained, ranks, weight_bytes, frozen)
+    available = gpu.memory - options.reserve_gb * GB
+    available = available - resident.total if built <= available else 0.0
     costs = {}
     for recompute in tqdm(RECOMPUTE, desc="counting", unit="choice", leave=False, disable=None):
         costs[recompute] = recompute_cost(config, recompute, trained, largest, ranks, available)
@@ -162,7 +164,7 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     limit = Times(max(at_peak, at_full_rate), 0.0, 0.0, 0.0, alone.reading)
     return Plan(
         options, config, gpu, trained, largest, accumulate, resident,
-        construction(trained, ranks, weight_bytes, frozen), costs, traffic, buckets, reading, assumed_text,
+        built, costs, traffic, buckets, reading, assumed_text,
         checkpoint_bytes(resident, ranks), alone, limit,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from data.loader.dataset import Dataset
 from data.storage.locations import absolute, split
 from data.storage.tars import shard_digest
 from data.text.meta import TextMeta
+from model.config import UNetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,9 @@ def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity)
     folder, manifest: of the checkpoint.  config: as plain dicts.
     Raises: ValueError if the checkpoint is of another run, another net or other data.
     """
-    here = identity(config)
-    for key, value in identity(manifest["config"]).items():
+    here, then = identity(config), manifest["config"]
+    # With the values that keys had before they were keys.
+    for key, value in identity(then | {"model": asdict(UNetConfig(**then["model"]))}).items():
         if json.dumps(value) != json.dumps(here[key]):  # as text, since the order of a mixture matters
             raise ValueError(
                 f"'{folder}' was trained with {key}={value}, now it is {here[key]}: "

@@ -72,9 +72,10 @@ def _is_here(shard: Shard) -> bool:
         size, stats = os.path.getsize(shard.location), read_stats(shard.location)
     except (OSError, ValueError):
         return False
-    if stats and (stats.samples != shard.count or (stats.digest and shard.digest and stats.digest != shard.digest)):
+    if stats and stats.digest and shard.digest and stats.digest != shard.digest:
         return False
-    return shard.size in (None, size)
+    # An index has its own count of a tar, which is right where the stats file's is not; it has the tar's size too.
+    return shard.size == size if shard.size is not None else not stats or stats.samples == shard.count
 
 
 def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> tuple[int, list[dict]]:

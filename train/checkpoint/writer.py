@@ -164,6 +164,7 @@ class CheckpointWriter:
         problems = list(filter(None, self._consensus.gather(self._error)))
         if self._rank == 0:
             shutil.rmtree(self._aside, ignore_errors=True)  # half a checkpoint must not keep a full disk full
+        self._consensus.gather(None)  # no rank leaves before, or the first one would be ended before it has said why
         raise CheckpointFailed(
             f"the checkpoint '{self._aside}' could not be written ({problems[0]}); those before are intact: "
             "make room or repair the storage, then run the same command"

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 def check_launched(environment: Mapping[str, str]) -> None:
     """Raises: ValueError if Slurm has several tasks here and no launcher made them ranks of one training."""
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
+    # Of this step; the batch script itself, and what runs in it without srun, is one process and has no such variable.
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
     if tasks > 1 and "SLURM_PROCID" in environment and "RANK" not in environment:
         raise ValueError(
             f"Slurm has {tasks} tasks, and no launcher made them ranks (no RANK): each would train alone in the one "

@@ -36,7 +36,9 @@ class NodeWatch:
             if self._stopped.wait(POLL_SECONDS):
                 return
             others = _other_ranks()
-        while len(others) == number and all(map(_is_alive, others)):
+        if len(others) < number:
+            return  # they are not this rank's siblings, in a wrapper or a container each: the launcher ends them
+        while all(map(_is_alive, others)):
             if self._stopped.wait(POLL_SECONDS):
                 return
         if self._stopped.wait(GRACE):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from data.cli import REQUEUE
 from data.interrupt import INTERRUPTED, tell, tell_interrupted
 from data.storage.tars import write_json
+from train.faults.route import gloo_reaches_all
 
 # Slurm's warning before the time limit or a preemption; what launchers send when they are ended; Ctrl-C.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -61,7 +62,8 @@ class RankConsensus:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+        with gloo_reaches_all():
+            self._group = dist.new_group(backend="gloo")
         _state["training"] = True
 
     def ask(self, *flags: bool) -> Callable[[], list[bool]]:

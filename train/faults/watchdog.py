@@ -22,7 +22,7 @@ class Watchdog:
 
     def __init__(self, rank: int, seconds: float) -> None:
         self._rank, self._seconds, self._timer_started = rank, seconds, 0.0
-        self._waits = seconds
+        self._waits = 0.0
         self._stopped = threading.Event()
         self.reset(FIRST)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -30,10 +30,11 @@ class Watchdog:
     def reset(self, times: float = 1.0) -> None:
         """Start the countdown again, from its usual length or, once, from a multiple of it (train/faults/limits.py)."""
         now, wanted = time.monotonic(), times * self._seconds
-        self._deadline, self._waits = now + wanted, wanted
-        if times != 1 or now - self._timer_started > GRACE / 3:  # not every time, since it starts a thread
+        # Not every time, since it starts a thread.
+        if wanted != self._waits or now - self._timer_started > GRACE / 3:
             faulthandler.dump_traceback_later(wanted + GRACE, exit=True)
             self._timer_started = now
+        self._deadline, self._waits = now + wanted, wanted
 
     def stop(self) -> None:
         """End the countdown: the training is over."""
