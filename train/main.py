@@ -132,8 +132,8 @@ def dry_run(config: Config, ranks: int) -> None:
         lambda: check_compiler(uses_gpu()) if config.compile else None,
         lambda: check_nodes(os.environ, ranks),
         lambda: check_open_files(config.data.workers, ranks),
-        lambda: check_accumulation(config, ranks),
         find,
+        lambda: check_accumulation(config, ranks),
         lambda: check_login(config.wandb.mode),
         lambda: print(describe(config, ranks, inputs)),
     ):
