@@ -10,9 +10,10 @@ from tests.benchmarks.limited_links import steps_of
 from tests.support.namespaces import PREFIX, missing, run
 
 HOLD = """
-import time
+import signal, time
 from tests.support.namespaces import machines
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 with machines(2):
     print('made', flush=True)
     time.sleep(60)
