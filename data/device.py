@@ -18,7 +18,7 @@ OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 ON_THE_CPU = "or set DS_ACCELERATOR=cpu to run on the CPU"
 # Of a display or 3D controller of NVIDIA, as the kernel lists PCI devices.
 NVIDIA, DISPLAY = "0x10de", "0x03"
-# What CUDA_VISIBLE_DEVICES holds where it hides all GPUs; the last by older versions of Slurm.
+# What CUDA_VISIBLE_DEVICES holds where it hides all GPUs; in a job that Slurm gave none it holds NoDevFiles.
 NONE_VISIBLE = ("", "-1")
 
 

@@ -59,7 +59,7 @@ def inputs(base: Path, mode: str, drop: float) -> tuple[Config, Inputs]:
     data = DataConfig(shards=str(base / "shards"), text=str(text), streams=4, shuffle_block=5, cond_drop_prob=drop)
     model = UNetConfig(image_size=8, attention_resolutions=[8], att_pool_heads=4)
     config = Config(data=data, text=TextConfig(mode), model=model)
-    found = find_inputs(config, rank=0)
+    found = find_inputs(config)
     assert (config.data.tokens, config.model.encoder_dim) == (TOKENS, 48), "as the meta file of the embeddings says"
     return config, found
 
@@ -105,7 +105,7 @@ def test_a_caption_that_is_not_utf8_is_bad_in_either_mode_and_one_with_a_mark_is
             data = DataConfig(
                 shards=str(tmp_path / "shards"), text=str(tmp_path / "text"), streams=1, cond_drop_prob=drop
             )
-            found = find_inputs(Config(data=data, text=TextConfig(mode), model=replace(NET, image_size=8)), 0)
+            found = find_inputs(Config(data=data, text=TextConfig(mode), model=replace(NET, image_size=8)))
             stream = MicroBatches(
                 data, found.datasets, found.meta, image_size=8, seed=0, global_batch=3, micro_batch=3
             )  # fmt: skip
@@ -133,13 +133,13 @@ def test_what_cannot_be_run_online_is_refused_before_anything_starts(base, tmp_p
     for encoder, message in (("gone", r"the encoder '.*gone' cannot be loaded"), ("other", "is another encoder than")):
         config.text.encoder = str(tmp_path / encoder)
         with pytest.raises(ValueError, match=message):
-            find_inputs(config, 0)
+            find_inputs(config)
     config.text = TextConfig("stored")
     with pytest.raises(ValueError, match=r"4 of 4 shards have no embeddings in .* or set text.mode=online"):
-        find_inputs(config, 0)
+        find_inputs(config)
     config.text, config.model = TextConfig("online"), replace(config.model, encoder_dim=64)
     with pytest.raises(ValueError, match=r"48 wide .* set model.encoder_dim=48"):
-        find_inputs(config, 0)
+        find_inputs(config)
 
 
 def dropped(base: Path, drop: float, n: int) -> dict[int, bool]:
@@ -224,7 +224,7 @@ def test_data_embed_online_and_the_exported_pipeline_agree(shared, tmp_path, com
             cond_drop_prob=0.0,
         )  # fmt: skip
         config = Config(data=data, text=TextConfig(mode), model=replace(NET, image_size=8))
-        found = find_inputs(config, 0)
+        found = find_inputs(config)
         stream = MicroBatches(
             data, found.datasets, found.meta, image_size=8, seed=0, global_batch=len(rows), micro_batch=len(rows)
         )  # fmt: skip

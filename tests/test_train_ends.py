@@ -26,13 +26,13 @@ def data(tmp_path_factory) -> Path:
 def test_prompts_of_ones_own_are_encoded_before_the_start(data):
     given = [o for o in SMALL if "prompts" not in o] + [f"data.{name}={data / name}" for name in ("shards", "text")]
     config = compose_config([*given, "sample.prompts=['a red circle, left', a cat's toy]"])
-    found = find_inputs(config, rank=0)
+    found = find_inputs(config)
     assert [caption for caption, _ in found.prompts] == ["a red circle, left", "a cat's toy"]
     expected = load_encoder(found.meta)(["a cat's toy"])[0]
     np.testing.assert_allclose(found.prompts[1][1], expected, atol=1e-5)
-    assert not find_inputs(config, rank=1).prompts and not find_inputs(compose_config(given), rank=0).prompts
+    assert not find_inputs(config, readable_only=True).prompts and not find_inputs(compose_config(given)).prompts
     with pytest.raises(ValueError, match=r"sample.prompts are captions of your own, .*'gone' cannot be loaded.*number"):
-        find_inputs(compose_config([*given, "sample.prompts=[a]", "text.encoder=gone"]), rank=0)
+        find_inputs(compose_config([*given, "sample.prompts=[a]", "text.encoder=gone"]))
 
 
 def test_compile_without_a_compiler_is_told_in_one_line_before_anything_starts(repo, data, tmp_path, monkeypatch):

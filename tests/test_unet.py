@@ -286,7 +286,7 @@ def test_compiled_stage_by_stage_it_is_the_same_net_and_equal_stages_are_compile
 def test_a_run_whose_norms_take_much_of_the_colours_is_warned(caplog, groups, warned):
     config = Config(model=tiny(model_channels=64, norm_groups=groups), data=DataConfig(shards="/no/shards"))
     with pytest.raises(ValueError, match="shards"):
-        find_inputs(config, rank=0)
+        find_inputs(config)
     assert ("norm_groups=32 leaves 2 channels a group" in caplog.text) == warned
 
 

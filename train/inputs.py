@@ -35,8 +35,8 @@ class Inputs:
     """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin from, if any.
 
     from_weights: whether all weights that are trained begin from some, there being no checkpoint to go on from.
-    encoder: makes the embeddings where they are not stored.  base: weights_digest of the net that a LoRA is added to;
-    '' without LoRA, None on a rank that has not read it.
+    encoder: makes the embeddings where they are not stored.  base: weights_digest of the net that a LoRA is added to,
+    '' without LoRA.
     prompts: on the first rank the captions of one's own for the sample grids, if any, with embeddings [tokens, dim].
     """
 
@@ -45,7 +45,7 @@ class Inputs:
     weights: dict[str, Tensor] | None = None
     from_weights: bool = False
     encoder: "TextEncoder | None" = None
-    base: str | None = ""
+    base: str = ""
     prompts: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> None:
@@ -64,12 +64,13 @@ class Inputs:
         return DataIdentity(samples, [data_digest(dataset) for dataset in self.datasets], self.meta, self.base)
 
 
-def find_inputs(config: Config, rank: int) -> Inputs:
+def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     """Find and check everything; sets data.tokens and model.encoder_dim to those of the embeddings if not given.
 
+    readable_only: only whether data and embeddings can be read here, without the weights and prompts of a training.
     Raises: ValueError if shards, embeddings or weights are missing or don't fit the model.
     """
-    if rank == 0 and config.model.group_channels < MIN_GROUP_CHANNELS:
+    if config.model.group_channels < MIN_GROUP_CHANNELS:
         logger.warning(
             "model.norm_groups=%d leaves %d channels a group at the narrowest level: with fewer than %d, a norm "
             "removes much of the mean of each channel, and colours suffer; %d groups are right",
@@ -80,7 +81,7 @@ def find_inputs(config: Config, rank: int) -> Inputs:
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
     metas = [
-        check_meta(d.text, tokens, dim) if online or rank else check_sidecars(d.shards, d.text, tokens, dim)
+        check_meta(d.text, tokens, dim) if online or readable_only else check_sidecars(d.shards, d.text, tokens, dim)
         for d in datasets
     ]
     for dataset, meta in zip(datasets, metas, strict=True):
@@ -92,18 +93,17 @@ def find_inputs(config: Config, rank: int) -> Inputs:
         read_empty(dataset.text, meta)
     _set_text_shape(config, *metas[0].shape)
     encoder = _load_encoder(config, datasets, metas[0]) if online else None
-    prompts = (
-        _encode_prompts(config, metas[0], encoder) if rank == 0 and isinstance(config.sample.prompts, list) else []
-    )
-    weights, from_weights = None, False
-    if rank == 0 and config.init_from and not config.lora.rank:
-        from_weights = not latest_checkpoint(Path(config.run_dir))
-    if rank == 0 and (from_weights or config.lora.rank):
-        weights = load_pretrained(config.init_from, config.model)
-    base: str | None = ""
-    if config.lora.rank:
-        base = weights_digest(weights) if weights else None
-    return Inputs(datasets, metas[0], weights, from_weights, encoder, base, prompts)
+    found = Inputs(datasets, metas[0], encoder=encoder)
+    if readable_only:
+        return found
+    if isinstance(config.sample.prompts, list):
+        found.prompts = _encode_prompts(config, metas[0], encoder)
+    if config.init_from and not config.lora.rank:
+        found.from_weights = not latest_checkpoint(Path(config.run_dir))
+    if found.from_weights or config.lora.rank:
+        found.weights = load_pretrained(config.init_from, config.model)
+        found.base = weights_digest(found.weights) if config.lora.rank else ""
+    return found
 
 
 def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:

@@ -89,20 +89,27 @@ def run(config: Config, rank: int, ranks: int) -> None:
 
 def look(config: Config) -> "Inputs | None":
     """What the first rank finds on storage that all ranks share, for all of them; None after telling a mistake."""
-    from train.checkpoint.identity import add_missing_digests
-    from train.checkpoint.resume import check_resumable
-    from train.inputs import find_inputs
     from train.monitor.tracker import check_login
 
     try:
-        inputs = find_inputs(config, rank=0)
-        add_missing_digests(inputs.datasets)
-        check_resumable(config, inputs.identity)
+        inputs = look_at_storage(config)
         check_login(config.wandb.mode)
         return inputs
     except (ValueError, OSError) as error:
         tell_mistake(error)
         return None
+
+
+def look_at_storage(config: Config) -> "Inputs":
+    """The inputs, and whether the run can go on with them.  Raises: ValueError; OSError."""
+    from train.checkpoint.identity import add_missing_digests
+    from train.checkpoint.resume import check_resumable
+    from train.inputs import find_inputs
+
+    inputs = find_inputs(config)
+    add_missing_digests(inputs.datasets)
+    check_resumable(config, inputs.identity)
+    return inputs
 
 
 def dry_run(config: Config, ranks: int) -> None:
@@ -111,10 +118,7 @@ def dry_run(config: Config, ranks: int) -> None:
     Exits: 2 if there is a mistake.
     """
     from data.device import check_device, uses_gpu
-    from train.checkpoint.identity import add_missing_digests
-    from train.checkpoint.resume import check_resumable
     from train.faults.compiler import check_compiler
-    from train.inputs import find_inputs
     from train.monitor.tracker import check_login
     from train.summary import describe
 
@@ -123,9 +127,7 @@ def dry_run(config: Config, ranks: int) -> None:
 
     def find() -> None:
         nonlocal inputs
-        inputs = find_inputs(config, rank=0)
-        add_missing_digests(inputs.datasets)
-        check_resumable(config, inputs.identity)
+        inputs = look_at_storage(config)
 
     for look in (
         lambda: check_launched(os.environ),

@@ -67,7 +67,7 @@ def devices(local_rank: int) -> tuple[str, list[str]]:
 def read_rate(config: Config, needed: float) -> tuple[float, list[str]]:
     """Bytes/s at which this node reads shards and their embeddings, and what is wrong.  needed: bytes/s."""
     try:
-        inputs = find_inputs(config, rank=1)  # the first rank's weights are not needed here
+        inputs = find_inputs(config, readable_only=True)
     except ValueError as error:
         return 0.0, [f"{error}; or the storage is not mounted on this node"]
     shards = [(shard, dataset) for dataset in inputs.datasets for shard in dataset.shards if shard.count]

@@ -78,7 +78,7 @@ def overhead(args: TrainerCost, data: Path) -> None:
     config = compose_config(overrides(args, data))
     resolve_text_shape(config)
     rank, ranks, device = init_distributed()
-    inputs, whole, alone = find_inputs(config, rank), [], []
+    inputs, whole, alone = find_inputs(config), [], []
     for number in range(args.rounds):
         run_dir = Path(args.work) / f"whole-{number}"
         train(replace(config, run_dir=str(run_dir)), inputs, rank, ranks, device)

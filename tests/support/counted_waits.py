@@ -164,7 +164,7 @@ def main(data: str, out: str) -> None:
         config = compose_config(list({o.split("=")[0]: o for o in (*SMALL, *TINY, *own)}.values()))
         restored = replace(*change)
         with CountedWaits() as waits:
-            assert loop.train(config, find_inputs(config, rank), rank, ranks, device)
+            assert loop.train(config, find_inputs(config), rank, ranks, device)
         replace(*restored)
         found[way] = {"steps": waits.steps, "order": waits.order}
     Path(out).write_text(json.dumps(found))

@@ -28,15 +28,14 @@ DIGEST_BYTES = 16
 class DataIdentity:
     """What a run is trained on, by its contents; places are free.
 
-    samples: in each dataset.  digests: data_digest of each; None where it is not known to this rank.
-    text: describes the embeddings.  base: weights_digest of the net that a LoRA is added to; '' without LoRA, None if
-    this rank has not read the net.
+    samples: in each dataset.  digests: data_digest of each.  text: describes the embeddings.
+    base: weights_digest of the net that a LoRA is added to, '' without LoRA.
     """
 
     samples: list[int]
-    digests: list[str | None]
+    digests: list[str]
     text: TextMeta
-    base: str | None = ""
+    base: str = ""
 
     def entries(self) -> dict[str, object]:
         """The entries of a checkpoint's manifest."""
@@ -58,12 +57,11 @@ def identity(config: dict) -> dict[str, object]:
     return kept
 
 
-def data_digest(dataset: Dataset) -> str | None:
-    """A hash over the shards' digests and counts, in their order; None if a shard has no digest."""
+def data_digest(dataset: Dataset) -> str:
+    """A hash over the shards' digests and counts, in their order; see add_missing_digests."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for shard in dataset.shards:
-        if not shard.digest:
-            return None
+        assert shard.digest, shard.location
         digest.update(f"{shard.count} {shard.digest}\n".encode())
     return digest.hexdigest()
 
@@ -120,7 +118,7 @@ def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity)
                 f"{_short(manifest['text'][name])}, now {_short(value)}): give it the same embeddings, or begin from "
                 "scratch in another run_dir"
             )
-    if now.base is not None and manifest["base"] != now.base:
+    if manifest["base"] != now.base:
         raise ValueError(
             f"'{folder}' trains a LoRA on other weights than those that init_from={config['init_from']} has now "
             f"({_short(manifest['base'])}, now {_short(now.base)}): give it the same weights, or begin from scratch in "
@@ -136,7 +134,7 @@ def _check_data(folder: str, manifest: dict, names: list[str], now: DataIdentity
             f"{now.samples}): {end}"
         )
     for name, before, digest in zip(names, manifest["data"], now.digests, strict=True):
-        if digest and before != digest:
+        if before != digest:
             raise ValueError(
                 f"'{folder}' was trained on other data (its digest {_short(before)}, that of {name} is "
                 f"{_short(digest)}; a picture or caption was added, removed or edited since): {end}"
