@@ -1,15 +1,13 @@
 """Gradients that are added up in bf16: how wrong the sum becomes, and from where on it is refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.support.overlapped_steps import make_net
+from tests.support.trainings import run_ranks
 from tests.test_config import load
 from tests.test_overlap import TINY
 from train import config as config_module
@@ -81,9 +79,6 @@ def print_norms() -> None:
 @pytest.mark.slow
 def test_the_engine_adds_up_as_these_tests_do(repo):
     code = "from tests.test_accumulation import print_norms; print_norms()"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=repo, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    norms = json.loads(done.stdout.splitlines()[-1])
+    norms = json.loads(run_ranks(repo, 1, "-c", code).splitlines()[-1])
     assert abs(norms["64"] / norms["1"] - 1) < 0.005
     assert norms["512"] / norms["1"] < 0.8

@@ -16,7 +16,7 @@ from train.checkpoint.format import complete_checkpoints, step_of
 from train.faults.preempt import SIGNALS
 
 
-def stop_one(repo: Path, folder: Path, ranks: int, draw: random.Random) -> None:
+def assert_one_stops_all(repo: Path, folder: Path, ranks: int, draw: random.Random) -> None:
     """Start ranks that ask one another, send a signal to one of them at a random moment, and look at all of them."""
     folder.mkdir()
     command = [sys.executable, "-m", "tests.support.asking_ranks"]
@@ -44,7 +44,7 @@ def stop_one(repo: Path, folder: Path, ranks: int, draw: random.Random) -> None:
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_in_one_step(repo, tmp_path):
-    stop_one(repo, tmp_path / "ranks", 2, random.Random(0))
+    assert_one_stops_all(repo, tmp_path / "ranks", 2, random.Random(0))
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_in_one_step(repo, tmp_path):
 def test_signals_at_random_moments_stop_all_ranks_in_one_step(repo, tmp_path, ranks):
     draw = random.Random(ranks)
     for number in range(5):
-        stop_one(repo, tmp_path / str(number), ranks, draw)
+        assert_one_stops_all(repo, tmp_path / str(number), ranks, draw)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def images(n: int, channels: int = 3, seed: int = 0) -> Tensor:
     return torch.randn(n, channels, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def close(a: Tensor, b: Tensor, rel: float = 1e-5) -> None:
+def assert_near(a: Tensor, b: Tensor, rel: float = 1e-5) -> None:
     """Within rel of the largest value of each sample."""
     a, b = a.double().flatten(1), b.double().flatten(1)
     assert ((a - b).abs().amax(1) <= rel * b.abs().amax(1)).all(), ((a - b).abs().amax(1) / b.abs().amax(1)).tolist()
@@ -57,8 +57,8 @@ def test_q_sample_is_the_closed_form_and_the_scheduler_s(timesteps):
     d = Diffusion(timesteps)
     x_t = d.q_sample(x, t, noise)
     share = (1 - cosine_betas(timesteps)).cumprod(0)[t][:, None, None, None]
-    close(x_t, share.sqrt() * x + (1 - share).sqrt() * noise, 1e-6)
-    close(x_t, scheduler(timesteps).add_noise(x, noise, t))
+    assert_near(x_t, share.sqrt() * x + (1 - share).sqrt() * noise, 1e-6)
+    assert_near(x_t, scheduler(timesteps).add_noise(x, noise, t))
 
 
 @BOTH
@@ -72,7 +72,7 @@ def test_posterior_is_bayes_rule(timesteps):
     precision = 1 / (1 - bar_prev) + (1 - beta) / beta
     mean = (bar_prev.sqrt() * x / (1 - bar_prev) + (1 - beta).sqrt() * x_t / beta) / precision
     got = Diffusion(timesteps).q_posterior_mean_variance(x, x_t, t)
-    close(got.mean, mean, 1e-6)
+    assert_near(got.mean, mean, 1e-6)
     torch.testing.assert_close(got.log_variance.double(), -precision.log(), rtol=1e-6, atol=1e-6)
     at_zero = Diffusion(timesteps).q_posterior_mean_variance(x[:1], x_t[:1], torch.tensor([0]))
     at_one = Diffusion(timesteps).q_posterior_mean_variance(x[:1], x_t[:1], torch.tensor([1]))
@@ -100,7 +100,9 @@ def test_p_mean_variance_is_what_the_scheduler_samples_from(timesteps, channels)
         p = d.p_mean_variance(x_t, torch.tensor([t]), output)
         noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(2))
         step = reference.step(output, t, x_t, generator=torch.Generator().manual_seed(2))
-        close(p.mean + torch.exp(0.5 * p.log_variance) * noise, step.prev_sample, 1e-3 if t == timesteps - 1 else 1e-4)
+        assert_near(
+            p.mean + torch.exp(0.5 * p.log_variance) * noise, step.prev_sample, 1e-3 if t == timesteps - 1 else 1e-4
+        )
 
 
 def test_variance_values_run_from_the_posterior_to_beta():

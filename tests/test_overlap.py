@@ -1,9 +1,6 @@
 """Gradients are all-reduced while the backward goes on, to the same bits as behind it."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partialmethod
 
 import pytest
@@ -12,7 +9,7 @@ from data.text.meta import TextMeta
 from model.config import RECOMPUTE
 from model.unet import UNet
 from tests.support.handed_over import handed_over
-from tests.support.trainings import free_port
+from tests.support.trainings import run_ranks
 from train.compose import compose_config
 from train.engine import init_distributed
 from train.inputs import Inputs
@@ -39,22 +36,11 @@ SLOW = [
 
 def run(repo, out, cases: list[list[str]]) -> list[list[list[dict]]]:
     """What each rank found, by case and by way: behind the backward, and inside it."""
-    command = [sys.executable, "-m", "tests.support.overlapped_steps", str(out), json.dumps([TINY + c for c in cases])]
-    common = os.environ | {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"WORLD_SIZE": str(RANKS), "LOCAL_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            command, cwd=repo, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=500)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * RANKS, errors[0][-3000:]
+    run_ranks(repo, RANKS, "-m", "tests.support.overlapped_steps", str(out), json.dumps([TINY + c for c in cases]))
     return [json.loads(out.with_name(f"{out.name}.{rank}").read_text()) for rank in range(RANKS)]
 
 
-def check(found: list[list[list[dict]]], cases: list[list[str]]) -> None:
+def assert_same_bits(found: list[list[list[dict]]], cases: list[list[str]]) -> None:
     for rank in found:
         for case, (behind, inside) in zip(cases, rank, strict=True):
             assert inside["same"] == behind["same"], case
@@ -73,12 +59,12 @@ def check(found: list[list[list[dict]]], cases: list[list[str]]) -> None:
 
 
 def test_the_same_bits_as_behind_the_backward(repo, tmp_path):
-    check(run(repo, tmp_path / "found", FAST), FAST)
+    assert_same_bits(run(repo, tmp_path / "found", FAST), FAST)
 
 
 @pytest.mark.slow
 def test_the_same_bits_for_every_choice(repo, tmp_path):
-    check(run(repo, tmp_path / "found", SLOW), SLOW)
+    assert_same_bits(run(repo, tmp_path / "found", SLOW), SLOW)
 
 
 def print_share_handed_over() -> None:
@@ -100,9 +86,6 @@ def print_share_handed_over() -> None:
 
 def test_half_of_a_compiled_nets_gradients_are_handed_over_by_80_percent_of_the_backward(repo):
     code = "from tests.test_overlap import print_share_handed_over; print_share_handed_over()"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=repo, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(run_ranks(repo, 1, "-c", code).splitlines()[-1])
     assert found["bucket"] == found["largest"] and found["calls"] > 10
     assert found["share"] >= 0.5

@@ -1,9 +1,6 @@
 """The plan against real tensors of the real engine, against arithmetic by hand, and for 512 ranks on paper."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,7 +14,7 @@ from launch.cost.traffic import checkpoint_bytes, collectives
 from launch.plan import main
 from model.config import RECOMPUTE, UNetConfig
 from model.unet import UNet
-from tests.support.trainings import free_port
+from tests.support.trainings import run_ranks
 from train.adam_state import moments_bytes
 from train.compose import compose_config
 from train.config import LoRAConfig, OptimConfig
@@ -33,19 +30,8 @@ TINY = [*SMALL, "precision=bf16", "model.image_size=16", "model.channel_mult=[1,
 
 
 def measured(repo, tmp_path, ranks: int, *overrides: str) -> dict[str, int]:
-    out, port = tmp_path / "found.json", str(free_port())
-    command = [sys.executable, "-m", "tests.support.measured_step", str(out), *SMALL, *overrides]
-    common = os.environ | {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            command, cwd=repo, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, errors[0][-3000:]
+    out = tmp_path / "found.json"
+    run_ranks(repo, ranks, "-m", "tests.support.measured_step", str(out), *SMALL, *overrides)
     return json.loads(out.read_text())
 
 

@@ -78,6 +78,26 @@ def start(
     return subprocess.Popen(command, cwd=run_dir.parent, env=environment, text=True, preexec_fn=limit, **pipes)
 
 
+def run_ranks(repo: Path, ranks: int, *arguments: str, timeout: int = 500) -> str:
+    """Run arguments of Python as ranks of one group, without a launcher; what the first one prints.
+
+    Raises: AssertionError with the end of a rank's stderr if one fails.
+    """
+    common = os.environ | {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *arguments], cwd=repo, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=timeout) for process in started]
+    for process, (_, errors) in zip(started, said, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return said[0][0]
+
+
 def launch(*args, **kwargs) -> subprocess.CompletedProcess:
     """start(), and wait for the end."""
     process = start(*args, **kwargs)
