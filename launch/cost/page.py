@@ -97,15 +97,16 @@ def communication(plan: Plan) -> list[str]:
         row("COMMUNICATION, A STEP"),
         row("all-reduce of the gradients", gb(traffic.reduced), f"{len(plan.buckets[0].filled)} buckets"),
         row("all-gather of the weights", gb(traffic.gathered)),
-        row("sent by each GPU, around a ring", gb(traffic.sent_reducing + traffic.sent_gathering)),
+        row("sent by each GPU, around a ring", gb(traffic.sent)),
     ]
     if options.ranks == 1:
         return [*lines, "one GPU: nothing is sent"]
-    lines.append(row("", "all-reduce", "hidden", "exposed", "all-gather"))
+    lines.append(row("", "all-reduce", "hidden", "exposed", "all-gather", width=19))
     for link in compared(plan, NODE_LINKS):
         network = plan.networks[link]
+        rate = traffic.sent_reducing / network.all_reduce  # bytes/s that collectives reach
         seconds = (network.all_reduce, network.hidden, network.exposed, network.all_gather)
-        lines.append(row(link_name(plan, link), *(f"{value:.3f} s" for value in seconds)))
+        lines.append(row(link_name(plan, link), *(f"{value:.3f} s, {gb(value * rate)}" for value in seconds), width=19))
     return lines
 
 
