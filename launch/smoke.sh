@@ -7,11 +7,17 @@ PATH="$PWD/.venv/bin:$PATH"
 # The same path on every machine, whatever accelerators it has, and one thread for each of the two ranks.
 export PATH DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-python -m data.demo out=runs/demo/shards
+started=$(date +%s)
+python -m launch.smoke_time
+python -m data.demo out=runs/demo/shards samples=3000
 python -m data.tiny_t5 out=runs/demo/encoder
-python -m data.embed shards=runs/demo/shards out=runs/demo/text encoder=runs/demo/encoder
+python -m data.embed shards=runs/demo/shards out=runs/demo/text encoder=runs/demo/encoder tokens=16
 
 # A free port, so that two runs on one machine do not meet on the launcher's default.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # -q: of the launcher's own lines only its errors.
+echo "A few steps at 64 px, the size of IF's first stage:"
+deepspeed -q --num_gpus 2 --master_port "$port" train/main.py +experiment=smoke_64
+echo "A net of 16 px, which learns something in a minute:"
 deepspeed -q --num_gpus 2 --master_port "$port" train/main.py +experiment=smoke
+echo "took        $(($(date +%s) - started)) s"

@@ -8,7 +8,7 @@ import pytest
 
 from data import demo
 from data.images import preprocess
-from data.prepare.scenes import COLOURS, RELATIONS, SHAPES, SIZES, TONES, describe, draw
+from data.prepare.scenes import COLOURS, RELATIONS, SHAPES, SIZES, TONES, VOCABULARY, describe, draw
 from data.storage.shards import find_shards
 from data.storage.tars import read_shard, stats_path
 from train.evaluation.scene_alignment import Alignment, alignment, detect, matches
@@ -114,9 +114,9 @@ def test_pictures_differ_in_size_and_every_word_is_used() -> None:
     assert {np.sign(scene.width - scene.height) for scene in scenes} == {-1, 0, 1}
     assert len({scene.width for scene in scenes}) > 50
     words = {word for scene in scenes for word in scene.caption.split()}
-    assert words >= {*COLOURS, *SHAPES, *SIZES, *TONES, "left", "right", "above", "below"}
-    # The smoke run's tokens are bytes, and 77 of them with the end mark are all there is room for.
-    assert max(len(scene.caption.encode()) for scene in scenes) < 77
+    assert words == set(VOCABULARY)
+    # The smoke run has 16 tokens a caption, with the end mark.
+    assert max(len(scene.caption.split()) for scene in scenes) < 16
 
 
 @pytest.mark.parametrize("size", [64, 32])

@@ -22,6 +22,8 @@ SIZES = {"small": (0.17, 0.20), "large": (0.28, 0.31)}
 RELATIONS = ("left of", "right of", "above", "below")
 TONES = {"black": 45, "grey": 128, "white": 210}
 TEXTURES = ("striped", "checked", "spotted", "grainy")
+# Every word of the captions.
+VOCABULARY = ("a", *SIZES, *COLOURS, *SHAPES, *" ".join(RELATIONS).split(), "on", *TONES, *TEXTURES, "ground")
 
 MAX_CROP_SHIFT = 0.1
 MARGIN = 0.02

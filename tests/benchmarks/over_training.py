@@ -1,76 +1,135 @@
-r"""A run's scores over its training: `train.evaluate` on several of its checkpoints, a table in Markdown and a picture.
+r"""Runs' scores over their training: `train.evaluate` on several checkpoints, a table in Markdown and two pictures.
 
-python -m tests.benchmarks.over_training run=runs/scenes at=250,500,1200 out=evals/scenes picture=FILE.png \
-    shards=... text=... scores=[alignment] ...
-Arguments that are not its own go to train.evaluate. What is evaluated already is not done again.
+python -m tests.benchmarks.over_training runs=[runs/scenes-0,runs/scenes-1] at=[250,500,1200] picture=FILE.png \
+    samples_picture=FILE.png shards=... text=... scores=[alignment] ...
+The runs differ in their seed alone. Arguments that are not its own go to train.evaluate. What is evaluated already is
+not done again.
 """
 
 import json
+import statistics
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from data.cli import help_text, location, parse, run_command
+from data.storage.shards import find_shards
 from tests.benchmarks.commands import run
-from train.monitor.plots import save_figure
+from train.evaluation.chunked_array import ChunkedArray
+from train.evaluation.eval_set import Pictures
+from train.monitor.plots import plot_grid, save_figure
+from train.monitor.run_log import METRICS, read_metrics
+
+# Pictures beside each other in the picture of samples.
+SHOWN = 8
+VALIDATION = "validation/mse"
 
 
 @dataclass
 class OverTraining:
-    """Evaluates several checkpoints of a run with train.evaluate; other arguments than its own go there.
+    """Evaluates several checkpoints of runs with train.evaluate; other arguments than its own go there.
 
-    run: the folder of the run.
-    out: evaluations go to out-STEP.
-    at: steps of the checkpoints, as in at=250,500.
-    picture: a .png for the scores.
+    runs: the folders of the runs, of one experiment with several seeds.
+    at: steps of the checkpoints, as in at=[250,500].
+    picture: a .png for the scores and the validation loss.
+    samples_picture: a .png for the first run's pictures, a row for each checkpoint and guidance scale.
     """
 
-    run: str = location()
-    out: str = location()
+    runs: list[str] = field(default_factory=list)
     at: list[int] = field(default_factory=list)
     picture: str = location("")
+    samples_picture: str = location("")
 
 
-def scores_at(args: OverTraining, step: int, rest: list[str]) -> list[dict[str, float]]:
+def folder(run_dir: str, step: int) -> Path:
+    """Where the evaluation of a checkpoint goes."""
+    return Path(run_dir) / "evaluation" / f"step-{step:08d}"
+
+
+def scores_at(run_dir: str, step: int, rest: list[str]) -> list[dict[str, float]]:
     """A line for each guidance scale.  Raises: SystemExit if it cannot be evaluated."""
-    out = Path(f"{args.out}-{step:08d}")
-    run("-m", "train.evaluate", f"checkpoint={args.run}/checkpoints/step-{step:08d}", f"out={out}", *rest)
+    out = folder(run_dir, step)
+    run("-m", "train.evaluate", f"checkpoint={run_dir}/checkpoints/step-{step:08d}", f"out={out}", *rest)
     return json.loads((out / "scores.json").read_text())["scores"]
 
 
-def draw(found: dict[int, list[dict[str, float]]], path: str) -> None:
-    """A panel for each score, a line for each guidance scale; broken: the pictures under one another's captions."""
-    first = next(iter(found.values()))
+def draw(args: OverTraining, steps: list[int], found: dict[int, list[list[dict[str, float]]]]) -> None:
+    """A panel for each score and one for the validation loss: the mean over the runs, a band from lowest to highest.
+
+    found: the lines of each run, by step.  Broken: the pictures under one another's captions.
+    """
+    first = found[steps[0]][0]
     names = [name for name in first[0] if name != "guidance_scale" and not name.endswith(("_std", "_chance"))]
-    figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
-    for axes, name in zip(panels.flat, names, strict=True):
+    losses = [[line for line in read_metrics(Path(r) / METRICS) if VALIDATION in line] for r in args.runs]
+    figure, panels = plt.subplots(
+        1, len(names) + any(losses), figsize=(5 * (len(names) + any(losses)), 4), squeeze=False, layout="constrained"
+    )
+    for axes, name in zip(panels.flat, names, strict=False):
         for at, line in enumerate(first):
-            values = [lines[at][name] for lines in found.values()]
-            axes.plot(list(found), values, "o-", color=f"C{at}", label=f"guidance {line['guidance_scale']:g}")
+            label = f"guidance {line['guidance_scale']:g}"
+            _band(axes, steps, [[lines[at][name] for lines in found[step]] for step in steps], label, f"C{at}")
             if f"{name}_chance" in line:
-                chance = [lines[at][f"{name}_chance"] for lines in found.values()]
-                axes.plot(list(found), chance, "--", color=f"C{at}", alpha=0.5, label="under others' captions")
+                chance = [statistics.mean(lines[at][f"{name}_chance"] for lines in found[step]) for step in steps]
+                axes.plot(steps, chance, "--", color=f"C{at}", alpha=0.5, label="under others' captions")
         axes.set(xlabel="step", ylabel=name, ylim=(0, None))
+    if any(losses):
+        axes, at_steps = panels.flat[-1], [line["step"] for line in losses[0]]
+        _band(axes, at_steps, [[line[VALIDATION] for line in lines] for lines in zip(*losses, strict=True)], "", "C2")
+        axes.set(xlabel="step", ylabel=VALIDATION, yscale="log")
+    for axes in panels.flat:
         axes.grid(alpha=0.3)
+    for axes in panels.flat[: len(names)]:
         axes.legend(frameon=False)
-    save_figure(figure, Path(path))
+    save_figure(figure, Path(args.picture))
+
+
+def _band(axes: plt.Axes, steps: list[int], values: list[list[float]], label: str, colour: str) -> None:
+    axes.plot(steps, [statistics.mean(v) for v in values], "o-", ms=3, color=colour, label=label)
+    axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0)
+
+
+def draw_samples(args: OverTraining, steps: list[int], scales: list[float], rest: list[str]) -> None:
+    """The first pictures of the first run at each checkpoint: the same captions and seeds in every row."""
+    given = dict(arg.split("=", 1) for arg in rest)
+    pictures = Pictures(find_shards(given["shards"]), int(given["samples"]), int(given.get("seed", 0)))
+    rows = [(step, scale) for step in steps for scale in scales]
+    drawn = [
+        ChunkedArray(folder(args.runs[0], step) / f"guidance-{scale:g}", "images", pictures.samples).read(0, SHOWN)
+        for step, scale in rows
+    ]
+    labels = [f"step {step}, guidance {scale:g}" for step, scale in rows]
+    captions = pictures.captions(0, SHOWN) * len(rows)
+    title = "captions that it was not trained on; the same noise in each column"
+    plot_grid(np.concatenate(drawn), captions, title, Path(args.samples_picture), SHOWN, labels)
 
 
 def evaluate(argv: list[str]) -> None:
-    """Evaluate what is missing, then print the table."""
+    """Evaluate what is missing, then print the table: the mean over the runs, and each of them."""
     own = {f.name for f in fields(OverTraining)}
     args = parse(OverTraining, [arg for arg in argv if arg.partition("=")[0] in own])
     rest = [arg for arg in argv if arg.partition("=")[0] not in own]
-    found = {step: scores_at(args, step, rest) for step in tqdm(sorted(args.at), args.run, unit="checkpoint")}
-    names = list(next(iter(found.values()))[0])
+    steps, todo = sorted(args.at), tqdm([(step, r) for step in sorted(args.at) for r in args.runs], unit="checkpoint")
+    found: dict[int, list[list[dict[str, float]]]] = {step: [] for step in steps}
+    for step, run_dir in todo:
+        found[step].append(scores_at(run_dir, step, rest))
+    names = list(found[steps[0]][0][0])
     print(f"| step | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
-    for step, lines in found.items():
-        for line in lines:
-            print(f"| {step} | {' | '.join(f'{line[name]:.4g}' for name in names)} |")
+    for step in steps:
+        for lines in zip(*found[step], strict=True):
+            cells = [_cell([line[name] for line in lines]) for name in names]
+            print(f"| {step} | {' | '.join(cells)} |")
     if args.picture:
-        draw(found, args.picture)
+        draw(args, steps, found)
+    if args.samples_picture:
+        draw_samples(args, steps, [line["guidance_scale"] for line in found[steps[0]][0]], rest)
+
+
+def _cell(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3g}"
+    return mean if len(set(values)) == 1 else f"{mean} ({', '.join(f'{v:.3g}' for v in values)})"
 
 
 def main(argv: list[str] | None = None) -> None:

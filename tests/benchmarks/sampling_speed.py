@@ -1,6 +1,6 @@
 """Images a second of train.sampling.sampler and of diffusers' IFPipeline: the same weights, captions, steps, noise.
 
-python -m tests.benchmarks.sampling_speed [net=smoke images=8 steps=10 rounds=7]; net: smoke, small, 34M, M.
+python -m tests.benchmarks.sampling_speed [net=smoke_64 images=8 steps=10 rounds=7]; net: smoke_64, small, 34M, M.
 """
 
 import statistics
@@ -26,14 +26,14 @@ from train.weights.diffusers_folder import build_unet
 class Speed:
     """Times our sampler and diffusers' in turn.
 
-    net: smoke, small, 34M or M.
+    net: smoke_64, small, 34M or M.
     images: drawn at a time, twice as many with guidance.
     steps: sampler steps.
     rounds: turns of each.
     guidance_scale: of both.
     """
 
-    net: str = "smoke"
+    net: str = "smoke_64"
     images: int = 8
     steps: int = 10
     rounds: int = 7
@@ -41,11 +41,11 @@ class Speed:
 
 
 def config_of(net: str) -> UNetConfig:
-    """conf/model/small.yaml on embeddings of T5-XXL's width, the smoke run's net on narrow ones, or size(net)."""
-    if net not in ("small", "smoke"):
+    """conf/model/small.yaml on embeddings of T5-XXL's width, the net of smoke_64 on narrow ones, or size(net)."""
+    if net not in ("small", "smoke_64"):
         return size(net)
-    smoke = {**OmegaConf.load(ROOT / "conf/experiment/smoke.yaml").model, "encoder_dim": 64}
-    parts = OmegaConf.load(ROOT / "conf/model/small.yaml"), smoke if net == "smoke" else {"encoder_dim": 4096}
+    smoke = {**OmegaConf.load(ROOT / "conf/experiment/smoke_64.yaml").model, "encoder_dim": 64}
+    parts = OmegaConf.load(ROOT / "conf/model/small.yaml"), smoke if net == "smoke_64" else {"encoder_dim": 4096}
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(UNetConfig), *parts))  # type: ignore[return-value]
 
 

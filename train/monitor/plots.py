@@ -33,8 +33,10 @@ def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
     return paths
 
 
-def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path, columns: int = 8) -> None:
-    """Draw images with their captions below them.  images: [N, 3, H, W] uint8."""
+def plot_grid(
+    images: np.ndarray, captions: list[str], title: str, path: Path, columns: int = 8, rows_are: list[str] | None = None
+) -> None:
+    """Draw images with their captions below them.  images: [N, 3, H, W] uint8.  rows_are: a label beside each row."""
     columns = min(len(images), columns)
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.5 * rows), squeeze=False, layout="constrained")
@@ -43,6 +45,8 @@ def plot_grid(images: np.ndarray, captions: list[str], title: str, path: Path, c
     for ax, image, caption in zip(axes.flat, images, captions, strict=False):
         ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
         ax.set_title("\n".join(textwrap.wrap(caption, 22)[:4]), fontsize=7, y=-0.05, va="top", parse_math=False)
+    for ax, label in zip(axes[:, 0], rows_are or [], strict=False):
+        ax.text(-0.08, 0.5, label, transform=ax.transAxes, rotation=90, ha="right", va="center", fontsize=8)
     figure.suptitle("\n".join(textwrap.wrap(title, 26 * columns)), fontsize=9)
     save_figure(figure, path)
 

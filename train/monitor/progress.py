@@ -77,11 +77,11 @@ class RunProgress:
             for scale in scales
         ]
         path = self.run_dir / "samples" / f"step-{step:08d}.png"
-        guidance = ", ".join(f"{scale:g}" for scale in scales)
-        title = (
-            f"step {step}, guidance {guidance} from top to bottom, {c.sample.steps} sampler steps, EMA {c.ema_decay:g}"
-        )
-        plot_grid(torch.cat(rows).numpy(), self.captions * len(scales), title, path, n if len(scales) > 1 else 8)
+        title = f"step {step}, {c.sample.steps} sampler steps, EMA {c.ema_decay:g}"
+        # With one scale the label stands beside the first of several rows, which are all of that scale.
+        beside = [f"guidance {scale:g}" for scale in scales]
+        columns = n if len(scales) > 1 else 8
+        plot_grid(torch.cat(rows).numpy(), self.captions * len(scales), title, path, columns, beside)
         self.tracker.image(step, "samples", path)
 
     def _smooth(self, loss: float) -> float:
