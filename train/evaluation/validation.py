@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,12 +15,14 @@ from model.diffusion import Diffusion
 from model.losses import training_losses
 from model.unet import UNet
 from train.config import Config
-from train.ema import EMA
-from train.engine import Engine
 from train.faults.limits import FIRST
 from train.faults.preempt import RankConsensus, stop_requested
 from train.faults.watchdog import Watchdog
 from train.inputs import Inputs
+
+if TYPE_CHECKING:  # the engine takes seconds to import, and the plans have no need of it
+    from train.ema import EMA
+    from train.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ class Validation:
                 ranks=dist.get_world_size(),
             )  # fmt: skip
 
-    def at(self, step: int, engine: Engine, ema: EMA) -> dict[str, float]:
+    def at(self, step: int, engine: "Engine", ema: "EMA") -> dict[str, float]:
         """The validation losses of the average if they are due at a step, else {}; a collective call.
 
         It is broken off if a rank is asked to stop; the result then is {} too.
