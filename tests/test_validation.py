@@ -221,20 +221,22 @@ def test_what_it_costs_is_told_before_the_start(data):
 
 @pytest.mark.slow
 def test_a_signal_in_a_long_validation_is_answered_soon_and_the_watchdog_lets_it_go_on(repo, data, tmp_path):
-    """A validation of 216 forward passes, under a watchdog that allows a tenth of its time without a sign of life."""
-    run_dir = tmp_path / "run"
+    run_dir, hang_seconds = tmp_path / "run", 12
     given = [f"data.validation.{name}={data / name}" for name in ("shards", "text")]
-    long = ["micro_batch=1", "global_batch=8", "model.image_size=64", "validate_every=1", "hang_seconds=2"]
-    process = start(repo, data, run_dir, "wandb.mode=disabled", *given, *long, ranks=2)
+    large = ["model.image_size=64", "model.attention_resolutions=[32]", "model.model_channels=64", "micro_batch=1"]
+    often = ["wandb.mode=disabled", "validate_every=1", "steps=100", f"hang_seconds={hang_seconds}"]
+    process = start(repo, data, run_dir, *given, *large, *often)
     until = time.monotonic() + 300
     while not (run_dir / "metrics.jsonl").exists() or not metrics(run_dir):
         assert process.poll() is None and time.monotonic() < until, process.communicate()[1][-3000:]
         time.sleep(0.2)
-    # The first step's line is written after its validation; the next step's takes nearly all of its time.
-    line = metrics(run_dir)[0]
-    assert line["seconds_validate"] > 2, "longer than the watchdog waits"
-    time.sleep(2)
+    # The line of the first step is written after its validation. The second step is short beside its own.
+    (line,) = metrics(run_dir)
+    assert line["seconds_validate"] > hang_seconds + 2, "longer than the watchdog waits"
+    time.sleep(0.3 * line["seconds_validate"])
+    asked = time.monotonic()
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=300)
-    assert "is broken off, to stop" in out + err
-    assert complete_checkpoints(run_dir) and "HANGS" not in err
+    assert "the validation of step 2 is broken off, to stop" in out + err and "HANGS" not in err
+    assert time.monotonic() - asked < line["seconds_validate"], "not after a whole validation"
+    assert [path.name for path in complete_checkpoints(run_dir)] == ["step-00000003"], "saved in the next step"
