@@ -49,6 +49,28 @@ class DatasetConfig:
 
 
 @dataclass(slots=True)
+class ValidationConfig:
+    """The held-out samples of the validation loss; docs/guide/evaluation.md.
+
+    shards: folder or URL of image shards that the training does not see.
+    text: folder or URL of their text embeddings, of the training's encoder.
+    samples: how many of them, taken evenly from all.
+    """
+
+    shards: str = location("")
+    text: str = location("")
+    samples: int = 1024
+
+    def __post_init__(self) -> None:
+        check_at_least("data.validation.samples", self.samples, 1)
+        if bool(self.shards) != bool(self.text):
+            raise ValueError(
+                f"data.validation.shards='{self.shards}' and data.validation.text='{self.text}' belong together: give "
+                "the embeddings of these shards, or neither"
+            )
+
+
+@dataclass(slots=True)
 class TextConfig:
     """Where text embeddings come from.
 
@@ -71,6 +93,7 @@ class DataConfig:
     shards: folder or URL of the image shards; docs/reference/sources.md.
     text: folder or URL of their text embeddings.
     mixture: several datasets by name, each with shards, text and weight, instead of shards and text.
+    validation: the held-out samples of the validation loss.
     tokens: number of tokens of a caption's embedding; 0 takes that of the embeddings' meta.json.
     crop_shift: largest shift of the crop from the centre, as a share of its side.
     cond_drop_prob: share of captions that are replaced by the empty one.
@@ -87,6 +110,7 @@ class DataConfig:
     shards: str = location("shards")
     text: str = location("text")
     mixture: dict[str, DatasetConfig] = field(default_factory=dict)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     tokens: int = 0
     crop_shift: float = 0.1
     cond_drop_prob: float = 0.1

@@ -154,14 +154,14 @@ def dataclasses_of(schema: type) -> list[type]:
 
 def test_every_key_has_a_meaning():
     schemas = dataclasses_of(Config)
-    assert len(schemas) == 10
+    assert len(schemas) == 11
     for schema in schemas:
         intro, meanings = describe(schema)
         assert intro and set(meanings) == {f.name for f in fields(schema)}, schema
         assert all(len(meaning) > 8 for meaning in meanings.values()), schema
     kinds = {name: kind for name, kind, _, _ in keys(Config)}
     paths = {"run_dir", "init_from", "data.shards", "data.text", "text.encoder"}
-    paths |= {"data.mixture.NAME.shards", "data.mixture.NAME.text"}
+    paths |= {f"data.{part}.{key}" for part in ("mixture.NAME", "validation") for key in ("shards", "text")}
     assert {name for name, kind in kinds.items() if kind == "a path"} == paths
 
 

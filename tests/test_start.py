@@ -76,7 +76,7 @@ def say_what_is_seen(rank: int, port: int, cases: list[list[Path]], told: Path) 
         datasets = [[Dataset(find_shards("shards"), "text")]] if rank == 0 else [[]]
         dist.broadcast_object_list(datasets, src=0)
         try:
-            check_same_everywhere(Config(run_dir="run"), datasets[0])
+            check_same_everywhere(Config(run_dir="run"), datasets[0], [])
             said = "nothing"
         except ValueError as error:
             said = str(error)

@@ -2,30 +2,57 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
+from data import demo
 from data.embed import Embed, embed
 from data.index import Index, index
+from data.loader.dataset import Dataset
+from data.loader.held_out import HeldOut
+from data.storage.shards import find_shards
+from model.diffusion import Diffusion
 from model.unet import UNet
 from tests.support.faulty_server import serving
 from tests.support.trainings import SMALL, STEPS, launch, make_data, metrics
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 from train.compose import compose_config
+from train.evaluation.validation import validation_losses
 from train.inputs import resolve_text_shape
 from train.monitor.rank_memory import needed_bytes
 from train.summary import parameters
+from train.weights.trained_net import load_net
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def held_out(data) -> list[str]:
+    """18 held-out scenes: five micro batches, three for one of two ranks and two for the other."""
+    demo.main([f"out={data / 'held_out'}", "samples=27", "shard_size=10", "seed=9"])
+    text = data / "held_out_text"
+    embed(Embed(str(data / "held_out"), str(text), str(data / "t5"), 16, "float32", "float32"))
+    given = {"shards": data / "held_out", "text": text, "samples": 18}
+    return [f"data.validation.{name}={value}" for name, value in given.items()]
+
+
+@pytest.fixture
+def alone(tmp_path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def foreign_lines(done) -> list[str]:
@@ -110,7 +137,7 @@ def test_a_compiled_net_follows_the_eager_one(repo, data, two_ranks, tmp_path):
         assert ours["loss"] == pytest.approx(eager["loss"], rel=2e-3)
 
 
-def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
+def test_a_rerun_goes_on_bit_identically(repo, data, held_out, two_ranks, alone, tmp_path):
     run_dir = tmp_path / "again"
     shutil.copytree(two_ranks, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
@@ -118,8 +145,8 @@ def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
     (run_dir / "checkpoints" / "step-00000006.part").mkdir()
-    # What is kept for backward may change on the way: it makes no difference to a single bit.
-    done = launch(repo, data, run_dir, "wandb.mode=disabled", "recompute=cheap", ranks=2)
+    # What is kept for backward may change on the way, and the run may validate: no single bit is another.
+    done = launch(repo, data, run_dir, "wandb.mode=disabled", "recompute=cheap", "validate_every=2", *held_out, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not foreign_lines(done)
     names = ("step", "loss", "mse", "vb", "lr", "grad_norm")
@@ -133,6 +160,19 @@ def test_a_rerun_goes_on_bit_identically(repo, data, two_ranks, tmp_path):
         assert before["moments.state1"].dtype == torch.uint8, "8-bit moments"
         for name, value in before.items():
             assert torch.equal(value, after[name]), name
+    # The average on two ranks, whose parts are uneven, is validated to what one rank finds in its checkpoint.
+    validated = [line for line in metrics(run_dir) if "validation/mse" in line]
+    assert [line["step"] for line in validated] == [4, 6]
+    config = compose_config([o for o in SMALL if "sample" not in o] + [f"data.text={data / 'text'}", *held_out])
+    found, checkpoint = config.data.validation, Checkpoint.open(run_dir)
+    samples = HeldOut(
+        config.data, [Dataset(find_shards(found.shards), found.text)], checkpoint.text, image_size=32,
+        samples=found.samples, micro_batch=4,
+    )  # fmt: skip
+    unet = load_net(checkpoint, "ema", torch.device("cpu"))
+    of_one = validation_losses(unet, Diffusion(1000), samples, lambda text: text, torch.device("cpu"))
+    assert {name: validated[-1][name] for name in of_one} == pytest.approx(of_one, rel=1e-12)
+    assert len(of_one) == 12 and of_one["validation/mse"] < validated[0]["validation/mse"] < 1
 
 
 @pytest.mark.slow

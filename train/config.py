@@ -137,6 +137,8 @@ class Config:
     ema_decay: decay per step of the weights' exponential moving average.
     log_every: optimizer steps between lines of metrics.
     save_every: optimizer steps between checkpoints.
+    validate_every: optimizer steps between validations, by the average of the weights on the samples of
+        data.validation; there is one at the end too. 0 makes none.
     keep_checkpoints: number of newest checkpoints that are kept.
     keep_every: also keep every checkpoint whose step is a multiple of this; 0 keeps none.
     max_skipped: the run ends after so many steps in a row without a finite loss and gradient; each is skipped.
@@ -168,6 +170,7 @@ class Config:
     ema_decay: float = 0.9999
     log_every: int = 50
     save_every: int = 1000
+    validate_every: int = 0
     keep_checkpoints: int = 3
     keep_every: int = 0
     max_skipped: int = 20
@@ -189,6 +192,12 @@ class Config:
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
         check_at_least("keep_every", self.keep_every, 0)
+        check_at_least("validate_every", self.validate_every, 0)
+        if self.validate_every and not self.data.validation.shards:
+            raise ValueError(
+                f"validate_every={self.validate_every} needs held-out samples: name them in data.validation.shards and "
+                "their embeddings in data.validation.text"
+            )
         check_choice("precision", self.precision, ("bf16", "fp32"))
         check_choice("recompute", self.recompute, RECOMPUTE)
         check_choice("layout", self.layout, LAYOUTS)

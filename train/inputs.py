@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.loader.dataset import Dataset, find_datasets
+from data.storage.locations import absolute
+from data.storage.shards import find_shards
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
 from model.config import MIN_GROUP_CHANNELS
@@ -37,6 +39,7 @@ class Inputs:
     from_weights: whether all weights that are trained begin from some, there being no checkpoint to go on from.
     encoder: makes the embeddings where they are not stored.  base: weights_digest of the net that a LoRA is added to,
     '' without LoRA.
+    held_out: the samples of the validation, if the run has one.
     prompts: on the first rank the captions of one's own for the sample grids, if any, with embeddings [tokens, dim].
     """
 
@@ -46,6 +49,7 @@ class Inputs:
     from_weights: bool = False
     encoder: "TextEncoder | None" = None
     base: str = ""
+    held_out: list[Dataset] = field(default_factory=list)
     prompts: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> None:
@@ -77,14 +81,14 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
             config.model.norm_groups, config.model.group_channels, MIN_GROUP_CHANNELS,
             min(config.model.widths) // MIN_GROUP_CHANNELS,
         )  # fmt: skip
-    datasets = find_datasets(config.data)
+    datasets, held_out = find_datasets(config.data), _find_held_out(config)
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
     metas = [
         check_meta(d.text, tokens, dim) if online or readable_only else check_sidecars(d.shards, d.text, tokens, dim)
-        for d in datasets
+        for d in (*datasets, *held_out)
     ]
-    for dataset, meta in zip(datasets, metas, strict=True):
+    for dataset, meta in zip((*datasets, *held_out), metas, strict=True):
         if meta != metas[0]:
             raise ValueError(
                 f"the embeddings in '{dataset.text}' were made otherwise than those in '{datasets[0].text}': "
@@ -92,10 +96,11 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
             )
         read_empty(dataset.text, meta)
     _set_text_shape(config, *metas[0].shape)
-    encoder = _load_encoder(config, datasets, metas[0]) if online else None
-    found = Inputs(datasets, metas[0], encoder=encoder)
+    encoder = _load_encoder(config, [*datasets, *held_out], metas[0]) if online else None
+    found = Inputs(datasets, metas[0], encoder=encoder, held_out=held_out)
     if readable_only:
         return found
+    _warn_of_seen(datasets, held_out)
     if isinstance(config.sample.prompts, list):
         found.prompts = _encode_prompts(config, metas[0], encoder)
     if config.init_from and not config.lora.rank:
@@ -118,8 +123,10 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
     def to_share() -> Inputs | None:
         if found is None:
             return None
-        datasets = [replace(dataset, encoder=None) for dataset in found.datasets]
-        return replace(found, datasets=datasets, weights=None, encoder=None, prompts=[])
+        datasets, held_out = (
+            [replace(dataset, encoder=None) for dataset in part] for part in (found.datasets, found.held_out)
+        )
+        return replace(found, datasets=datasets, held_out=held_out, weights=None, encoder=None, prompts=[])
 
     inputs, fault = of_first_rank(to_share), ""
     if inputs is None:
@@ -130,12 +137,38 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
         _set_text_shape(config, *inputs.meta.shape)
         try:
             inputs.encoder = (
-                _load_encoder(config, inputs.datasets, inputs.meta) if config.text.mode == "online" else None
+                _load_encoder(config, [*inputs.datasets, *inputs.held_out], inputs.meta)
+                if config.text.mode == "online"
+                else None
             )
         except (OSError, ValueError) as error:
             fault = f"rank {dist.get_rank()}: {error}"
     raise_on_all(fault)
     return inputs
+
+
+def _find_held_out(config: Config) -> list[Dataset]:
+    """The samples of the validation, none if there is none. Raises: ValueError if they are missing."""
+    if not config.validate_every:
+        return []
+    given = config.data.validation
+    try:
+        return [Dataset(find_shards(given.shards), given.text)]
+    except ValueError as error:
+        raise ValueError(f"data.validation.shards: {error}") from None
+
+
+def _warn_of_seen(datasets: list[Dataset], held_out: list[Dataset]) -> None:
+    """Warn of held-out shards that the run is trained on, by their places or their contents."""
+    trained = [shard for dataset in datasets for shard in dataset.shards]
+    places, digests = {absolute(shard.location) for shard in trained}, {shard.digest for shard in trained} - {None}
+    shards = [shard for dataset in held_out for shard in dataset.shards]
+    seen = [shard for shard in shards if absolute(shard.location) in places or shard.digest in digests]
+    if seen:
+        logger.warning(
+            "%d of %d shards of data.validation are shards of the training too (first: %s): on what it is trained on, "
+            "a net is better than on what it has not seen", len(seen), len(shards), seen[0].location,
+        )  # fmt: skip
 
 
 def _encode_prompts(config: Config, meta: TextMeta, encoder: "TextEncoder | None") -> list[tuple[str, np.ndarray]]:

@@ -15,10 +15,11 @@ from train.checkpoint.writer import CheckpointWriter
 from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import Engine, build_engine
+from train.evaluation.validation import Validation
 from train.faults.first_rank import others_wait
 from train.faults.guard import Guard
 from train.faults.limits import LOADER
-from train.faults.preempt import RankConsensus, mark_done, stop_requested
+from train.faults.preempt import RankConsensus, stop_requested
 from train.faults.watchdog import Watchdog
 from train.inputs import Inputs
 from train.monitor.metrics import Metrics
@@ -35,20 +36,19 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     Raises: TooManyBad when more samples than data.max_bad_share cannot be read; NotFinite; CheckpointFailed.
     """
     # Build
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     engine = build(config, inputs, ranks, device)
-    ema = EMA(engine, config.ema_decay)
-    diffusion = Diffusion(config.diffusion_steps).to(device)
+    ema, diffusion = EMA(engine, config.ema_decay), Diffusion(config.diffusion_steps).to(device)
     # Resume
     first_step, changes = resume(config, inputs.identity, engine, ema)
     last = first_step == config.steps
     # Load data
     consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
     stream, batches = load(config, inputs, rank, ranks, first_step, device)
-    # Save, measure, show, watch
+    # Save, validate, measure, show, watch
     watchdog, metrics = Watchdog(rank, config.hang_seconds), Metrics(device, config)
     writer = CheckpointWriter(config, inputs.identity, changes, consensus, watchdog)
+    validation = Validation(config, inputs, diffusion, device, consensus, watchdog)
     guard = Guard(config, rank, stream, consensus)
     progress = show(config, inputs, first_step, device) if rank == 0 else None
 
@@ -83,9 +83,12 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         last, (stop, *checkpoint) = step == config.steps, answer()
         writer.poll(*checkpoint)
 
+        # Validate
+        with metrics.phase("validate"):
+            held_out = {} if stop else validation.at(step, engine, ema)
         # Log
-        if step % config.log_every == 0 or last:
-            values = metrics.reduce(engine, ema)
+        if step % config.log_every == 0 or last or held_out:
+            values = metrics.reduce(engine, ema) | held_out
             values |= {"lr": lr, "save_stall_share": writer.stall_share(), "skipped_steps": guard.pop_skipped()}
             if progress:
                 progress.log(step, values, metrics.bad_counts)
@@ -105,9 +108,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     writer.finish()
     watchdog.stop()
     if progress:
-        progress.close()
-        if last:
-            mark_done(run_dir, config.steps)
+        progress.close(done=last)
     return last
 
 

@@ -181,7 +181,7 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
         inputs = share_inputs(config, found)
         if inputs is None:
             sys.exit(MISTAKE)
-        check_same_everywhere(config, inputs.datasets)
+        check_same_everywhere(config, inputs.datasets, inputs.held_out)
     except ValueError as error:
         leave(error, tell=rank == 0)
     except OSError as error:

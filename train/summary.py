@@ -1,8 +1,10 @@
 """A run in words, and its number of parameters."""
 
 from data.checks import count
+from data.loader.held_out import micro_batches
 from data.loader.mixture import share_out
 from train.config import Config, accumulation, summed_in
+from train.evaluation.validation import TIMESTEPS
 from train.inputs import Inputs, resolve_text_shape
 from train.monitor.rank_memory import describe_memory
 from train.weights.lora import unet_on_meta
@@ -54,5 +56,25 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
         "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one",
         "data": data,
         "embeddings": text,
+        "validation": describe_validation(config, ranks, inputs),
     } | describe_memory(config, ranks, trained, frozen)
     return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())
+
+
+def describe_validation(config: Config, ranks: int, inputs: Inputs | None) -> str:
+    """When a run validates, on what, and what that costs. Without inputs the samples are taken to be there."""
+    given, every = config.data.validation, config.validate_every
+    if not every:
+        return f"none: validate_every=0{f', {given.shards} is not looked at' if given.shards else ''}"
+    samples = min(given.samples, sum(dataset.samples for dataset in inputs.held_out) if inputs else given.samples)
+    forwards = TIMESTEPS * micro_batches(samples, config.micro_batch, ranks)
+    return (
+        f"{count(samples, 'sample')} of {given.shards or 'data.validation'} every {every:,} steps, at {TIMESTEPS} "
+        f"timesteps: {forwards:,} forward passes on each rank, "
+        f"{validation_share(config, samples):.2%} of the training's FLOP"
+    )
+
+
+def validation_share(config: Config, samples: int) -> float:
+    """The FLOP of all validations over those of the training, whose backward takes twice its forward's."""
+    return TIMESTEPS * samples / (3 * config.global_batch * config.validate_every)

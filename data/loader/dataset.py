@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from data.config import DataConfig
 from data.storage.shards import Shard, find_shards
 
@@ -24,9 +26,18 @@ class Dataset:
     encoder: "TextEncoder | None" = None
 
     @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.count for shard in self.shards]
+
+    def rows(self, shard: int) -> np.ndarray:
+        """The rows in its tar of a shard's samples, ascending."""
+        return np.arange(self.shards[shard].count)
+
+    @property
     def samples(self) -> int:
         """Samples in all shards."""
-        return sum(shard.count for shard in self.shards)
+        return sum(self.counts)
 
 
 def find_datasets(config: DataConfig) -> list[Dataset]:

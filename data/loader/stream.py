@@ -73,19 +73,16 @@ class MicroBatches:
         global_batch: int, micro_batch: int, rank: int = 0, ranks: int = 1, step: int = 0,
     ) -> None:  # fmt: skip
         c = self.config = config
-        self.datasets, self.meta, self.image_size = datasets, meta, image_size
-        self.crops, self.dropouts = Draws(seed, Draw.CROP), Draws(seed, Draw.DROPOUT)
+        self.datasets, self.collator = datasets, Collator(config, datasets, meta, image_size, seed)
         counts, weights = [[shard.count for shard in d.shards] for d in datasets], [d.weight for d in datasets]
         self.mixture = Mixture(seed, counts, weights, global_batch, c.streams, c.phases, c.shuffle_block)
         self.micro_batch, self.first_slot = micro_batch, rank * (global_batch // ranks)
         self.micro_batches = global_batch // (ranks * micro_batch)
         self.first = step * self.micro_batches
-        self.encoder = datasets[0].encoder
-        self.empty = self.encoder.token_ids([""])[0] if self.encoder else read_empty(datasets[0].text, meta)
 
     def new_buffer(self) -> Batch:
         """A micro batch of zeros in shared memory."""
-        return Batch.shared(self.micro_batch, self.image_size, self.empty.shape, getattr(torch, self.empty.dtype.name))
+        return self.collator.new_buffer(self.micro_batch)
 
     def fill(self, first: int, stride: int, buffers: list[Batch]) -> Iterator[Batch]:
         """The micro batches numbered first, first + stride, ..., written to the buffers in turn, over and over."""
@@ -98,7 +95,7 @@ class MicroBatches:
                     reader = BlockReader(self.mixture, dataset, self.datasets[dataset], self.config.unreadable_shard)
                     readers[dataset, block.stream] = reader
                 samples.append(reader.sample(block, within))
-            self._collate(samples, buffer)
+            self.collator.collate(samples, buffer)
             yield buffer
 
     def positions(self, number: int) -> list[tuple[int, Block, int]]:
@@ -122,7 +119,22 @@ class MicroBatches:
         index = shuffle[within]
         return ShardCursor(self.datasets[dataset].shards[shards[index]], "").read(int(rows[index])).name
 
-    def _collate(self, samples: list[tuple[int, RawSample]], batch: Batch) -> None:
+
+class Collator:
+    """Decodes, crops and, where it is drawn, drops the captions of the samples of a micro batch."""
+
+    def __init__(self, config: DataConfig, datasets: list[Dataset], meta: TextMeta, image_size: int, seed: int) -> None:
+        self.config, self.meta, self.image_size = config, meta, image_size
+        self.crops, self.dropouts = Draws(seed, Draw.CROP), Draws(seed, Draw.DROPOUT)
+        self.encoder = datasets[0].encoder
+        self.empty = self.encoder.token_ids([""])[0] if self.encoder else read_empty(datasets[0].text, meta)
+
+    def new_buffer(self, micro_batch: int) -> Batch:
+        """A micro batch of zeros in shared memory."""
+        return Batch.shared(micro_batch, self.image_size, self.empty.shape, getattr(torch, self.empty.dtype.name))
+
+    def collate(self, samples: list[tuple[int, RawSample]], batch: Batch) -> None:
+        """Write the samples, each with its visit, to the batch."""
         c = self.config
         pixels, text_emb, weight = batch.pixels.numpy(), batch.text_emb.numpy(), batch.weight.numpy()
         weight[:], batch.bad = 1.0, []

@@ -1,9 +1,12 @@
 """The plan as a page of plain text."""
 
+from data.loader.held_out import micro_batches
 from launch.cost.estimate import GB, Plan, Times
 from train.config import summed_in
+from train.evaluation.validation import TIMESTEPS
 from train.monitor.gpus import NODE_LINKS
 from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, partition
+from train.summary import validation_share
 
 # Gbit/s of a node's link at which the step is compared, beside that of the options.
 COMPARED = (200, 800, 1600)
@@ -87,6 +90,24 @@ def work(plan: Plan) -> list[str]:
         row("forward and backward, of a step", flop(plan.model_flops)),
         row("the run", flop(plan.model_flops * plan.config.steps)),
         row("computed again, by recompute as above", *more),
+        *validation(plan),
+    ]
+
+
+def validation(plan: Plan) -> list[str]:
+    """The forward passes of the validations, if there are any; the samples are taken to be there."""
+    config, samples = plan.config, plan.config.data.validation.samples
+    if not config.validate_every:
+        return []
+    forwards = TIMESTEPS * micro_batches(samples, config.micro_batch, plan.options.ranks)
+    return [
+        row(
+            f"a validation, every {config.validate_every:,} steps",
+            flop(TIMESTEPS * samples * plan.flops.forward),
+            f"{forwards:,} forward passes on each rank",
+            f"{validation_share(config, samples):.2%} of the run",
+            width=36,
+        )
     ]
 
 

@@ -57,6 +57,7 @@ class Learning:
     seeds: trainings of each.
     jobs: trainings at a time, a core each.
     samples: pictures that each net draws.
+    validated: held-out samples of the validation loss.
     guidance_scales: of the sampler.
     picture: a .png for the table.
     """
@@ -68,6 +69,7 @@ class Learning:
     seeds: int = 3
     jobs: int = 2
     samples: int = 96
+    validated: int = 256
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
     picture: str = location("")
 
@@ -104,20 +106,24 @@ def cost(changes: tuple[str, ...]) -> tuple[float, float]:
 
 
 def make(args: Learning, arm: Arm, seed: int) -> dict:
-    """One run, trained and judged unless it already is: its end mse, and the scores at each guidance scale."""
+    """One run, trained and judged unless it already is: its end mse, validation mse and scores."""
     folder = Path(args.out) / f"{arm.name.replace(' ', '_').replace(',', '')}-{seed}"
     if not (folder / f"checkpoints/step-{arm.steps:08d}").exists():
         run("train/main.py", "+experiment=scenes", f"run_dir={folder}", f"seed={seed}", f"steps={arm.steps}",
             f"global_batch={BATCH}", f"micro_batch={BATCH}", f"optim.warmup_steps={max(arm.steps // 10, 2)}",
             "log_every=1", f"save_every={arm.steps}", "sample.every=0", "sample.prompts=2", "sample.steps=4",
+            f"data.validation.shards={args.held_out}/shards", f"data.validation.text={args.held_out}/minilm",
+            f"data.validation.samples={args.validated}", f"validate_every={arm.steps}",
             *arm.changes, **ONE_CORE)  # fmt: skip
     scales = ",".join(f"{scale:g}" for scale in args.guidance_scales)
     run("-m", "train.evaluate", f"checkpoint={folder}", f"shards={args.held_out}/shards",
         f"text={args.held_out}/minilm", f"out={folder}/evaluation", f"scores=[{','.join(JUDGED)}]",
         f"samples={args.samples}", f"guidance_scales=[{scales}]", "steps=20", "micro_batch=32", **ONE_CORE)  # fmt: skip
-    mse = [json.loads(line)["mse"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    mse = [line["mse"] for line in lines]
     scores = json.loads((folder / "evaluation/scores.json").read_text())["scores"]
-    return {"mse": statistics.mean(mse[-round(LAST * len(mse)) :])} | {
+    losses = {"mse": statistics.mean(mse[-round(LAST * len(mse)) :]), "validation mse": lines[-1]["validation/mse"]}
+    return losses | {
         f"{name}, guidance {line['guidance_scale']:g}": line[name] for name in (*JUDGED, "alignment_chance")
         for line in scores
     }  # fmt: skip

@@ -44,23 +44,23 @@ def check_resumable(config: Config, data: DataIdentity) -> None:
         raise ValueError(f"'{folder}' is beyond steps={config.steps}: raise steps, or choose another run_dir")
 
 
-def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
+def check_same_everywhere(config: Config, datasets: list[Dataset], held_out: list[Dataset]) -> None:
     """Make sure that all ranks see the first rank's latest checkpoint and shards; a collective call.
 
     A rank looks at one manifest and, of each dataset, at one shard, each rank at another one, and the empty caption.
-    datasets: as the first rank found them.
-    Raises: ValueError on all ranks if run_dir, data.shards or data.text is not shared between the nodes.
+    datasets, held_out: as the first rank found them.
+    Raises: ValueError on all ranks if run_dir, or shards or text of the data are not shared between the nodes.
     """
     rank, ranks, run_dir = dist.get_rank(), dist.get_world_size(), Path(config.run_dir)
     latest = of_first_rank(lambda: latest_checkpoint(run_dir))
-    seen = [d.shards[rank * len(d.shards) // ranks] for d in datasets]
     what = ""
     if latest and not (latest / MANIFEST).is_file():
         what = f"run_dir={config.run_dir} (its latest checkpoint)"
-    elif not all(map(_is_here, seen)):
-        what = f"data.shards={config.data.shards}"
-    elif not all(is_remote(d.text) or os.path.isfile(join(d.text, EMPTY)) for d in datasets):
-        what = f"data.text={config.data.text}"
+    for key, found, given in (("data", datasets, config.data), ("data.validation", held_out, config.data.validation)):
+        if not all(_is_here(d.shards[rank * len(d.shards) // ranks]) for d in found):
+            what = what or f"{key}.shards={given.shards}"
+        elif not all(is_remote(d.text) or os.path.isfile(join(d.text, EMPTY)) for d in found):
+            what = what or f"{key}.text={given.text}"
     raise_on_all(what and f"rank {rank} sees another {what} than rank 0: put it on storage that all nodes share")
 
 

@@ -8,6 +8,7 @@
 | the copy of a checkpoint, and the wait for one          |              6 | 57 min  | the same                       |
 | a collective, in which a rank waits for the others      |              8 | 76 min  | gloo or NCCL, less clearly     |
 
+A forward pass of a validation may take as long as a micro batch.
 The sample grid has no limit of its own: each of its steps is told to all ranks (train/faults/first_rank.py).
 A rank that has ended is no hang: train/faults/node_watch.py.
 """

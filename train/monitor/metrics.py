@@ -16,9 +16,9 @@ from train.monitor.flops import peak_flops, training_flops
 from train.noise import DeviceBatch
 
 QUARTERS = 4
-PHASES = ("data", "forward", "backward", "step", "save", "sample")
+PHASES = ("data", "forward", "backward", "step", "save", "sample", "validate")
 # Timed on the host. Of the other phases the device keeps the time: the host only enqueues their work.
-ON_HOST = ("data", "save", "sample")
+ON_HOST = ("data", "save", "sample", "validate")
 # Norms are estimated from every 64th weight: over that many weights the estimate is exact to a few parts in a thousand.
 STRIDE = 64
 

@@ -16,17 +16,17 @@ from data.storage.atomic import atomic_file
 
 def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
     """Draw loss.png and lr.png into a folder: the same two curves as on the model card."""
-    paths = [folder / "loss.png", folder / "lr.png"]
-    for path, names, log_scale in zip(paths, (["loss", "mse", "vb"], ["lr"]), (True, False), strict=True):
+    paths, trained = [folder / "loss.png", folder / "lr.png"], ("loss", "mse", "vb")
+    for path, names, log_scale in zip(paths, ((*trained, "validation/mse"), ("lr",)), (True, False), strict=True):
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         for name in names:
             points = np.array([(m["step"], m[name]) for m in metrics if name in m])
             if len(points):
-                smooth = name != "lr" and len(points) > 50
+                smooth = name in trained and len(points) > 50
                 line = axes.plot(points[:, 0], points[:, 1], alpha=0.35 if smooth else 1, label=name)[0]
                 if smooth:
                     axes.plot(points[:, 0], _smooth(points[:, 1]), color=line.get_color(), label=f"{name}, smoothed")
-        axes.set(xlabel="step", ylabel=" / ".join(names), yscale="log" if log_scale else "linear")
+        axes.set(xlabel="step", ylabel="lr" if names == ("lr",) else "loss", yscale="log" if log_scale else "linear")
         axes.grid(alpha=0.3)
         axes.legend()
         save_figure(figure, path)

@@ -14,6 +14,7 @@ from data.text.embeddings import read_empty
 from model.unet import UNet
 from train.checkpoint.format import latest_checkpoint
 from train.config import Config
+from train.faults.preempt import mark_done
 from train.inputs import Inputs
 from train.monitor.alerts import Alerts
 from train.monitor.plots import plot_curves, plot_grid
@@ -38,6 +39,7 @@ class RunProgress:
         self.bar = tqdm(total=config.steps, initial=step, unit="step", desc=run_dir.name, smoothing=0.05)
         self.alerts = Alerts(self._alert)
         self._sum = self._weight = 0.0
+        self._shown: dict[str, str] = {}
         for line in self.tracker.lines:
             self._smooth(line["loss"])
 
@@ -56,7 +58,9 @@ class RunProgress:
             "img/s": f"{values['images_per_second']:.1f}",
             "data": f"{values['data_wait_share']:.0%}",
         }
-        self.bar.set_postfix(shown | ({"bad": sum(bad_counts.values())} if bad_counts else {}))
+        if "validation/mse" in values:  # shown until the next one
+            self._shown = {"val mse": f"{values['validation/mse']:.4f}"}
+        self.bar.set_postfix(shown | self._shown | ({"bad": sum(bad_counts.values())} if bad_counts else {}))
         if bad_counts and values["bad_samples"]:
             self.bar.write(
                 f"step {step}: {values['bad_samples']:.0f} samples skipped on all ranks; "
@@ -95,8 +99,8 @@ class RunProgress:
         self.bar.write(f"ALERT {title}: {text}", file=sys.stderr)
         self.tracker.alert(title, text)
 
-    def close(self) -> None:
-        """Draw the curves and print where the files are."""
+    def close(self, done: bool) -> None:
+        """Draw the curves and print where the files are.  done: whether all steps are made, which is marked."""
         self.alerts.close()
         self.bar.close()
         curves = plot_curves(read_metrics(self.tracker.path), self.run_dir)
@@ -106,3 +110,5 @@ class RunProgress:
             print(f"samples     {path}")
         if latest := latest_checkpoint(self.run_dir):
             print(f"checkpoint  {latest}")
+        if done:
+            mark_done(self.run_dir, self.config.steps)

@@ -15,8 +15,13 @@ from train.monitor.run_log import Run
 # Title, metrics, and whether the axis is logarithmic.
 CURVES = (
     ("Loss", ("loss", "loss_smoothed"), True),
-    ("Loss by part", ("mse", "vb"), True),
+    ("Loss by part, and on held-out samples", ("mse", "vb", "validation/mse"), True),
     ("Squared error by quarter of t (q0: least noise)", ("mse_q0", "mse_q1", "mse_q2", "mse_q3"), True),
+    (
+        "Squared error on held-out samples by timestep (e0: least noise)",
+        tuple(f"validation/mse_e{i}" for i in range(8)),
+        True,
+    ),
     ("Learning rate", ("lr",), False),
     ("Norm of the gradient, before clipping", ("grad_norm",), True),
     ("Share of steps clipped", ("grad_clipped_share",), False),
@@ -27,7 +32,15 @@ CURVES = (
     ("MFU", ("mfu",), False),
     (
         "Seconds a step, by phase",
-        ("seconds_data", "seconds_forward", "seconds_backward", "seconds_step", "seconds_save", "seconds_sample"),
+        (
+            "seconds_data",
+            "seconds_forward",
+            "seconds_backward",
+            "seconds_step",
+            "seconds_save",
+            "seconds_sample",
+            "seconds_validate",
+        ),
         False,
     ),
     ("Memory, GB", ("memory_gb",), False),
@@ -135,7 +148,9 @@ def _summary(runs: list[Run]) -> str:
     rows = {
         "step": [f"{run.lines[-1]['step']:,}" for run in runs],
         "loss, smoothed": [_number(run.lines[-1], "loss_smoothed", "loss") for run in runs],
-        "lowest loss of a line": [f"{min(_value(line, 'loss') for line in run.lines):.4g}" for run in runs],
+        "validation mse": [_last(run.lines, "validation/mse") for run in runs],
+        "lowest validation mse": [_lowest(run.lines, "validation/mse") for run in runs],
+        "lowest loss of a line": [_lowest(run.lines, "loss") for run in runs],
         "images per second": [_number(run.lines[-1], "images_per_second") for run in runs],
         "MFU": [_number(run.lines[-1], "mfu") for run in runs],
         "bad samples": [total(run, "bad_samples") for run in runs],
@@ -148,6 +163,16 @@ def _summary(runs: list[Run]) -> str:
 def _value(line: dict, name: str) -> float:
     value = line.get(name)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
+
+
+def _lowest(lines: list[dict], name: str) -> str:
+    value = min(_value(line, name) for line in lines)
+    return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _last(lines: list[dict], name: str) -> str:
+    """The value of the last line that has it."""
+    return next((_number(line, name) for line in reversed(lines) if name in line), "-")
 
 
 def _number(line: dict, *names: str) -> str:
