@@ -77,7 +77,7 @@ class Learning:
     seeds: int = 5
     jobs: int = 2
     samples: int = 96
-    validated: int = 128
+    validated: int = 96
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
     picture: str = location("")
 
