@@ -2,6 +2,7 @@
 
 python -m tests.benchmarks.learning arms=ablations picture=docs/images/ablations.png   [seeds=5 steps=1000 jobs=2]
 python -m tests.benchmarks.learning arms=dropout steps=3000 picture=docs/images/dropout.png
+python -m tests.benchmarks.learning arms=limits seeds=2   what limits it: groups, width, learning rate
 python -m tests.benchmarks.learning arms=sizes picture=docs/images/sizes.png   nets of three sizes at the same compute
 trains what is missing, goes on where it was stopped, prints a table in Markdown and draws it. The data are those of
 +experiment=scenes, made as docs/measurements/results.md says.
@@ -45,6 +46,14 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
         BASE: (),
         "no caption dropout": ("data.cond_drop_prob=0",),
     },
+    "limits": {
+        BASE: (),
+        "4 groups": ("model.norm_groups=4",),
+        "16 groups": ("model.norm_groups=16",),
+        "48 channels": ("model.model_channels=48", "model.num_head_channels=48"),
+        "half the rate": ("optim.lr_peak=5e-4",),
+        "twice the rate": ("optim.lr_peak=2e-3",),
+    },
     "sizes": {
         "half": ("model.channel_mult=[1,1,2]",),
         BASE: (),
@@ -58,7 +67,7 @@ JUDGED = ("alignment",)
 class Learning:
     """Trains nets that differ in one choice, and judges them on held-out captions.
 
-    arms: ablations, dropout or sizes.
+    arms: ablations, dropout, limits or sizes.
     out: folder for the runs.
     held_out: folder with the shards and text of held-out scenes.
     steps: of the recipe's net; another takes as many as cost the same.
