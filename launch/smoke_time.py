@@ -32,7 +32,7 @@ def expected_seconds() -> float:
 def main() -> None:
     seconds = expected_seconds()
     told = f"{seconds:.0f} s" if seconds < 180 else f"{seconds / 60:.0f} minutes"
-    print(f"The smoke run takes about {told} on this machine with nothing else running.")
+    print(f"The smoke run takes about {told} on this machine, as busy as it is now.")
 
 
 if __name__ == "__main__":
