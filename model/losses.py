@@ -11,21 +11,27 @@ from model.diffusion import Diffusion, Gaussian, split_output
 def training_losses(
     diffusion: Diffusion, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
 ) -> dict[str, Tensor]:
-    """Per-sample losses, fp32 [N] whatever the inputs' dtype: 'loss', 'mse' and, for 2C output channels, 'vb'.
+    """Per-sample losses, fp32 [N] whatever the inputs' dtype: 'loss', 'mse', 'mse_mean' and, for 2C channels, 'vb'.
 
-    mse: mean square of the error in the noise. vb: bits per dimension x timesteps / 1000; it trains only the variance,
-    because the mean is detached in it. loss: their sum.
+    mse: mean square of the error in the noise.
+    mse_mean: the part of it that is the same all over the picture, an error in the mean colour. It is only 1/(H W) of
+    mse, so it is given H x W times as large: 1, as mse, if nothing is predicted, and mse itself where the error is
+    white. It is measured, not trained.
+    vb: bits per dimension x timesteps / 1000; it trains only the variance, because the mean is detached in it.
+    loss: mse + vb.
     Raises: ValueError for model outputs of neither C nor 2C channels.
     Source: Nichol & Dhariwal 2021, section 3.1; improved-diffusion's RESCALED_MSE.
     """
     model_output = model_output.float()
     eps, model_var_values = split_output(model_output, x_start.shape[1])
-    mse = (eps - noise.float()).square().flatten(1).mean(1)
+    error = (eps - noise.float()).flatten(2)
+    mse = error.square().mean((1, 2))
+    mse_mean = error.detach().mean(2).square().mean(1) * error.shape[2]
     if model_var_values is None:
-        return {"loss": mse, "mse": mse}
+        return {"loss": mse, "mse": mse, "mse_mean": mse_mean}
     frozen_mean = torch.cat([eps.detach(), model_var_values], dim=1)
     vb = vb_terms(diffusion, frozen_mean, x_start, x_t, t) * (diffusion.timesteps / 1000)
-    return {"loss": mse + vb, "mse": mse, "vb": vb}
+    return {"loss": mse + vb, "mse": mse, "mse_mean": mse_mean, "vb": vb}
 
 
 def vb_terms(diffusion: Diffusion, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

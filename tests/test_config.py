@@ -185,7 +185,7 @@ print(sorted(training_losses(diffusion, net(x_t, t, torch.ones(2, 5, 16)), x, x_
 from model import Unet
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "['loss', 'mse', 'vb']"
+    assert done.stdout.strip() == "['loss', 'mse', 'mse_mean', 'vb']"
     assert done.stderr.splitlines()[-1].startswith("ImportError: cannot import name 'Unet'")
 
 

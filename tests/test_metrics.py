@@ -48,7 +48,7 @@ def batch(t: torch.Tensor, bad: list[tuple[str, str]] | None = None, weight: tor
 
 def losses(*mse: float) -> dict[str, torch.Tensor]:
     values = torch.tensor(mse)
-    return {"loss": values + 1, "mse": values, "vb": torch.ones_like(values)}
+    return {"loss": values + 1, "mse": values, "mse_mean": 10 * values, "vb": torch.ones_like(values)}
 
 
 def test_the_means_are_those_of_the_good_samples(alone):
@@ -65,6 +65,7 @@ def test_the_means_are_those_of_the_good_samples(alone):
     values = metrics.reduce(state, state)
     assert values["mse"] == pytest.approx((1 + 2 + 6 + 12) / 7) and values["loss"] == values["mse"] + 1
     assert [values.get(f"mse_q{i}") for i in range(4)] == [1.5, None, 3, 4.5]
+    assert [values.get(f"mse_mean_q{i}") for i in range(4)] == [15, None, 30, 45] and values["mse_mean"] > values["mse"]
     assert (values["grad_norm"], values["grad_clipped_share"]) == (2.0, 0.5)
     assert values["ema_distance"] == pytest.approx(0.25)
     assert (values["bad_samples"], values["bad/truncated"], values["bad/no caption"]) == (2, 1, 1)

@@ -78,7 +78,7 @@ def test_a_run_leaves_curves_samples_and_checkpoints(two_ranks):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for name in ("loss", "mse", "vb", "lr", "grad_norm", "images_per_second", "data_wait_share", "bad_samples"):
         assert all(np.isfinite(line[name]) for line in lines), name
-    assert {f"mse_q{i}" for i in range(4)} <= set().union(*lines)
+    assert {f"{name}_q{i}" for name in ("mse", "mse_mean") for i in range(4)} <= set().union(*lines)
     assert abs(lines[0]["mse"] - 1) < 0.15, (
         "the zero-initialised net predicts no noise: the error is the noise's variance"
     )
@@ -172,7 +172,7 @@ def test_a_rerun_goes_on_bit_identically(repo, data, held_out, two_ranks, alone,
     unet = load_net(checkpoint, "ema", torch.device("cpu"))
     of_one = validation_losses(unet, Diffusion(1000), samples, lambda text: text, torch.device("cpu"))
     assert {name: validated[-1][name] for name in of_one} == pytest.approx(of_one, rel=1e-12)
-    assert len(of_one) == 12 and of_one["validation/mse"] < validated[0]["validation/mse"] < 1
+    assert len(of_one) == 13 and of_one["validation/mse"] < validated[0]["validation/mse"] < 1
 
 
 @pytest.mark.slow

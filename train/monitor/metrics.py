@@ -16,6 +16,7 @@ from train.monitor.flops import peak_flops, training_flops
 from train.noise import DeviceBatch
 
 QUARTERS = 4
+BY_QUARTER = ("mse", "mse_mean")
 PHASES = ("data", "forward", "backward", "step", "save", "sample", "validate")
 # Timed on the host. Of the other phases the device keeps the time: the host only enqueues their work.
 ON_HOST = ("data", "save", "sample", "validate")
@@ -26,7 +27,7 @@ STRIDE = 64
 class Metrics:
     """Sums over samples and steps since the last reduce(), which sums over the ranks and starts again from zero.
 
-    The loss is also kept by quarter of t, which tells early from late steps of the diffusion: q0 holds the smallest t.
+    Errors are also kept by quarter of t, which tells early from late steps of the diffusion: q0 holds the smallest t.
     bad_counts: bad samples of this rank since the start, by reason.
     """
 
@@ -41,7 +42,7 @@ class Metrics:
     def _reset(self) -> None:
         zeros = torch.zeros(QUARTERS, dtype=torch.float64, device=self.device)
         self._loss_sums: dict[str, Tensor] = {}
-        self._quarter_loss, self._quarter_count = zeros.clone(), zeros.clone()
+        self._quarter_sums, self._quarter_count = {name: zeros.clone() for name in BY_QUARTER}, zeros.clone()
         self._good, self._grad_norm, self._clipped, self._update_square, self._weight_square = zeros.new_zeros(
             5
         ).unbind()
@@ -71,7 +72,8 @@ class Metrics:
         for name, value in losses.items():
             self._loss_sums[name] = self._loss_sums.get(name, 0) + (value.detach() * weight).sum().double()
         quarter = t * QUARTERS // self.timesteps
-        self._quarter_loss.index_add_(0, quarter, (losses["mse"].detach() * weight).double())
+        for name, total in self._quarter_sums.items():
+            total.index_add_(0, quarter, (losses[name].detach() * weight).double())
         self._quarter_count.index_add_(0, quarter, weight.double())
         self._good += weight.sum()
         self._samples += len(t)
@@ -104,7 +106,7 @@ class Metrics:
             "losses": torch.stack([*self._loss_sums.values()]) if self._loss_sums else torch.empty(0),
             "counts": torch.tensor([self._samples, sum(self._bad.values())]),
             "good": self._good,
-            "quarters": torch.cat([self._quarter_loss, self._quarter_count]),
+            "quarters": torch.cat([*self._quarter_sums.values(), self._quarter_count]),
             "grad": torch.stack([self._grad_norm, self._clipped]),
             "update_to_weight": torch.stack([self._update_square, self._weight_square]),
             "ema_distance": torch.stack([(weights - ema.average[::STRIDE]).square().sum(), weights.square().sum()]),
@@ -116,12 +118,12 @@ class Metrics:
         sums = dict(zip(local, packed.cpu().split([v.numel() for v in local.values()]), strict=True))
         self._read_events()  # the device has passed all of them, since the sums above were read from it
 
-        (samples, bad), quarters, steps = sums["counts"].tolist(), sums["quarters"].tolist(), max(self._steps, 1)
+        (samples, bad), steps = sums["counts"].tolist(), max(self._steps, 1)
         good = max(float(sums["good"]), 1.0)
         values = {name: float(value) / good for name, value in zip(self._loss_sums, sums["losses"], strict=True)}
-        for i in range(QUARTERS):
-            if quarters[QUARTERS + i]:
-                values[f"mse_q{i}"] = quarters[i] / quarters[QUARTERS + i]
+        *by_quarter, counts = sums["quarters"].view(-1, QUARTERS).tolist()
+        for name, totals in zip(BY_QUARTER, by_quarter, strict=True):
+            values |= {f"{name}_q{i}": totals[i] / counts[i] for i in range(QUARTERS) if counts[i]}
         grad_norm, clipped = (sums["grad"] / (steps * ranks)).tolist()
         values |= {"grad_norm": grad_norm, "grad_clipped_share": clipped}
         for name in ("update_to_weight", "ema_distance"):

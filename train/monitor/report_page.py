@@ -18,6 +18,11 @@ CURVES = (
     ("Loss by part, and on held-out samples", ("mse", "vb", "validation/mse"), True),
     ("Squared error by quarter of t (q0: least noise)", ("mse_q0", "mse_q1", "mse_q2", "mse_q3"), True),
     (
+        "Error of the mean colour by quarter of t (1: not predicted)",
+        ("mse_mean_q0", "mse_mean_q1", "mse_mean_q2", "mse_mean_q3"),
+        True,
+    ),
+    (
         "Squared error on held-out samples by timestep (e0: least noise)",
         tuple(f"validation/mse_e{i}" for i in range(8)),
         True,
