@@ -81,7 +81,9 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
     metas = [
-        check_meta(d.text, tokens, dim) if online or readable_only else check_sidecars(d.shards, d.text, tokens, dim)
+        check_meta(d.text, tokens, dim)
+        if online or readable_only
+        else check_sidecars(d.shards, d.text, tokens, dim, d.fields)
         for d in datasets
     ]
     for dataset, meta in zip(datasets, metas, strict=True):

@@ -2,6 +2,7 @@
 
 from data.checks import count
 from data.loader.mixture import share_out
+from data.storage.caption_fields import TXT
 from train.config import Config, accumulation, summed_in
 from train.inputs import Inputs, resolve_text_shape
 from train.monitor.rank_memory import describe_memory
@@ -51,8 +52,18 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
         "OneCycle cosine",
         "optimizer": f"{optim.name}, ZeRO-1, betas {tuple(optim.betas)}, decay {optim.weight_decay:g}, "
         f"clip {optim.grad_clip:g}",
-        "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one",
+        "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one"
+        f"{_shares(config)}",
         "data": data,
         "embeddings": text,
     } | describe_memory(config, ranks, trained, frozen)
     return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())
+
+
+def _shares(config: Config) -> str:
+    """How often each of several captions is drawn; '' for txt alone."""
+    captions = config.data.captions
+    if [caption.field for caption in captions] == [TXT]:
+        return ""
+    total = sum(caption.weight for caption in captions)
+    return "; " + ", ".join(f"{caption.field} {caption.weight / total:.1%}" for caption in captions)

@@ -18,6 +18,7 @@ class Draw(IntEnum):
     DROPOUT = 3
     TIMESTEP = 4
     NOISE = 5
+    CAPTION = 6
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:
