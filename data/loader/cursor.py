@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from data.config import CaptionConfig
-from data.storage.caption_fields import caption_extensions, find_captions
+from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.clients import UnreadableError
 from data.storage.locations import is_remote, open_location, size_of, split
 from data.storage.machine import raise_if_machine
@@ -40,7 +40,8 @@ class RawSample:
     """The encoded bytes of one sample.
 
     name: SHARD:KEY.  embedding: of the caption; its bytes, or where they lie.
-    problem: why the sample cannot be used, or ''.  others: the captions of other fields, by field.
+    problem: why the sample cannot be used, or ''.
+    chosen: the field of the caption.  others: the captions of other fields.
     lacks: whether the sample has not all the captions among which one was chosen.
     """
 
@@ -49,6 +50,7 @@ class RawSample:
     embedding: bytes | Span = b""
     caption: bytes = b""
     problem: str = ""
+    chosen: str = TXT
     others: dict[str, bytes] = field(default_factory=dict)
     lacks: bool = False
 
@@ -105,7 +107,7 @@ class ShardCursor:
         if not image:
             problem = self._no_image(members)
         named = f"{self._name}:{printable_key(key)}"
-        return RawSample(named, image, embedding, caption or b"", problem, captions, lacks)
+        return RawSample(named, image, embedding, caption or b"", problem, name, captions, lacks)
 
     def _choose(self, captions: dict[str, bytes], draw: float) -> tuple[str, bool]:
         """The field of the caption to take, and whether the sample lacks one of them, or has one that is no text.
