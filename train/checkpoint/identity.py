@@ -55,12 +55,16 @@ def identity(config: dict) -> dict[str, object]:
     kept["lora"] = config["lora"] if config["lora"]["rank"] else None
     kept |= {f"data.{key}": config["data"][key] for key in ("streams", "phases", "shuffle_block")}
     # The datasets may be moved.
-    # Checkpoints of before there were several captions have txt alone. The weight of one caption changes nothing.
-    captions = config["data"].get("captions") or [{"field": TXT, "weight": 1.0}]
-    weights = [caption["weight"] if len(captions) > 1 else 1.0 for caption in captions]
-    kept["data.captions"] = [{"field": c["field"], "weight": w} for c, w in zip(captions, weights, strict=True)]
+    captions = captions_of(config)
+    # The weight of a single one changes nothing.
+    kept["data.captions"] = captions if len(captions) > 1 else [captions[0] | {"weight": 1.0}]
     kept["data.mixture"] = {name: dataset["weight"] for name, dataset in config["data"]["mixture"].items()}
     return kept
+
+
+def captions_of(config: Mapping) -> list[dict]:
+    """data.captions as plain dicts; a checkpoint of before they were a key was trained on txt alone."""
+    return config["data"].get("captions", [{"field": TXT, "weight": 1.0}])
 
 
 def data_digest(dataset: Dataset) -> str:
