@@ -105,7 +105,7 @@ def _without_caption_line(samples: int, caption: str) -> str:
         return f"{samples} samples have no caption and so no embedding; the training will skip them"
     return (
         f"{samples} samples have no caption {caption} and so no such embedding; the training takes another caption of "
-        "data.captions that they have, and skips them if there is none"
+        "data.captions that they have, and skips those that have none"
     )
 
 

@@ -265,7 +265,10 @@ def test_no_json_makes_the_search_fail(data, text):
 def test_a_file_may_be_named_in_capitals(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"Recaption.TXT": b"x"}), ("b", {"RECAPTION": b"y"})])
     samples = read_shard(tmp_path / "0.tar", caption_extensions(["ReCaption"]))
-    assert [find_captions(members, ["ReCaption"]) for _, members in samples] == [{"ReCaption": b"x"}, {"ReCaption": b"y"}]
+    assert [find_captions(members, ["ReCaption"]) for _, members in samples] == [
+        {"ReCaption": b"x"},
+        {"ReCaption": b"y"},
+    ]
 
 
 def test_a_caption_that_is_no_text_leaves_the_draw_to_the_others(tmp_path, base):

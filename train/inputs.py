@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader.dataset import Dataset, find_datasets
+from data.loader.dataset import Dataset, check_captions, find_datasets
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
 from model.config import MIN_GROUP_CHANNELS
@@ -80,6 +80,8 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     datasets = find_datasets(config.data)
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
+    if not readable_only:
+        check_captions(datasets)
     metas = [
         check_meta(d.text, tokens, dim)
         if online or readable_only

@@ -252,7 +252,7 @@ def not_text_line(keys: list[str]) -> str:
         return ""
     return (
         f"{len(keys)} captions are not UTF-8 ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}) and have no "
-        "embedding; the training will skip them: write them in UTF-8 and run data.embed again"
+        "embedding, as if there were none: write them in UTF-8 and run data.embed again"
     )
 
 
