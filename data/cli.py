@@ -18,7 +18,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from data.interrupt import INTERRUPTED, begin_to_act, tell_interrupted
 from data.quiet import quiet_libraries
@@ -250,6 +252,8 @@ def kind_name(kind: Any, is_location: bool = False) -> str:
     kind = _without_none(kind)
     if is_location:
         return "a list of paths" if get_origin(kind) is list else "a path"
+    if of_groups := _in_list(kind):
+        return f"a list as [{{{', '.join(f'{f.name}: ...' for f in fields(of_groups))}}}]"
     if get_origin(kind) in (list, tuple):
         (inner, *_), number = get_args(kind), f"{len(get_args(kind))} " if get_origin(kind) is tuple else ""
         return f"a list of {number}{KINDS[inner][1]}" if inner in KINDS else "a list"
@@ -272,6 +276,12 @@ def _find(schema: type, key: str) -> tuple[Any, bool] | None:
     return kind, bool(f.metadata.get("location"))
 
 
+def _in_list(kind: Any) -> type | None:
+    """The dataclass that a list holds, if the type is such a list."""
+    inner = get_args(kind)[0] if get_origin(kind) is list else None
+    return inner if is_dataclass(inner) else None  # type: ignore[return-value]
+
+
 def _in_dict(kind: Any) -> type | None:
     """The dataclass that a dict holds under names of the user's choice, if the type is such a dict."""
     inner = get_args(kind)[-1] if get_origin(kind) is dict else None
@@ -287,6 +297,8 @@ def _read(text: str, kind: Any, is_location: bool) -> Any:
             return int(text)
         except ValueError:
             return _read(text, list[str], is_location)
+    if of_groups := _in_list(kind):
+        return _read_groups(text, of_groups)
     if get_origin(kind) in (list, tuple):
         inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
         parts = [unquoted(part.strip()) for part in ITEM.findall(inside)] if inside.strip() else []
@@ -297,6 +309,18 @@ def _read(text: str, kind: Any, is_location: bool) -> Any:
     if kind is str:
         return _literal(os.path.expanduser(text) if is_location else text)
     return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+
+
+def _read_groups(text: str, schema: type) -> list[dict[str, Any]]:
+    """The groups of keys of a list in YAML: [{key: value, ...}, ...]. Raises: ValueError."""
+    try:
+        groups = yaml.safe_load(text)
+        if not isinstance(groups, list):
+            raise ValueError
+        values = [OmegaConf.merge(OmegaConf.structured(schema), group) for group in groups]
+        return [OmegaConf.to_container(value) for value in values]  # type: ignore[misc]
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, TypeError, AttributeError):
+        raise ValueError from None
 
 
 def _literal(text: str) -> str:
@@ -324,6 +348,12 @@ def _default(f: Field) -> str:
         return "optional"
     if isinstance(value, bool):
         return f"{value} by default".lower()
+    if isinstance(value, list) and value and is_dataclass(value[0]):
+        return f"[{', '.join(map(_as_yaml, value))}] by default"
     if isinstance(value, (list, tuple)):
         return f"{','.join(map(str, value))} by default"
     return f"{value:,} by default".replace(",", "_") if isinstance(value, int) else f"{value} by default"
+
+
+def _as_yaml(group: Any) -> str:
+    return "{" + ", ".join(f"{f.name}: {getattr(group, f.name)}" for f in fields(group)) + "}"

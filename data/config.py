@@ -1,9 +1,11 @@
 """The configuration of a run's data: where it lies, how it is read, what is decoded. Imports no torch and no Pillow."""
 
+import math
 from dataclasses import dataclass, field
 
 from data.checks import check_at_least, check_choice, check_share
 from data.cli import location
+from data.storage.caption_fields import TXT, check_fields
 
 # Above this Pillow warns, and above twice this it refuses to crop.
 PILLOWS_LIMIT = 89_478_485
@@ -35,6 +37,22 @@ class ImageRules:
 
 
 @dataclass(slots=True)
+class CaptionConfig:
+    """One of the captions of a sample.
+
+    field: txt for KEY.txt; NAME for KEY.NAME.txt, else KEY.NAME, else the entry NAME of KEY.json.
+    weight: its share of the draws, in any unit.
+    """
+
+    field: str = TXT
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"data.captions: the weight {self.weight} of {self.field} must be above 0")
+
+
+@dataclass(slots=True)
 class DatasetConfig:
     """One dataset of a mixture.
 
@@ -54,7 +72,7 @@ class ValidationConfig:
 
     shards: folder or URL of image shards that the training does not see.
     text: folder or URL of their text embeddings, of the training's encoder.
-    samples: how many of them, taken evenly from all.
+    samples: how many of them, taken evenly from all. Of several captions the first is taken.
     """
 
     shards: str = location("")
@@ -94,6 +112,8 @@ class DataConfig:
     text: folder or URL of their text embeddings.
     mixture: several datasets by name, each with shards, text and weight, instead of shards and text.
     validation: the held-out samples of the validation loss.
+    captions: the captions of a sample by field, with weights; one is drawn for each sample in each epoch.
+        docs/guide/data.md.
     tokens: number of tokens of a caption's embedding; 0 takes that of the embeddings' meta.json.
     crop_shift: largest shift of the crop from the centre, as a share of its side.
     cond_drop_prob: share of captions that are replaced by the empty one.
@@ -111,6 +131,7 @@ class DataConfig:
     text: str = location("text")
     mixture: dict[str, DatasetConfig] = field(default_factory=dict)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    captions: list[CaptionConfig] = field(default_factory=lambda: [CaptionConfig()])
     tokens: int = 0
     crop_shift: float = 0.1
     cond_drop_prob: float = 0.1
@@ -130,6 +151,7 @@ class DataConfig:
         for name in ("cond_drop_prob", "max_bad_share"):
             check_share(f"data.{name}", getattr(self, name))
         check_choice("data.unreadable_shard", self.unreadable_shard, ("skip", "fail"))
+        check_fields("data.captions", [caption.field for caption in self.captions])
 
     def datasets(self) -> list[DatasetConfig]:
         """The datasets of the mixture, or else the one of shards and text."""

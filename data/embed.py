@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.cli import command, location
+from data.storage.caption_fields import TXT, check_fields
 from data.storage.shards import find_shards
 from data.text.captions import CLEANING, cleaner
-from data.text.meta import COMPUTE, STORED
+from data.text.meta import COMPUTE, STORED, caption_folder
 from data.text.sidecar_check import (
     CHANGED,
     DAMAGED,
@@ -42,6 +43,8 @@ class Embed:
     of out's meta file, else if-1.
     mode: embed; meta writes only the meta file and the empty caption's embedding, for text.mode=online; check compares
     all embeddings with the captions; repair embeds again what check finds wrong.
+    caption: the field of the captions, as in data.captions of a training: txt, or NAME for KEY.NAME.txt, KEY.NAME or
+    the entry NAME of KEY.json. The embeddings of NAME lie in the folder out/NAME.
     """
 
     shards: str = location()
@@ -53,6 +56,7 @@ class Embed:
     batch: int = 64
     cleaning: str = ""
     mode: str = "embed"
+    caption: str = TXT
 
 
 def embed(args: Embed) -> None:
@@ -65,7 +69,7 @@ def embed(args: Embed) -> None:
     unreadable: dict[str, str] = {}
     shards = [] if args.mode == "meta" else find_shards(args.shards, unreadable)
     if args.mode == "check":
-        check_embeddings(shards, args.out, unreadable)
+        check_embeddings(shards, args.out, unreadable, args.caption)
         return
     # Here, since it imports torch and transformers, which take seconds.
     from data.text.embedding_job import open_embeddings, write_sidecars
@@ -76,7 +80,9 @@ def embed(args: Embed) -> None:
     if args.mode == "meta":
         print(f"{out}: the meta file of {meta.encoder}, {meta.tokens} x {meta.dim}, and the empty caption's embedding")
         return
-    work = write_sidecars(shards, out, encoder, meta, args.batch, repair=args.mode == "repair")
+    out = Path(caption_folder(out, args.caption))
+    out.mkdir(exist_ok=True)
+    work = write_sidecars(shards, out, encoder, meta, args.batch, args.mode == "repair", args.caption)
     unreadable |= work.unreadable
     made = len(shards) - len(work.unreadable)
     counts = f"{work.new} new" + (f", {work.anew.total()} made again" if work.anew else "")
@@ -86,12 +92,21 @@ def embed(args: Embed) -> None:
         causes = ", ".join(f"{count} {reasons[reason]}" for reason, count in work.anew.items())
         print(f"{causes}: {work.embedded} captions embedded, {work.kept} kept")
     if work.without_caption:
-        print(f"{work.without_caption} samples have no caption and so no embedding; the training will skip them")
+        print(_without_caption_line(work.without_caption, args.caption))
     for line in (not_text_line(work.not_text), cleaned_away_line(work.cleaned_away, meta.cleaning)):
         if line:
             print(line)
     if unreadable:
         raise ValueError(unreadable_line(unreadable))
+
+
+def _without_caption_line(samples: int, caption: str) -> str:
+    if caption == TXT:
+        return f"{samples} samples have no caption and so no embedding; the training will skip them"
+    return (
+        f"{samples} samples have no caption {caption} and so no such embedding; the training takes another caption of "
+        "data.captions that they have, and skips those that have none"
+    )
 
 
 def _check_arguments(args: Embed) -> None:
@@ -102,6 +117,7 @@ def _check_arguments(args: Embed) -> None:
     ):
         if value not in known:
             raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
+    check_fields("caption", [args.caption])
     if args.cleaning:
         cleaner(args.cleaning)
     if args.tokens < 0 or args.batch < 1:

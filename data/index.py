@@ -1,10 +1,10 @@
-"""Count the samples of all shards once: `python -m data.index shards=WHERE [out=FILE.json workers=8 check=true]`."""
+"""Count the samples of all shards once: `python -m data.index shards=WHERE [out=FILE.json captions=NAME workers=8]`."""
 
 import json
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from data.checks import check_at_least, count
 from data.cli import command, location
+from data.storage.caption_fields import TXT, check_fields
 from data.storage.locations import join, split, write_whole
-from data.storage.shards import INDEX, is_folder, locate, read_stats, shard_bytes
+from data.storage.shards import CAPTION_DIGESTS, INDEX, is_folder, locate, read_stats, shard_bytes
 from data.storage.tars import DIGEST, scan_shard
 
 # Shards named in a report of one kind of fault.
@@ -30,12 +31,15 @@ class Index:
 
     shards: the shards, as data.shards of a training.
     out: the .json to write; default: index.json in the folder of the shards. Required where shards is not a folder.
+    captions: fields of further captions, as in data.captions of a training, whose digests are recorded too. For these
+    the headers and captions of all shards are read.
     workers: number of processes that read.
     check: read all shards' headers and captions, and report where a stats file says something else.
     """
 
     shards: str = location()
     out: str = location("")
+    captions: list[str] = field(default_factory=list)
     workers: int = 8
     check: bool = False
 
@@ -43,7 +47,8 @@ class Index:
 class Entry(NamedTuple):
     """A shard.  size: bytes.  in_stats: samples by its stats file, or as counted where there is none.
 
-    digest: of its captions.  damage: why it was not counted to its end.  problem: why it could not be counted at all.
+    digest: of its txt captions.  caption_digests: of others.
+    damage: why it was not counted to its end.  problem: why it could not be counted at all.
     """
 
     location: str
@@ -51,8 +56,15 @@ class Entry(NamedTuple):
     size: int = 0
     in_stats: int = 0
     digest: str = ""
+    caption_digests: dict[str, str] | None = None
     damage: str = ""
     problem: str = ""
+
+    def line(self, folder: str) -> str:
+        """The shard in an index that lies in a folder."""
+        facts: dict[str, object] = {"shard": _from(folder, self.location), "samples": self.samples, "bytes": self.size}
+        others = {CAPTION_DIGESTS: self.caption_digests} if self.caption_digests else {}
+        return json.dumps(facts | {DIGEST: self.digest} | others, ensure_ascii=False)
 
 
 def index(args: Index) -> None:
@@ -61,6 +73,7 @@ def index(args: Index) -> None:
     Raises: ValueError if shards cannot be found or counted; OSError.
     """
     check_at_least("workers", args.workers, 1)
+    check_fields("captions", [TXT, *args.captions])
     if args.shards.endswith(".json"):
         raise ValueError(f"shards={args.shards} is an index: name the shards themselves")
     if not args.out and not is_folder(args.shards):
@@ -78,13 +91,7 @@ def index(args: Index) -> None:
             f"not all shards of {args.shards} could be counted, so there is no index: repair or remove them"
         )
     folder = split(out)[0]
-    lines = [
-        json.dumps(
-            {"shard": _from(folder, e.location), "samples": e.samples, "bytes": e.size, DIGEST: e.digest},
-            ensure_ascii=False,
-        )
-        for e in entries
-    ]
+    lines = [entry.line(folder) for entry in entries]
     write_whole(out, ('{"shards": [\n' + ",\n".join(lines) + "\n]}\n").encode())
     print(f"{out}: {count(len(entries), 'shard')}, {count(sum(entry.samples for entry in entries), 'sample')}")
 
@@ -93,20 +100,21 @@ def _count_all(locations: list[str], args: Index) -> list[Entry]:
     workers = min(args.workers, len(locations))
     bar = partial(tqdm, total=len(locations), unit="shard", desc="index")
     if workers == 1:
-        return [count_shard(location, args.check) for location in bar(locations)]
+        return [count_shard(location, args.check, args.captions) for location in bar(locations)]
     # Forked: to import everything again would take longer than most counts. Ctrl-C is for the parent alone.
     fork, ignored = get_context("fork"), (signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(workers, fork, initializer=signal.signal, initargs=ignored) as pool:
         try:
-            return list(bar(pool.map(partial(count_shard, check=args.check), locations)))
+            count_one = partial(count_shard, check=args.check, captions=args.captions)
+            return list(bar(pool.map(count_one, locations)))
         except BrokenProcessPool:
             raise ValueError(
                 f"a worker of data.index died, perhaps out of memory: take fewer than workers={args.workers}"
             ) from None
 
 
-def count_shard(location: str, check: bool) -> Entry:
-    """Count a shard: by its stats file if that gives a digest too and is not to be checked, else by reading it.
+def count_shard(location: str, check: bool, captions: list[str]) -> Entry:
+    """Count a shard: by its stats file if that gives all digests and is not to be checked, else by reading it.
 
     The digest of a sidecar of embeddings is that of the shard that it embeds.
     """
@@ -115,11 +123,14 @@ def count_shard(location: str, check: bool) -> Entry:
         if stats and stats.sidecar_size not in (None, size):
             cut = f"it has {size} bytes, {stats.sidecar_size} were written: run data.embed with mode=repair"
             return Entry(location, problem=cut)
-        if stats and stats.digest and not check:
+        if stats and stats.digest and not check and not captions:
             return Entry(location, stats.samples, size, stats.samples, stats.digest)
-        scan = scan_shard(location)
-        digest = scan.digest if not stats or stats.sidecar_size is None else stats.digest or ""
-        return Entry(location, scan.samples, size, stats.samples if stats else scan.samples, digest, scan.damage)
+        scan = scan_shard(location, [TXT, *captions])
+        digest = scan.digests.pop(TXT)
+        if stats and stats.sidecar_size is not None:
+            digest = stats.digest or ""
+        counted = stats.samples if stats else scan.samples
+        return Entry(location, scan.samples, size, counted, digest, scan.digests, scan.damage)
     except (OSError, ValueError) as error:
         return Entry(location, problem=str(error))
 

@@ -1,7 +1,7 @@
 """Show what a dataset holds, before a training: `python -m data.inspect shards=DIR out=REPORT.html [text=DIR]`."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
@@ -10,8 +10,9 @@ import numpy as np
 from data.checks import check_at_least
 from data.cli import command, location
 from data.inspection.contact_sheet import contact_sheet
-from data.inspection.findings import Findings, TrainingView, inspect_samples
+from data.inspection.findings import FieldCaptions, Findings, TrainingView, inspect_samples
 from data.inspection.page import DatasetSummary, page
+from data.storage.caption_fields import TXT, check_fields
 from data.storage.locations import write_whole
 from data.storage.shards import Shard, find_shards, shard_bytes
 from data.text.captions import CLEANINGS
@@ -30,6 +31,8 @@ class Inspect:
     image_size: pixels, as model.image_size of the training.
     crop_shift: as data.crop_shift of the training.
     seed: as seed of the training.
+    captions: the fields of the captions, as in data.captions of the training. Of several captions of a sample the
+    embedding of the first is looked at; data.embed mode=check looks at all.
     """
 
     shards: str = location()
@@ -39,6 +42,7 @@ class Inspect:
     image_size: int = 64
     crop_shift: float = 0.1
     seed: int = 0
+    captions: list[str] = field(default_factory=lambda: [TXT])
 
 
 def inspect(args: Inspect) -> Findings:
@@ -54,13 +58,14 @@ def inspect(args: Inspect) -> Findings:
     check_at_least("image_size", args.image_size, 1)
     check_at_least("seed", args.seed, 0)
     check_at_least("crop_shift", args.crop_shift, 0)
+    check_fields("captions", args.captions)
     shards = find_shards(args.shards)
     meta = TextMeta.read(args.text) if args.text else None
     summary = DatasetSummary(
-        args.shards, shards, _bytes(shards), args.text, meta, _sidecar_fault(shards, args.text, meta)
+        args.shards, shards, _bytes(shards), args.text, meta, _sidecar_fault(shards, args.text, meta, args.captions)
     )
     view = TrainingView(args.image_size, args.crop_shift, args.seed)
-    found = inspect_samples(shards, args.samples, view, args.text, meta)
+    found = inspect_samples(shards, args.samples, view, args.text, meta, args.captions)
     for line in _lines(summary, found):
         print(line)
     if out.suffix.lower() == ".html":
@@ -79,10 +84,10 @@ def _bytes(shards: list[Shard]) -> int:
     return sum(shard_bytes(shard.location) if shard.size is None else shard.size for shard in shards)
 
 
-def _sidecar_fault(shards: list[Shard], text: str, meta: TextMeta | None) -> str:
+def _sidecar_fault(shards: list[Shard], text: str, meta: TextMeta | None, captions: list[str]) -> str:
     try:
         if meta:
-            check_sidecars(shards, text, meta.tokens, meta.dim)
+            check_sidecars(shards, text, meta.tokens, meta.dim, captions)
     except WrongSidecar:
         raise
     except ValueError as error:
@@ -97,22 +102,25 @@ def _lines(summary: DatasetSummary, found: Findings) -> list[str]:
         sides = np.repeat([min(size) for size in found.sizes], list(found.sizes.values()))
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.kinds.most_common(4))
         lines.append(f"images: {kinds}; shorter side {sides.min()} to {sides.max()} px, median {np.median(sides):.0f}")
-    if found.captions:
-        letters, repeated = [len(caption) for caption in found.captions], len(found.captions) - len(set(found.captions))
-        unknown = f", {found.not_utf8:,} not UTF-8" if found.not_utf8 else ""
-        lines.append(
-            f"captions: {min(letters)} to {max(letters)} characters, median {np.median(letters):.0f}; "
-            f"{found.without_caption:,} missing or empty, {repeated:,} repeat another{unknown}"
-        )
+    for name, captions in found.captions.items():
+        lines += _caption_lines("captions" if name == TXT else f"captions {name}", captions, summary.meta)
     if summary.meta:
-        clean = CLEANINGS.get(summary.meta.cleaning, str)  # of another version: what it leaves is not known
-        if emptied := sum(not clean(caption).strip() for caption in found.captions if caption.strip()):
-            lines.append(f"captions: {emptied:,} are empty after cleaning={summary.meta.cleaning}")
         lines.append(f"embeddings: {summary.meta.tokens} x {summary.meta.dim} {summary.meta.dtype}")
     reasons = Counter(reason for _, reason in found.bad).most_common()
     counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "none"
     lines.append(f"bad samples: {counts}")
     return lines + [line for line in (summary.sidecar_fault,) if line]
+
+
+def _caption_lines(what: str, captions: FieldCaptions, meta: TextMeta | None) -> list[str]:
+    letters = [len(text) for text in captions.texts]
+    size = f"{min(letters)} to {max(letters)} characters, median {np.median(letters):.0f}; " if letters else ""
+    unknown = f", {captions.not_utf8:,} not UTF-8" if captions.not_utf8 else ""
+    lines = [f"{what}: {size}{captions.missing:,} missing or empty, {captions.repeated:,} repeat another{unknown}"]
+    clean = CLEANINGS.get(meta.cleaning, str) if meta else str  # of another version: what it leaves is not known
+    if meta and (emptied := sum(not clean(text).strip() for text in captions.texts)):
+        lines.append(f"{what}: {emptied:,} are empty after cleaning={meta.cleaning}")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -129,7 +129,7 @@ def test_bad_samples_are_those_of_the_training(config):
     assert {name.split(":")[-1] for name, _ in found.bad} >= {
         "no_image", "no_caption", "not_an_image", "cut", "no_embedding", "nan", "shape", "00002.tar[5]"
     }  # fmt: skip
-    assert found.inspected == 25 and found.without_caption == 4
+    assert found.inspected == 25 and found.captions["txt"].missing == 4
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -200,7 +200,10 @@ def test_sheet_alone(config, tmp_path):
     with pytest.raises(ValueError, match="none of the samples"):
         contact_sheet([])
     # A word wider than its picture is cut, not drawn over its neighbour.
-    black = [Tile("a", "W" * 300, np.zeros((3, 64, 64), np.uint8)), Tile("b", "", np.zeros((3, 64, 64), np.uint8))]
+    black = [
+        Tile("a", {"txt": "W" * 300}, np.zeros((3, 64, 64), np.uint8)),
+        Tile("b", {"txt": ""}, np.zeros((3, 64, 64), np.uint8)),
+    ]
     assert (np.asarray(contact_sheet(black))[:138, 139:147] == 255).all()
 
 

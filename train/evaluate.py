@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data.checks import check_at_least, check_choice
 from data.cli import command, location
+from data.storage.caption_fields import TXT, check_fields
 from train.checkpoint.format import WEIGHTS
 from train.evaluation.scores import DIM, FEATURES
 
@@ -36,6 +37,7 @@ class Evaluate:
     adapter: a LoRA as diffusers saves it, a file or its folder, to merge into the net
     inception: the file of Inception's weights; downloaded if left out
     references: references-*.npz of an earlier evaluation with the same pictures, to save time
+    caption: the field of the captions, txt or another one of data.captions
     """
 
     checkpoint: str = location()
@@ -54,6 +56,7 @@ class Evaluate:
     adapter: str = location("")
     inception: str = location("")
     references: str = location("")
+    caption: str = TXT
 
 
 def evaluate(args: Evaluate) -> list[dict[str, float]]:
@@ -79,7 +82,7 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     from train.weights.lora import merge_adapter
 
     net = find_net(args.checkpoint, args.model, args.weights, args.text)
-    eval_set = find_eval_set(args.shards, args.text, args.samples, args.seed, net)
+    eval_set = find_eval_set(args.shards, args.text, args.samples, args.seed, net, args.caption)
     scheduler = make_scheduler(net.diffusion_steps, net.config.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)
     out = Path(args.out)
@@ -142,6 +145,7 @@ def check(args: Evaluate) -> None:
     for name in args.scores:
         check_choice("scores", name, FEATURES)
     check_choice("weights", args.weights, WEIGHTS)
+    check_fields("caption", [args.caption])
     check_at_least("micro_batch", args.micro_batch, 1)
     check_at_least("seed", args.seed, 0)
     scales = args.guidance_scales

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader.dataset import Dataset, find_datasets
+from data.loader.dataset import Dataset, check_captions, find_datasets
 from data.storage.locations import absolute
 from data.storage.shards import find_shards
 from data.text.embeddings import read_empty
@@ -84,8 +84,12 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     datasets, held_out = find_datasets(config.data), _find_held_out(config)
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
+    if not readable_only:
+        check_captions(datasets)
     metas = [
-        check_meta(d.text, tokens, dim) if online or readable_only else check_sidecars(d.shards, d.text, tokens, dim)
+        check_meta(d.text, tokens, dim)
+        if online or readable_only
+        else check_sidecars(d.shards, d.text, tokens, dim, d.fields)
         for d in (*datasets, *held_out)
     ]
     for dataset, meta in zip((*datasets, *held_out), metas, strict=True):
@@ -153,7 +157,8 @@ def _find_held_out(config: Config) -> list[Dataset]:
         return []
     given = config.data.validation
     try:
-        return [Dataset(find_shards(given.shards), given.text)]
+        # Of several captions the first is taken, so that two validations are of the same.
+        return [Dataset(find_shards(given.shards), given.text, captions=config.data.captions[:1])]
     except ValueError as error:
         raise ValueError(f"data.validation.shards: {error}") from None
 

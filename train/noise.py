@@ -17,7 +17,7 @@ class DeviceBatch:
     """A micro batch of N samples on the device.
 
     Shapes: x_start [N, 3, H, W] float32 in [-1, 1]; text_emb and weight as in Batch; t [N] int64; noise as x_start.
-    bad: (sample, reason) for each weight of 0.
+    bad: (sample, reason) for each weight of 0.  lacks: how many samples lack one of several captions.
     """
 
     x_start: Tensor
@@ -26,6 +26,7 @@ class DeviceBatch:
     t: Tensor
     noise: Tensor
     bad: list[tuple[str, str]]
+    lacks: int = 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -86,7 +87,7 @@ class DeviceBatches:
             tensor.to(self._device, non_blocking=True)
             for tensor in (batch.pixels, batch.text_emb, batch.weight, t, noise)
         )
-        return DeviceBatch(pixels.float() / 127.5 - 1.0, text_emb, weight, t, noise, batch.bad)
+        return DeviceBatch(pixels.float() / 127.5 - 1.0, text_emb, weight, t, noise, batch.bad, int(batch.lacks))
 
 
 def draw_t_and_noise(

@@ -3,6 +3,7 @@
 from data.checks import count
 from data.loader.held_out import micro_batches
 from data.loader.mixture import share_out
+from data.storage.caption_fields import TXT
 from train.config import Config, accumulation, summed_in
 from train.evaluation.validation import TIMESTEPS
 from train.inputs import Inputs, resolve_text_shape
@@ -53,7 +54,8 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
         "OneCycle cosine",
         "optimizer": f"{optim.name}, ZeRO-1, betas {tuple(optim.betas)}, decay {optim.weight_decay:g}, "
         f"clip {optim.grad_clip:g}",
-        "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one",
+        "captions": f"{config.data.tokens} tokens, {config.data.cond_drop_prob:.0%} dropped to the empty one"
+        f"{_shares(config)}",
         "data": data,
         "embeddings": text,
         "validation": describe_validation(config, ranks, inputs),
@@ -78,3 +80,12 @@ def describe_validation(config: Config, ranks: int, inputs: Inputs | None) -> st
 def validation_share(config: Config, samples: int) -> float:
     """The FLOP of all validations over those of the training, whose backward takes twice its forward's."""
     return TIMESTEPS * samples / (3 * config.global_batch * config.validate_every)
+
+
+def _shares(config: Config) -> str:
+    """How often each of several captions is drawn; '' for txt alone."""
+    captions = config.data.captions
+    if [caption.field for caption in captions] == [TXT]:
+        return ""
+    total = sum(caption.weight for caption in captions)
+    return "; " + ", ".join(f"{caption.field} {caption.weight / total:.1%}" for caption in captions)

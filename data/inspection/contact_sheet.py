@@ -55,9 +55,16 @@ def contact_sheet(tiles: list[Tile]) -> Image.Image:
     for number, tile in enumerate(tiles):
         left, top = number % COLUMNS * width + MARGIN, number // COLUMNS * height + MARGIN
         sheet.paste(to_image(tile.pixels).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        for line, words in enumerate(_lines(printable(tile.caption, 200), font, side)):
+        for line, words in enumerate(_lines(_shown(tile.captions), font, side)):
             pen.text((left, top + side + 3 + line * LINE_HEIGHT), words, fill="black", font=font)
     return sheet
+
+
+def _shown(captions: dict[str, str]) -> str:
+    """The caption of a sample; of several each with its field."""
+    if len(captions) == 1:
+        return printable(next(iter(captions.values())), 200)
+    return " ".join(f"{name}: {printable(text, 200 // len(captions))}" for name, text in captions.items())
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -2,15 +2,18 @@
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data.config import CaptionConfig
 from data.images import BadImage, preprocess
 from data.loader.cursor import ENDED, TEXT_UNREADABLE, UNREADABLE, RawSample, ShardCursor
 from data.loader.draws import Draw, Draws
+from data.storage.caption_fields import TXT
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
 from data.text.decode import decode_caption
@@ -24,11 +27,29 @@ MAX_TILES = 96
 
 @dataclass(slots=True)
 class Tile:
-    """One sample as the network sees it: pixels uint8 [3, S, S]."""
+    """One sample as the network sees it: its captions by field, and pixels uint8 [3, S, S]."""
 
     name: str
-    caption: str
+    captions: dict[str, str]
     pixels: np.ndarray
+
+
+@dataclass(slots=True)
+class FieldCaptions:
+    """The captions of one field.
+
+    texts: those that are not empty.  missing: how many samples have none, or an empty one.
+    not_utf8: how many of the texts are in an encoding that is not read.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    missing: int = 0
+    not_utf8: int = 0
+
+    @property
+    def repeated(self) -> int:
+        """How many of the texts repeat another one."""
+        return len(self.texts) - len(set(self.texts))
 
 
 @dataclass(slots=True)
@@ -36,7 +57,7 @@ class Findings:
     """What was found in the inspected samples.
 
     inspected: how many samples, from shards_inspected shards.  kinds: format and mode.  sizes: (width, height) as
-    stored.  captions: those that are not empty.  not_utf8: how many of these are in an encoding that is not read.
+    stored.  captions: by field.
     bad: (sample, reason), with the reasons under which the training counts them.
     damaged: (location, error) of each tar that could not be read to its end.
     """
@@ -45,9 +66,7 @@ class Findings:
     shards_inspected: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    captions: list[str] = field(default_factory=list)
-    without_caption: int = 0
-    not_utf8: int = 0
+    captions: dict[str, FieldCaptions] = field(default_factory=dict)
     bad: list[tuple[str, str]] = field(default_factory=list)
     damaged: list[tuple[str, str]] = field(default_factory=list)
     tiles: list[Tile] = field(default_factory=list)
@@ -87,28 +106,31 @@ def choose_rows(counts: list[int], samples: int) -> dict[int, list[int]]:
 
 
 def inspect_samples(
-    shards: list[Shard], samples: int, view: TrainingView, text: str, meta: TextMeta | None
+    shards: list[Shard], samples: int, view: TrainingView, text: str, meta: TextMeta | None,
+    captions: Sequence[str] = (TXT,),
 ) -> Findings:  # fmt: skip
     """Inspect some samples of the shards and, if there is a meta, their embeddings in the folder `text`.
 
-    samples: at most so many; 0 for all.
+    samples: at most so many; 0 for all.  captions: their fields. Of several captions of a sample the embedding of the
+    first is inspected.
     """
     counts = [shard.count for shard in shards]
     starts = np.cumsum([0, *counts]).tolist()
     chosen = choose_rows(counts, samples)
     total = sum(map(len, chosen.values()))
     tiles = {n * total // MAX_TILES for n in range(MAX_TILES)}
-    findings = Findings(shards_inspected=len(chosen))
+    findings = Findings(shards_inspected=len(chosen), captions={name: FieldCaptions() for name in captions})
     with tqdm(total=total, desc="inspect", unit="img") as bar:
         for number, rows in chosen.items():
-            cursor = ShardCursor(shards[number], text if meta else "")
+            cursor = ShardCursor(shards[number], text if meta else "", captions=list(map(CaptionConfig, captions)))
             for row in rows:
                 raw = cursor.read(row)
                 pixels, problem = _inspect_sample(raw, starts[number] + row, view, meta, findings)
                 if problem:
                     findings.bad.append((raw.name, problem))
                 if pixels is not None and findings.inspected in tiles:
-                    findings.tiles.append(Tile(raw.name, _as_text(raw.caption)[0], pixels))
+                    shown = {name: _as_text(_captions(raw).get(name, b""))[0] for name in captions}
+                    findings.tiles.append(Tile(raw.name, shown, pixels))
                 findings.inspected += 1
                 bar.update()
             findings.damaged += cursor.damages()
@@ -122,12 +144,14 @@ def _inspect_sample(
     """Add a sample to the findings. Returns its pixels, if it has any, and why the training can't use it, or ''."""
     if raw.problem in (ENDED, UNREADABLE):
         return None, raw.problem
-    caption, is_text = _as_text(raw.caption)
-    findings.not_utf8 += not is_text
-    if caption.strip():
-        findings.captions.append(caption)
-    else:
-        findings.without_caption += 1
+    captions = _captions(raw)
+    for name, of_field in findings.captions.items():
+        caption, is_text = _as_text(captions.get(name, b""))
+        of_field.not_utf8 += not is_text
+        if caption.strip():
+            of_field.texts.append(caption)
+        else:
+            of_field.missing += 1
     if not raw.image:
         return None, raw.problem
     try:
@@ -149,6 +173,11 @@ def _inspect_sample(
             raise_if_machine(error, f"the embedding of {raw.name}")
             return pixels, TEXT_UNREADABLE
     return pixels, raw.problem
+
+
+def _captions(raw: RawSample) -> dict[str, bytes]:
+    """All captions of a sample, by field."""
+    return {raw.chosen: raw.caption} | raw.others
 
 
 def _as_text(caption: bytes) -> tuple[str, bool]:

@@ -2,7 +2,7 @@
 
 import base64
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 
 from data.inspection.contact_sheet import printable, to_image
-from data.inspection.findings import Findings, Tile
+from data.inspection.findings import FieldCaptions, Findings, Tile
+from data.storage.caption_fields import TXT
 from data.storage.shards import Shard
 from data.text.meta import TextMeta
 
@@ -109,7 +110,7 @@ def page(summary: DatasetSummary, findings: Findings, image_size: int) -> str:
             (
                 _sheet(findings.tiles, image_size),
                 _images(findings),
-                _captions(findings),
+                *(_captions(name, found) for name, found in findings.captions.items()),
                 _bad(findings),
                 _embeddings(summary),
             )
@@ -124,9 +125,14 @@ def _sheet(tiles: list[Tile], image_size: int) -> str:
         data = BytesIO()
         to_image(tile.pixels).save(data, "PNG", optimize=True)
         source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
-        caption = f"<bdi>{_text(tile.caption)}</bdi>" if tile.caption.strip() else "<i>no caption</i>"
+        captions = "".join(
+            f"<figcaption>{_named(name, tile.captions)}<bdi>{_text(caption)}</bdi></figcaption>"
+            if caption.strip()
+            else f"<figcaption>{_named(name, tile.captions)}<i>no caption</i></figcaption>"
+            for name, caption in tile.captions.items()
+        )
         figures.append(
-            f'<figure><img src="{source}" alt=""><figcaption>{caption}</figcaption>'
+            f'<figure><img src="{source}" alt="">{captions}'
             f'<figcaption class="quiet">{_text(tile.name)}</figcaption></figure>'
         )
     return (
@@ -150,21 +156,25 @@ def _images(findings: Findings) -> str:
     )
 
 
-def _captions(findings: Findings) -> str:
-    times = Counter(findings.captions)
-    repeats = {caption: count for caption, count in times.items() if count > 1}
+def _named(name: str, captions: Collection[str]) -> str:
+    """The field of a caption, where there are several."""
+    return f"<b>{_text(name)}</b> " if len(captions) > 1 else ""
+
+
+def _captions(name: str, found: FieldCaptions) -> str:
+    texts, repeats = found.texts, {text: count for text, count in Counter(found.texts).items() if count > 1}
     lines = [
-        f"{findings.without_caption:,} samples have no caption, or an empty one; "
-        f"{len(findings.captions) - len(times):,} captions repeat another one of those looked at."
+        f"{found.missing:,} samples have no caption, or an empty one; "
+        f"{found.repeated:,} captions repeat another one of those looked at."
     ]
-    if findings.captions:
-        low, middle, high, most = np.quantile([len(caption) for caption in findings.captions], [0, 0.5, 0.95, 1])
+    if texts:
+        low, middle, high, most = np.quantile([len(text) for text in texts], [0, 0.5, 0.95, 1])
         lines.append(f"Characters: {low:.0f} to {most:.0f}, median {middle:.0f}, 95 % have at most {high:.0f}.")
     return (
-        f'<h2>Captions</h2><p>{" ".join(lines)}</p><div class="pair">'
-        + _histogram("Characters", [len(caption) for caption in findings.captions], LETTERS)
-        + _histogram("Words", [len(caption.split()) for caption in findings.captions], WORDS)
-        + (f"<div>{_ranking('Most repeated', repeats.items(), len(findings.captions))}</div>" if repeats else "")
+        f'<h2>Captions{"" if name == TXT else f": {_text(name)}"}</h2><p>{" ".join(lines)}</p><div class="pair">'
+        + _histogram("Characters", [len(text) for text in texts], LETTERS)
+        + _histogram("Words", [len(text.split()) for text in texts], WORDS)
+        + (f"<div>{_ranking('Most repeated', repeats.items(), len(texts))}</div>" if repeats else "")
         + "</div>\n"
     )
 

@@ -16,6 +16,7 @@ class Batch:
     visit: epoch x samples in the dataset + the sample's index, the key of all its random draws.
     weight: 1, or 0 for a sample that could not be read: its pixels are zeros and it adds nothing to the loss.
     bad: (sample, reason) for each weight of 0.
+    lacks: [1] int64, how many of the others had not all the captions among which one was drawn.
     """
 
     pixels: Tensor
@@ -23,6 +24,7 @@ class Batch:
     visit: Tensor
     weight: Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
+    lacks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
     @staticmethod
     def shared(n: int, image_size: int, text_shape: tuple[int, ...], text_dtype: torch.dtype) -> "Batch":
@@ -33,6 +35,7 @@ class Batch:
             _shared_zeros((n, *text_shape), text_dtype),
             _shared_zeros((n,), torch.int64),
             _shared_zeros((n,), torch.float32),
+            lacks=_shared_zeros((1,), torch.int64),
         )
 
     def copy(self, pin_memory: bool) -> "Batch":
@@ -40,7 +43,7 @@ class Batch:
         pixels, text_emb, weight = (
             t.pin_memory() if pin_memory else t.clone() for t in (self.pixels, self.text_emb, self.weight)
         )
-        return Batch(pixels, text_emb, self.visit.clone(), weight, self.bad)
+        return Batch(pixels, text_emb, self.visit.clone(), weight, self.bad, self.lacks.clone())
 
 
 def _shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

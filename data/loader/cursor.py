@@ -1,10 +1,14 @@
-"""Reading a shard and its sidecar side by side, sample by sample."""
+"""Reading a shard and its sidecars side by side, sample by sample."""
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+from data.config import CaptionConfig
+from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.clients import UnreadableError
 from data.storage.locations import is_remote, open_location, size_of, split
 from data.storage.machine import raise_if_machine
@@ -12,7 +16,7 @@ from data.storage.shards import REINDEX, Shard
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, Span, printable_key
 from data.text.decode import NOT_UTF8, is_text
-from data.text.meta import sidecar_location
+from data.text.meta import caption_folder, sidecar_location
 from data.text.sidecar_record import EmbeddedCaptions
 
 logger = logging.getLogger(__name__)
@@ -35,7 +39,10 @@ class ShardUnreadable(RuntimeError):
 class RawSample:
     """The encoded bytes of one sample.
 
-    name: SHARD:KEY.  embedding: its bytes, or where they lie.  problem: why the sample cannot be used, or ''.
+    name: SHARD:KEY.  embedding: of the caption; its bytes, or where they lie.
+    problem: why the sample cannot be used, or ''.
+    chosen: the field of the caption.  others: the captions of other fields.
+    lacks: whether the sample has not all the captions among which one was chosen.
     """
 
     name: str
@@ -43,31 +50,45 @@ class RawSample:
     embedding: bytes | Span = b""
     caption: bytes = b""
     problem: str = ""
+    chosen: str = TXT
+    others: dict[str, bytes] = field(default_factory=dict)
+    lacks: bool = False
+
+
+def choose_caption(weights: Sequence[float], draw: float) -> int:
+    """The index of the caption that a uniform draw in [0, 1) gives, each in proportion to its weight."""
+    ends = list(accumulate(weights))
+    return next((i for i, end in enumerate(ends) if draw * ends[-1] < end), len(ends) - 1)
 
 
 class ShardCursor:
-    """Reads a shard and its sidecar side by side, forwards.
+    """Reads a shard and its sidecars side by side, forwards.
 
     text_folder: '' leaves the embeddings out.  needs_caption: a sample without a caption, or whose caption
     is no text, is then bad, as a sample without an embedding is.
+    captions: those among which one is chosen for each sample; by default KEY.txt alone.
     unreadable: with 'skip' the samples after the point where a shard or sidecar can't be read are bad ones.
     Raises: with unreadable='fail' ShardUnreadable; MachineError; both from here and from read; from read WrongSidecar.
     """
 
-    def __init__(self, shard: Shard, text_folder: str, unreadable: str = "skip", needs_caption: bool = False) -> None:
+    def __init__(
+        self, shard: Shard, text_folder: str, unreadable: str = "skip", needs_caption: bool = False,
+        captions: Sequence[CaptionConfig] = (CaptionConfig(),),
+    ) -> None:  # fmt: skip
         self.shard, self.row, self._name, self._needs_caption = shard, 0, shard.name, needs_caption
         fail = unreadable == "fail"
-        self._images = _Tar(shard.location, {*IMAGE_EXTENSIONS, "txt"}, shard.size, fail)
-        self._texts: _Tar | None = None
-        self._embedded: EmbeddedCaptions | None = None
+        self._weights = {caption.field: caption.weight for caption in captions}
+        self._images = _Tar(shard.location, {*IMAGE_EXTENSIONS, *caption_extensions(self._weights)}, shard.size, fail)
+        self._sidecars: dict[str, _Sidecar] = {}
         if text_folder:
-            location = sidecar_location(shard, text_folder)
-            # Embeddings may be a hundred times as large as the images, so those on a disk are not held in memory.
-            self._texts = _Tar(location, {"npy"}, None, fail, spans=not is_remote(location))
-            self._embedded = EmbeddedCaptions(location)
+            folders = {name: caption_folder(text_folder, name) for name in self._weights}
+            self._sidecars = {name: _Sidecar(sidecar_location(shard, folders[name]), fail) for name in folders}
 
-    def read(self, row: int) -> RawSample:
-        """The sample at a row, at or after self.row. The data of the rows between is not read."""
+    def read(self, row: int, draw: float = 0.0) -> RawSample:
+        """The sample at a row, at or after self.row. The data of the rows between is not read.
+
+        draw: in [0, 1), chooses among the captions that the sample has; 0 gives the first of them.
+        """
         if self.row < row:
             self._skip(row - self.row)
         self.row += 1
@@ -76,15 +97,31 @@ class ShardCursor:
             problem = UNREADABLE if self._images.unreadable else ENDED
             return RawSample(f"{self._name}[{row}]", problem=problem)
         key, members = sample
-        embedding, problem = self._embedding(key)
-        if self._embedded and "txt" in members and not self._embedded.has(self._name, key, members["txt"]):
-            embedding, problem = b"", NO_EMBEDDING
+        captions = find_captions(members, self._weights)
+        name, lacks = self._choose(captions, draw)
+        caption = captions.pop(name, None)
+        embedding, problem = self._embedding(key, name, caption)
         if self._needs_caption:
-            problem = NO_CAPTION if "txt" not in members else "" if is_text(members["txt"]) else NOT_UTF8
+            problem = NO_CAPTION if caption is None else "" if is_text(caption) else NOT_UTF8
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), b"")
         if not image:
             problem = self._no_image(members)
-        return RawSample(f"{self._name}:{printable_key(key)}", image, embedding, members.get("txt", b""), problem)
+        named = f"{self._name}:{printable_key(key)}"
+        return RawSample(named, image, embedding, caption or b"", problem, name, captions, lacks)
+
+    def _choose(self, captions: dict[str, bytes], draw: float) -> tuple[str, bool]:
+        """The field of the caption to take, and whether the sample lacks one of them, or has one that is no text.
+
+        What the shard has decides, not what is embedded, so that damage to embeddings changes no other sample.
+        """
+        fields = list(self._weights)
+        if len(fields) == 1:
+            return fields[0], False
+        # Where none is text, the first that is there tells why.
+        usable = [f for f in fields if f in captions and is_text(captions[f])] or [f for f in fields if f in captions]
+        if not usable:
+            return fields[0], True
+        return usable[choose_caption([self._weights[f] for f in usable], draw)], len(usable) < len(fields)
 
     def _no_image(self, members: dict[str, bytes]) -> str:
         """The reason for a sample without an image, as exactly as its files tell it."""
@@ -94,36 +131,64 @@ class ShardCursor:
         there = {*members, *unread}
         return CAPTION_ALONE if "txt" in there and there.isdisjoint(IMAGE_EXTENSIONS) else NO_IMAGE
 
-    def _embedding(self, key: str) -> tuple[bytes | Span, str]:
-        """The embedding of the sample with this key and '', or nothing and the reason."""
-        if self._texts is None:
+    def _embedding(self, key: str, name: str, caption: bytes | None) -> tuple[bytes | Span, str]:
+        """The embedding of a sample's caption of a field and '', or nothing and the reason.
+
+        Raises: WrongSidecar.
+        """
+        if not self._sidecars:
             return b"", ""
-        # The sidecar has the same keys in the same order, without those that have no caption.
-        sample = self._texts.sample() if self._texts.key == key else None
-        embedding = sample[1].get("npy", b"") if sample else b""
-        return embedding, "" if embedding else TEXT_UNREADABLE if self._texts.unreadable else NO_EMBEDDING
+        for other, sidecar in self._sidecars.items():
+            if other != name:
+                sidecar.passed.append(key)
+        embedding, problem = self._sidecars[name].read(key)
+        if caption is not None and not self._sidecars[name].embedded.has(self._name, key, caption):
+            return b"", NO_EMBEDDING
+        return embedding, problem
 
     def _skip(self, rows: int) -> None:
         skipped = (self._images.sample(read=False) for _ in range(rows))
         keys = [sample[0] for sample in skipped if sample]
         self.row += rows
-        texts = self._texts
-        # Embeddings have one size, so a single seek is mostly enough. Over the network that saves many requests.
-        if texts is None or (keys and texts.key == keys[0] and texts.try_seek(len(keys), self._images.key)):
-            return
-        for key in keys:
-            if texts.key == key:
-                texts.sample(read=False)
+        for sidecar in self._sidecars.values():
+            sidecar.passed += keys
 
     def damages(self) -> list[tuple[str, str]]:
         """(location, reason) of each file that so far could not be read to its end."""
-        return [(tar.location, tar.damage) for tar in (self._images, self._texts) if tar and tar.damage]
+        tars = [self._images, *(sidecar.tar for sidecar in self._sidecars.values())]
+        return [(tar.location, tar.damage) for tar in tars if tar.damage]
 
     def close(self) -> None:
-        """Close both files."""
+        """Close all files."""
         self._images.close()
-        if self._texts:
-            self._texts.close()
+        for sidecar in self._sidecars.values():
+            sidecar.tar.close()
+
+
+class _Sidecar:
+    """The embeddings of one caption field of a shard: the same keys in the same order, without those that have none.
+
+    passed: the keys of the samples that were passed over since the last one that was read.
+    embedded: tells whether the sidecar was made from a caption.
+    """
+
+    def __init__(self, location: str, fail: bool) -> None:
+        # Embeddings may be a hundred times as large as the images, so those on a disk are not held in memory.
+        self.tar = _Tar(location, {"npy"}, None, fail, spans=not is_remote(location))
+        self.passed: list[str] = []
+        self.embedded = EmbeddedCaptions(location)
+
+    def read(self, key: str) -> tuple[bytes | Span, str]:
+        """The embedding under a key and '', or nothing and the reason. The key's sample is then passed."""
+        passed, self.passed = self.passed, []
+        # Embeddings have one size, so a single seek is mostly enough. Over the network that saves many requests.
+        if passed and not (self.tar.key == passed[0] and self.tar.try_seek(len(passed), key)):
+            for other in passed:
+                if self.tar.key == other:
+                    self.tar.sample(read=False)
+        sample = self.tar.sample() if self.tar.key == key else None
+        embedding = sample[1].get("npy", b"") if sample else b""
+        return embedding, "" if embedding else TEXT_UNREADABLE if self.tar.unreadable else NO_EMBEDDING
 
 
 class _Tar:

@@ -19,6 +19,7 @@ class Draw(IntEnum):
     TIMESTEP = 4
     NOISE = 5
     VALIDATION_NOISE = 6
+    CAPTION = 7
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

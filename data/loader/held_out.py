@@ -79,7 +79,10 @@ class HeldOut:
                     cursor.close()
                 online = dataset.encoder is not None
                 text = "" if online else dataset.text
-                number, cursor = wanted, ShardCursor(dataset.shards[shard], text, self._unreadable, online)
+                number, cursor = (
+                    wanted,
+                    ShardCursor(dataset.shards[shard], text, self._unreadable, online, dataset.captions),
+                )
                 rows = dataset.rows(shard)
             yield visit, cursor.read(int(rows[visit - int(self._ends[number]) + len(rows)]))
         if cursor is not None:

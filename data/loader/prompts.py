@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tuple[str, np.ndarray]]:
     """At most n captions, taken evenly from all shards, with their embeddings [tokens, dim], read or encoded.
 
+    Of several captions of a sample it is the first, in the order of data.captions, that the sample has.
     A sample that cannot be read is left out. Raises: ValueError if none of the n can be read.
     """
     shards = [(shard, dataset) for dataset in datasets for shard in dataset.shards]
@@ -26,7 +27,8 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
         number = int(np.searchsorted(ends, index, side="right"))
         shard, dataset = shards[number]
         encoder = dataset.encoder
-        cursor = ShardCursor(shard, "" if encoder else dataset.text, needs_caption=encoder is not None)
+        folder, online = "" if encoder else dataset.text, encoder is not None
+        cursor = ShardCursor(shard, folder, needs_caption=online, captions=dataset.captions)
         raw = cursor.read(index - int(ends[number]) + shard.count)
         cursor.close()
         try:

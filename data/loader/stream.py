@@ -28,10 +28,14 @@ class BlockReader:
     """Reads the blocks of one virtual stream. It holds the current block, and the shard at which reading continues.
 
     number: of the dataset in the mixture.  unreadable: as for ShardCursor.
+    choices: the draws of the captions, None where there is one caption.
     """
 
-    def __init__(self, mixture: Mixture, number: int, dataset: Dataset, unreadable: str) -> None:
+    def __init__(
+        self, mixture: Mixture, number: int, dataset: Dataset, unreadable: str, choices: Draws | None
+    ) -> None:  # fmt: skip
         self.mixture, self.number, self.dataset, self.unreadable = mixture, number, dataset, unreadable
+        self.choices = choices
         self._block: Block | None = None
         self._samples: list[tuple[int, RawSample]] = []
         self._cursor: ShardCursor | None = None
@@ -42,20 +46,21 @@ class BlockReader:
             self._samples = []  # frees the last block before the next is read
             shard, row, shuffle = self.mixture.orders[self.number].rows(block)
             self._samples = [
-                (self.mixture.visit(self.number, block.epoch, s, r), self._read(s, r))
+                self._read(self.mixture.visit(self.number, block.epoch, s, r), s, r)
                 for s, r in zip(shard.tolist(), row.tolist(), strict=True)
             ]
             self._block, self._shuffle = block, shuffle.tolist()
         return self._samples[self._shuffle[within]]
 
-    def _read(self, shard: int, row: int) -> RawSample:
+    def _read(self, visit: int, shard: int, row: int) -> tuple[int, RawSample]:
         cursor, wanted = self._cursor, self.dataset.shards[shard]
         if cursor is None or cursor.shard is not wanted or cursor.row > row:
             if cursor is not None:
                 cursor.close()
             online = self.dataset.encoder is not None
-            cursor = self._cursor = ShardCursor(wanted, "" if online else self.dataset.text, self.unreadable, online)
-        return cursor.read(row)
+            folder, captions = "" if online else self.dataset.text, self.dataset.captions
+            cursor = self._cursor = ShardCursor(wanted, folder, self.unreadable, online, captions)
+        return visit, cursor.read(row, self.choices.at(visit).random() if self.choices else 0.0)
 
 
 class MicroBatches:
@@ -74,6 +79,7 @@ class MicroBatches:
     ) -> None:  # fmt: skip
         c = self.config = config
         self.datasets, self.collator = datasets, Collator(config, datasets, meta, image_size, seed)
+        self.choices = Draws(seed, Draw.CAPTION) if len(datasets[0].captions) > 1 else None
         counts, weights = [[shard.count for shard in d.shards] for d in datasets], [d.weight for d in datasets]
         self.mixture = Mixture(seed, counts, weights, global_batch, c.streams, c.phases, c.shuffle_block)
         self.micro_batch, self.first_slot = micro_batch, rank * (global_batch // ranks)
@@ -92,8 +98,9 @@ class MicroBatches:
             for dataset, block, within in self.positions(number):
                 reader = readers.get((dataset, block.stream))
                 if reader is None:
-                    reader = BlockReader(self.mixture, dataset, self.datasets[dataset], self.config.unreadable_shard)
-                    readers[dataset, block.stream] = reader
+                    reader = readers[dataset, block.stream] = BlockReader(
+                        self.mixture, dataset, self.datasets[dataset], self.config.unreadable_shard, self.choices
+                    )
                 samples.append(reader.sample(block, within))
             self.collator.collate(samples, buffer)
             yield buffer
@@ -137,7 +144,7 @@ class Collator:
         """Write the samples, each with its visit, to the batch."""
         c = self.config
         pixels, text_emb, weight = batch.pixels.numpy(), batch.text_emb.numpy(), batch.weight.numpy()
-        weight[:], batch.bad = 1.0, []
+        weight[:], batch.bad, lacks = 1.0, [], 0
         for i, (visit, raw) in enumerate(samples):
             try:
                 if raw.problem:
@@ -147,10 +154,12 @@ class Collator:
                     text_emb[i] = self.empty
                 else:
                     self._read_text(text_emb[i], raw)
+                lacks += raw.lacks
             except ValueError as problem:
                 pixels[i], text_emb[i], weight[i] = 0, self.empty, 0.0
                 batch.bad.append((raw.name, str(problem)))
         batch.visit.numpy()[:] = [visit for visit, _ in samples]
+        batch.lacks.numpy()[0] = lacks
 
     def _read_text(self, out: np.ndarray, raw: RawSample) -> None:
         """Write the embedding or the token ids of a sample into out.

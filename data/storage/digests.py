@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 
+from data.storage.caption_fields import TXT
+
 # Hex digits of the digest of a caption, and of a shard.
 CAPTION_DIGITS, SHARD_DIGITS = 16, 32
 
@@ -17,9 +19,9 @@ def caption_digest(key: str, caption: bytes) -> str:
 
 
 class ShardDigest:
-    """The digest of a shard: a hash over the caption digests of its samples in their order.
+    """The digest of a shard: a hash over the caption digests of its samples in their order, for one caption field.
 
-    A sample without a caption counts with the empty caption.
+    A sample without that caption counts with the empty caption.
     """
 
     def __init__(self) -> None:
@@ -34,7 +36,7 @@ class ShardDigest:
     def of(self, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The samples (key, {extension: bytes}) as they come, each added on its way."""
         for key, members in samples:
-            self.add(key, members.get("txt"))
+            self.add(key, members.get(TXT))
             yield key, members
 
     def hexdigest(self) -> str:

@@ -4,18 +4,22 @@ import json
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from braceexpand import braceexpand
 
+from data.storage.caption_fields import TXT
 from data.storage.locations import absolute, is_remote, join, list_names, open_location, read_bytes, size_of, split
 from data.storage.tars import BYTES, DIGEST, SOURCE_DIGEST, STATS, scan_shard
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
+# The entry of a shard in the index with its digests for captions beside txt.
+CAPTION_DIGESTS = "caption_digests"
 # The remedy where an index does not fit its shards.
 REINDEX = "run `python -m data.index shards={}` again"
 
@@ -24,18 +28,24 @@ REINDEX = "run `python -m data.index shards={}` again"
 class Shard:
     """One webdataset tar: its path or URL, its number of samples and, if an index gives it, its size in bytes.
 
-    digest: ShardDigest of its captions, None if neither the index nor the stats file has it.
+    digest: ShardDigest of its txt captions, None if neither the index nor the stats file has it.
+    caption_digests: that of captions of other fields, as far as the index has them.
     """
 
     location: str
     count: int
     size: int | None = None
     digest: str | None = None
+    caption_digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The file's name, which is its sidecar's too."""
         return split(self.location)[1]
+
+    def digest_of(self, caption: str) -> str | None:
+        """ShardDigest of the captions of a field, None if it is not known without reading the tar."""
+        return self.digest if caption == TXT else self.caption_digests.get(caption)
 
 
 def find_shards(where: str | Path, unreadable: dict[str, str] | None = None) -> list[Shard]:
@@ -92,12 +102,21 @@ def read_index(location: str) -> list[Shard]:
     folder = split(location)[0]
     try:
         entries = json.loads(read_bytes(location))["shards"]
-        rows = [(str(e["shard"]), int(e["samples"]), int(e["bytes"]), e.get(DIGEST) or None) for e in entries]
+        rows = [
+            (
+                str(e["shard"]),
+                int(e["samples"]),
+                int(e["bytes"]),
+                e.get(DIGEST) or None,
+                dict(e.get(CAPTION_DIGESTS, ())),
+            )
+            for e in entries
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{location}' is no index of shards ({error!r}): make it again with `data.index`") from None
     shards = [
-        Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size, digest)
-        for name, count, size, digest in rows
+        Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size, digest, others)
+        for name, count, size, digest, others in rows
     ]
     _check_names([shard.location for shard in shards], location)
     return shards
@@ -135,25 +154,27 @@ def read_stats(location: str) -> Stats | None:
     return Stats(samples, None if size is None and _is_older(path, location) else digest, size)
 
 
-def current_digest(shard: Shard) -> str | None:
+def current_digest(shard: Shard, caption: str = TXT) -> str | None:
     """The digest of a shard as it is now, without reading the tar; None if only that would tell.
 
-    Of a local shard that is what the stats file says, else the index, unless it lies beside the tar and is older.
+    Of a local shard that is what the stats file says, else the index, unless it lies beside the tar and is older. A
+    stats file says nothing of captions beside txt.
     Raises: ValueError if a local index says otherwise than the stats file; OSError.
     """
     if is_remote(shard.location):
-        return shard.digest
+        return shard.digest_of(caption)
     stats, folder = read_stats(shard.location), split(shard.location)[0]
     if stats and stats.digest:
         if shard.digest not in (None, stats.digest):
             raise ValueError(
                 f"the index is out of date: '{shard.location}' was written again since: {REINDEX.format(folder)}"
             )
-        return stats.digest
+        if caption == TXT:
+            return stats.digest
     try:
-        return None if _is_older(join(folder, INDEX), shard.location) else shard.digest
+        return None if _is_older(join(folder, INDEX), shard.location) else shard.digest_of(caption)
     except FileNotFoundError:  # the index lies elsewhere
-        return shard.digest
+        return shard.digest_of(caption)
 
 
 def _is_older(path: str, tar: str) -> bool:
@@ -217,7 +238,7 @@ def _count(location: str) -> Shard:
     scan = scan_shard(location)
     if scan.damage:
         logger.warning("%s: only its first %d samples can be read: %s", location, scan.samples, scan.damage)
-    return Shard(location, scan.samples, digest=scan.digest)
+    return Shard(location, scan.samples, digest=scan.digests[TXT])
 
 
 def _check_names(locations: list[str], where: str) -> None:

@@ -4,11 +4,12 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from data.storage.atomic import atomic_file
+from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.digests import ShardDigest
 from data.storage.local_files import PooledFile
 from data.storage.locations import open_location, write_whole
@@ -205,31 +206,35 @@ def read_shard(location: str | Path, extensions: set[str]) -> Iterator[Sample]:
 class Scan(NamedTuple):
     """What the headers and captions of a shard say.
 
-    samples: how many.  digest: ShardDigest of them.  damage: what stopped the reading before its end, or ''.
+    samples: how many.  digests: ShardDigest of them for each caption field.
+    damage: what stopped the reading before its end, or ''.
     """
 
     samples: int
-    digest: str
+    digests: dict[str, str]
     damage: str
 
 
-def scan_shard(location: str | Path) -> Scan:
-    """Count the samples of a shard and digest their captions. Nothing else is read but headers.
+def scan_shard(location: str | Path, fields: Sequence[str] = (TXT,)) -> Scan:
+    """Count the samples of a shard and digest their captions of these fields. Nothing else is read but headers.
 
     Raises: OSError.
     """
-    count, digest, damage = 0, ShardDigest(), ""
+    count, digests, damage = 0, {field: ShardDigest() for field in fields}, ""
     try:
-        for _ in digest.of(read_shard(location, {"txt"})):
+        for key, members in read_shard(location, caption_extensions(fields)):
+            captions = find_captions(members, fields)
+            for field, digest in digests.items():
+                digest.add(key, captions.get(field))
             count += 1
     except DamagedTar as error:
         damage = str(error)
-    return Scan(count, digest.hexdigest(), damage)
+    return Scan(count, {field: digest.hexdigest() for field, digest in digests.items()}, damage)
 
 
 def shard_digest(location: str | Path) -> str:
-    """The digest of a shard, from its headers and captions; of a damaged one that of the samples before the damage.
+    """The digest of a shard, from its headers and txt captions; of a damaged one that of the samples before the damage.
 
     Raises: OSError.
     """
-    return scan_shard(location).digest
+    return scan_shard(location).digests[TXT]

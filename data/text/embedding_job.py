@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from data.device import default_device
+from data.storage.caption_fields import TXT
 from data.storage.claims import Claim, claim
 from data.storage.locations import write_whole
 from data.storage.shards import Shard
@@ -100,33 +101,34 @@ class Work:
 
 
 def write_sidecars(
-    shards: list[Shard], out: Path, encoder: TextEncoder, meta: TextMeta, batch: int, repair: bool
+    shards: list[Shard], out: Path, encoder: TextEncoder, meta: TextMeta, batch: int, repair: bool, caption: str = TXT
 ) -> Work:
     """Write the sidecars that are missing or of other captions than their shards have now; ends when all are there.
 
     Embeddings of captions that did not change are kept. A shard that cannot be read does not stop the others.
+    out: the folder of the sidecars of this caption field.
     batch: captions that are encoded together.  repair: read all embeddings, and make anew those that are damaged too.
     Raises: ValueError if states are not finite or too large for the dtype; OSError if something cannot be written.
     """
     work = Work()
     if repair:
-        summaries = summarize_sidecars(shards, str(out), meta)
+        summaries = summarize_sidecars(shards, str(out), meta, caption)
         outdated = {s.shard.name: DAMAGED for s in summaries if s.faults}
         work.unreadable = {s.shard.name: s.shard_unreadable for s in summaries if s.shard_unreadable}
     else:
-        outdated, work.unreadable = find_outdated(shards, str(out))
+        outdated, work.unreadable = find_outdated(shards, str(out), caption)
 
     def write(shard: Shard, held: Claim, progress: Callable[[int], object]) -> None:
         valid = None
         reason = outdated.get(shard.name, "") if Path(sidecar_location(shard, out)).exists() else ""
         if reason:
-            report = check_sidecar(shard, str(out), meta)
+            report = check_sidecar(shard, str(out), meta, caption)
             if report.shard_unreadable:
                 raise UnreadableShard(report.shard_unreadable)
             if not report.faults():  # another process has made it anew before this one claimed it
                 return
             valid = report.valid
-        written = write_sidecar(shard, out, encoder, meta.dtype, batch, held, progress, valid)
+        written = write_sidecar(shard, out, encoder, meta.dtype, batch, held, progress, valid, caption)
         work.without_caption += written.without_caption
         work.not_text += written.not_text
         work.cleaned_away += written.cleaned_away

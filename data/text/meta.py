@@ -3,12 +3,14 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data.storage.caption_fields import TXT
 from data.storage.locations import absolute, is_remote, join, list_names, read_bytes, split
 from data.storage.shards import INDEX, Shard, current_digest, read_index, read_stats
 from data.storage.tars import write_json
@@ -86,8 +88,16 @@ class TextMeta:
             raise ValueError(f"'{path}' is not a meta file of data.embed ({error}): embed the captions anew") from None
 
 
+def caption_folder(folder: str | Path, caption: str) -> str:
+    """Where the sidecars of a caption field lie: txt's beside meta.json, those of others in a folder of that name."""
+    return str(folder) if caption == TXT else join(folder, caption)
+
+
 def sidecar_location(shard: Shard, folder: str | Path) -> str:
-    """The location of a shard's sidecar, which has its file name and its keys, with KEY.npy for each caption."""
+    """The location of a shard's sidecar, which has its file name and its keys, with KEY.npy for each caption.
+
+    folder: as caption_folder gives it.
+    """
     return join(folder, shard.name)
 
 
@@ -111,17 +121,29 @@ def check_meta(folder: str | Path, tokens: int, dim: int) -> TextMeta:
     return meta
 
 
-def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: int) -> TextMeta:
-    """check_meta, and that every shard has its own sidecar in the folder, and whole, by their stats files or indices.
+def check_sidecars(
+    shards: list[Shard], folder: str | Path, tokens: int, dim: int, captions: Sequence[str] = (TXT,)
+) -> TextMeta:
+    """check_meta, and that every shard has its own sidecars in the folder, and whole, by their stats files or indices.
 
-    tokens, dim: of the model; 0 for whatever the embeddings have.
+    tokens, dim: of the model; 0 for whatever the embeddings have.  captions: the fields that are to be embedded.
     Raises: WrongSidecar if embeddings are of other captions than the shards'; ValueError for what else does not fit.
     Each says what to change.
     """
-    meta, folder = check_meta(folder, tokens, dim), str(folder)
-    index, total = _sidecar_index(folder), len(shards)
-    present = None if is_remote(folder) and not index else set(index) if is_remote(folder) else set(list_names(folder))
-    repair = f"`python -m data.embed shards={split(shards[0].location)[0]} out={folder}"
+    meta = check_meta(folder, tokens, dim)
+    for caption in captions:
+        more = "" if caption == TXT else f" caption={caption}"
+        repair = f"`python -m data.embed shards={split(shards[0].location)[0]} out={folder}{more}"
+        _check_sidecars(shards, caption_folder(folder, caption), caption, repair)
+    return meta
+
+
+def _check_sidecars(shards: list[Shard], folder: str, caption: str, repair: str) -> None:
+    """check_sidecars for one caption field, whose sidecars lie in the folder.  repair: the command, not yet closed."""
+    index, total, names = _sidecar_index(folder), len(shards), set[str]()
+    if not is_remote(folder) and (caption == TXT or os.path.isdir(folder)):
+        names = set(list_names(folder))
+    present = None if is_remote(folder) and not index else set(index) if is_remote(folder) else names
     missing = [shard.name for shard in shards if present is not None and shard.name not in present]
     if missing:
         raise ValueError(
@@ -129,7 +151,7 @@ def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: in
             f"run {repair}` again, it adds what is missing, or set text.mode=online"
         )
     with ThreadPoolExecutor(READERS) as readers:
-        found = list(readers.map(lambda shard: _sidecar_fault(shard, folder, index.get(shard.name)), shards))
+        found = list(readers.map(lambda shard: _sidecar_fault(shard, folder, index.get(shard.name), caption), shards))
     first = {fault: shard.name for fault, shard in reversed(list(zip(found, shards, strict=True)))}
     if CUT in first:
         raise ValueError(
@@ -147,24 +169,23 @@ def check_sidecars(shards: list[Shard], folder: str | Path, tokens: int, dim: in
             "%d of %d sidecars in '%s' do not record their captions (first: %s), so nothing tells whether they are of "
             "these shards; data.embed records them", found.count(NO_RECORD), total, folder, first[NO_RECORD],
         )  # fmt: skip
-    return meta
 
 
-def _sidecar_fault(shard: Shard, folder: str, entry: Shard | None) -> str:
+def _sidecar_fault(shard: Shard, folder: str, entry: Shard | None, caption: str) -> str:
     """What is wrong with the sidecar of a shard, or ''.  entry: the sidecar in the folder's index, if that has it."""
     sidecar = sidecar_location(shard, folder)
     if is_remote(folder):
-        digest = current_digest(shard) if entry and entry.digest else None
+        digest = current_digest(shard, caption) if entry and entry.digest else None
         return OTHER_CAPTIONS if entry and digest and digest != entry.digest else ""
     size = os.path.getsize(sidecar)
-    if entry and entry.size == size and entry.digest and entry.digest == shard.digest:
+    if entry and entry.size == size and entry.digest and entry.digest == shard.digest_of(caption):
         return ""
     stats = read_stats(sidecar)
     if stats is None or stats.sidecar_size is None:
         return NO_RECORD
     if stats.sidecar_size != size:
         return CUT
-    digest = current_digest(shard)
+    digest = current_digest(shard, caption)
     return OTHER_CAPTIONS if digest and digest != stats.digest else ""
 
 

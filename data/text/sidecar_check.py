@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.storage.digests import ShardDigest, caption_digest
+from data.storage.caption_fields import TXT, caption_extensions, find_captions
+from data.storage.digests import ShardDigest
 from data.storage.locations import is_remote, join, list_names, open_location, size_of
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard, current_digest
@@ -16,7 +17,7 @@ from data.storage.tar_headers import DamagedTar
 from data.storage.tars import STATS, ShardReader, Span, printable_key, read_shard, sample_name, scan_shard
 from data.text.decode import is_text
 from data.text.embeddings import from_bytes, read_empty
-from data.text.meta import TextMeta, sidecar_location
+from data.text.meta import TextMeta, caption_folder, sidecar_location
 from data.text.sidecar_record import SidecarRecord, checksum
 
 # Sidecars that are read at once; and how many faulty ones are printed.
@@ -76,14 +77,19 @@ class SidecarSummary(NamedTuple):
     shard_unreadable: str
 
 
-def check_sidecar(shard: Shard, folder: str, meta: TextMeta) -> SidecarReport:
-    """Read a sidecar whole and compare it with the captions of its shard."""
+def check_sidecar(shard: Shard, folder: str, meta: TextMeta, caption: str = TXT) -> SidecarReport:
+    """Read a sidecar whole and compare it with the captions of a field of its shard.
+
+    folder: of the sidecars of that field.
+    """
     digests, not_text, source = {}, [], ShardDigest()
     try:
-        for key, members in source.of(read_shard(shard.location, {"txt"})):
-            if "txt" in members and is_text(members["txt"]):
-                digests[key] = caption_digest(key, members["txt"])
-            elif "txt" in members:
+        for key, members in read_shard(shard.location, caption_extensions([caption])):
+            data = find_captions(members, [caption]).get(caption)
+            digest = source.add(key, data)
+            if data is not None and is_text(data):
+                digests[key] = digest
+            elif data is not None:
                 not_text.append(sample_name(shard.name, key))
     except DamagedTar as error:
         return SidecarReport(shard_unreadable=str(error))
@@ -141,11 +147,11 @@ def _is_embedding(npy: bytes, meta: TextMeta) -> bool:
         return False
 
 
-def summarize_sidecars(shards: list[Shard], folder: str, meta: TextMeta) -> list[SidecarSummary]:
+def summarize_sidecars(shards: list[Shard], folder: str, meta: TextMeta, caption: str = TXT) -> list[SidecarSummary]:
     """check_sidecar for all shards, by threads, with a progress bar."""
 
     def summarize(shard: Shard) -> SidecarSummary:
-        found = check_sidecar(shard, folder, meta)
+        found = check_sidecar(shard, folder, meta, caption)
         return SidecarSummary(
             shard, found.captions, len(found.valid), found.faults(), found.not_text, found.shard_unreadable
         )
@@ -154,7 +160,7 @@ def summarize_sidecars(shards: list[Shard], folder: str, meta: TextMeta) -> list
         return list(tqdm(readers.map(summarize, shards), total=len(shards), unit="shard", desc="check"))
 
 
-def find_outdated(shards: list[Shard], folder: str) -> tuple[dict[str, str], dict[str, str]]:
+def find_outdated(shards: list[Shard], folder: str, caption: str = TXT) -> tuple[dict[str, str], dict[str, str]]:
     """The sidecars that are not of their shards' captions of today, by the stats files; no embedding is read.
 
     Of a shard whose digest is not known the headers and captions are read.
@@ -163,11 +169,11 @@ def find_outdated(shards: list[Shard], folder: str) -> tuple[dict[str, str], dic
 
     def compare(shard: Shard) -> tuple[str, str]:
         try:
-            if (digest := current_digest(shard)) is None:
-                scan = scan_shard(shard.location)
+            if (digest := current_digest(shard, caption)) is None:
+                scan = scan_shard(shard.location, [caption])
                 if scan.damage:
                     return "", scan.damage
-                digest = scan.digest
+                digest = scan.digests[caption]
         except OSError as error:
             raise_if_machine(error, shard.location)
             return "", error.strerror or str(error)
@@ -188,15 +194,17 @@ def find_outdated(shards: list[Shard], folder: str) -> tuple[dict[str, str], dic
     return {name: why for name, why, _ in named if why}, {name: problem for name, _, problem in named if problem}
 
 
-def check_embeddings(shards: list[Shard], folder: str, unreadable: dict[str, str]) -> None:
-    """Read all captions of the shards and all embeddings of a folder, and print what does not agree.
+def check_embeddings(shards: list[Shard], out: str, unreadable: dict[str, str], caption: str = TXT) -> None:
+    """Read all captions of a field and all embeddings of them, and print what does not agree.
+
+    out: the folder of the embeddings, with meta.json.
 
     unreadable: shards that are not among the others, since they cannot be read, with the reason.
     Raises: ValueError if anything does not agree; OSError.
     """
-    meta = TextMeta.read(folder)
-    read_empty(folder, meta)
-    summaries = summarize_sidecars(shards, folder, meta)
+    meta, folder = TextMeta.read(out), caption_folder(out, caption)
+    read_empty(out, meta)
+    summaries = summarize_sidecars(shards, folder, meta, caption)
     unreadable = unreadable | {s.shard.name: s.shard_unreadable for s in summaries if s.shard_unreadable}
     faulty = [summary for summary in summaries if summary.faults]
     for summary in faulty[:MAX_PRINTED]:
@@ -244,13 +252,13 @@ def not_text_line(keys: list[str]) -> str:
         return ""
     return (
         f"{len(keys)} captions are not UTF-8 ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}) and have no "
-        "embedding; the training will skip them: write them in UTF-8 and run data.embed again"
+        "embedding, as if there were none: write them in UTF-8 and run data.embed again"
     )
 
 
 def _extra_sidecars(shards: list[Shard], folder: str) -> list[str]:
     """The sidecars in a folder that belong to none of the shards; none where the folder can't be listed."""
-    if is_remote(folder) and not folder.startswith("s3://"):
+    if (is_remote(folder) and not folder.startswith("s3://")) or not (is_remote(folder) or os.path.isdir(folder)):
         return []
     names = {shard.name for shard in shards}
     return [join(folder, name) for name in sorted(list_names(folder)) if name.endswith(".tar") and name not in names]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.claims import Claim
 from data.storage.digests import ShardDigest
 from data.storage.machine import raise_if_machine
@@ -66,10 +67,11 @@ class _CaptionBatch:
 
 def write_sidecar(
     shard: Shard, out: Path, encoder: TextEncoder, dtype: str, batch: int, claim: Claim,
-    progress: Callable[[int], object], valid: dict[str, Span | None] | None = None,
+    progress: Callable[[int], object], valid: dict[str, Span | None] | None = None, caption: str = TXT,
 ) -> Written:  # fmt: skip
     """Embed the captions of a shard. Only a few batches are in memory.
 
+    out: the folder of the sidecars of this caption field.
     progress: called with the number of captions of each batch that is done.
     valid: embeddings by caption_digest that are taken over as they are.
     Raises: UnreadableShard; MachineError; ValueError if states are not finite or too large for the dtype; OSError.
@@ -77,12 +79,12 @@ def write_sidecar(
     record, written, source = SidecarRecord(), Written(), ShardDigest()
 
     def samples() -> Iterator[Sample]:
-        read = _read_captions(shard, batch, valid or {}, source, written)
+        read = _read_captions(shard, caption, batch, valid or {}, source, written)
         tokenized = prefetch(_tokenize(read, encoder, shard.name, written), TOKENIZED_AHEAD)
         for part in prefetch(_start_encoding(tokenized, encoder), ENCODED_AHEAD):
             states = iter(_finite_states(part, encoder))
-            for key, digest, caption, kept in zip(part.keys, part.digests, part.captions, part.kept, strict=True):
-                npy = to_bytes(_stored(next(states), dtype, caption)) if kept is None else kept.read()
+            for key, digest, text, kept in zip(part.keys, part.digests, part.captions, part.kept, strict=True):
+                npy = to_bytes(_stored(next(states), dtype, text)) if kept is None else kept.read()
                 record.add(digest, npy)
                 yield key, {"npy": npy}
             claim.renew()
@@ -96,13 +98,13 @@ def write_sidecar(
 
 
 def _read_captions(
-    shard: Shard, batch: int, valid: dict[str, Span | None], source: ShardDigest, written: Written
+    shard: Shard, field: str, batch: int, valid: dict[str, Span | None], source: ShardDigest, written: Written
 ) -> Iterator[_CaptionBatch]:
-    """The captions of a shard in batches; counts them in `written`, and adds all samples to `source`."""
+    """The captions of a field in batches; counts them in `written`, and adds all samples to `source`."""
     part = _CaptionBatch([], [], [], [])
     try:
-        for key, members in read_shard(shard.location, {"txt"}):
-            caption = members.get("txt")
+        for key, members in read_shard(shard.location, caption_extensions([field])):
+            caption = find_captions(members, [field]).get(field)
             digest = source.add(key, caption)
             if caption is None:
                 written.without_caption += 1

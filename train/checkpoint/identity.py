@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.loader.dataset import Dataset
+from data.storage.caption_fields import TXT
 from data.storage.locations import absolute, split
-from data.storage.tars import shard_digest
+from data.storage.shards import Shard
+from data.storage.tars import scan_shard
 from data.text.meta import TextMeta
 from model.config import UNetConfig
 
@@ -53,16 +55,25 @@ def identity(config: dict) -> dict[str, object]:
     kept["lora"] = config["lora"] if config["lora"]["rank"] else None
     kept |= {f"data.{key}": config["data"][key] for key in ("streams", "phases", "shuffle_block")}
     # The datasets may be moved.
+    captions = captions_of(config)
+    # The weight of a single one changes nothing.
+    kept["data.captions"] = captions if len(captions) > 1 else [captions[0] | {"weight": 1.0}]
     kept["data.mixture"] = {name: dataset["weight"] for name, dataset in config["data"]["mixture"].items()}
     return kept
 
 
+def captions_of(config: Mapping) -> list[dict]:
+    """data.captions as plain dicts; a checkpoint of before they were a key was trained on txt alone."""
+    return config["data"].get("captions", [{"field": TXT, "weight": 1.0}])
+
+
 def data_digest(dataset: Dataset) -> str:
-    """A hash over the shards' digests and counts, in their order; see add_missing_digests."""
+    """A hash over the shards' counts and digests for each caption, in their order; see add_missing_digests."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for shard in dataset.shards:
-        assert shard.digest, shard.location
-        digest.update(f"{shard.count} {shard.digest}\n".encode())
+        for field in dataset.fields:
+            assert shard.digest_of(field), (shard.location, field)
+            digest.update(f"{shard.count} {shard.digest_of(field)}\n".encode())
     return digest.hexdigest()
 
 
@@ -72,17 +83,25 @@ def add_missing_digests(datasets: list[Dataset]) -> None:
     Raises: OSError if a shard cannot be read.
     """
     for dataset in datasets:
-        missing = [shard.location for shard in dataset.shards if not shard.digest]
+        fields = dataset.fields
+        missing = [shard.location for shard in dataset.shards if not all(map(shard.digest_of, fields))]
         if not missing:
             continue
-        folder = split(missing[0])[0]
+        folder, others = split(missing[0])[0], ",".join(field for field in fields if field != TXT)
         logger.warning(
             "%d of %d shards in '%s' have no digest yet, so their headers and captions are read: "
-            "run `python -m data.index shards=%s` to make this once",
-            len(missing), len(dataset.shards), absolute(folder), folder,
+            "run `python -m data.index shards=%s%s` to make this once",
+            len(missing), len(dataset.shards), absolute(folder), folder, f" captions={others}" if others else "",
         )  # fmt: skip
-        digests = {location: shard_digest(location) for location in tqdm(missing, unit="shard", desc="digests")}
-        dataset.shards = [replace(s, digest=s.digest or digests[s.location]) for s in dataset.shards]
+        bar = tqdm(missing, unit="shard", desc="digests")
+        found = {location: scan_shard(location, fields).digests for location in bar}
+        dataset.shards = [_with_digests(shard, found.get(shard.location, {})) for shard in dataset.shards]
+
+
+def _with_digests(shard: Shard, found: dict[str, str]) -> Shard:
+    """A shard with the digests by field that were found, where it had none."""
+    others = {field: digest for field, digest in found.items() if field != TXT} | dict(shard.caption_digests)
+    return replace(shard, digest=shard.digest or found.get(TXT), caption_digests=others)
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from data.config import CaptionConfig
 from data.images import preprocess
 from data.loader.cursor import RawSample, ShardCursor
+from data.storage.caption_fields import TXT
 from data.storage.shards import Shard, find_shards
 from data.text.decode import decode_caption
 from data.text.embeddings import read_empty, read_into
@@ -20,12 +22,14 @@ from train.evaluation.evaluated_net import EvaluatedNet
 class Pictures:
     """`samples` captioned pictures, chosen at random without replacement from shards.
 
+    caption: the field of their captions.
     Raises: ValueError if there are fewer.
     """
 
     shards: list[Shard]
     samples: int
     seed: int
+    caption: str = field(default=TXT, kw_only=True)
 
     def __post_init__(self) -> None:
         if not 2 <= self.samples <= self.total:
@@ -39,8 +43,9 @@ class Pictures:
 
     @property
     def digest(self) -> str:
-        """A hash of which pictures these are, and in which order, by the names and counts of the shards."""
+        """A hash of which pictures and captions these are, in which order, by the names and counts of the shards."""
         choice = [[(shard.name, shard.count) for shard in self.shards], self.samples, self.seed]
+        choice += [self.caption] if self.caption != TXT else []
         return hashlib.sha256(json.dumps(choice).encode()).hexdigest()
 
     def captions(self, first: int, stop: int) -> list[str]:
@@ -75,7 +80,7 @@ class Pictures:
         shard_of = np.searchsorted(ends, chosen, side="right")
         for number in np.unique(shard_of).tolist():
             shard = self.shards[number]
-            cursor = ShardCursor(shard, text, "fail")
+            cursor = ShardCursor(shard, text, "fail", captions=[CaptionConfig(self.caption)])
             for row in (chosen[shard_of == number] - (ends[number] - shard.count)).tolist():
                 raw = cursor.read(row)
                 if raw.problem:
@@ -111,20 +116,20 @@ class EvalSet(Pictures):
         return embeddings
 
 
-def find_eval_set(shards: str, text: str, samples: int, seed: int, net: EvaluatedNet) -> EvalSet:
+def find_eval_set(shards: str, text: str, samples: int, seed: int, net: EvaluatedNet, caption: str = TXT) -> EvalSet:
     """`samples` pictures of the shards, with the embeddings of their captions in the folder `text`.
 
     Raises: ValueError if these embeddings are missing, or are not of the encoder that the net was trained with.
     """
     found = find_shards(shards)
-    meta = check_sidecars(found, text, net.tokens, net.config.encoder_dim)
+    meta = check_sidecars(found, text, net.tokens, net.config.encoder_dim, [caption])
     encoder = (meta.weights_sha256, meta.tokenizer_sha256)
     if net.encoder and net.encoder != encoder:
         raise ValueError(
             f"the captions in '{text}' were embedded by {meta.encoder}, which is not the encoder that the net was "
             "trained with: embed them with that one"
         )
-    return EvalSet(found, samples, seed, text, meta)
+    return EvalSet(found, samples, seed, text, meta, caption=caption)
 
 
 def _unusable(raw: RawSample, problem: object) -> str:

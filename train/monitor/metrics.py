@@ -34,6 +34,7 @@ class Metrics:
     def __init__(self, device: torch.device, config: Config) -> None:
         self.device, self.timesteps, self.clip = device, config.diffusion_steps, config.optim.grad_clip
         self.bad_counts: dict[str, int] = {}
+        self._several_captions = len(config.data.captions) > 1
         self._peak = peak_flops(device)
         self._flops = training_flops(config.model, config.data.tokens, config.lora).total if self._peak else 0.0
         self._weights_before: Tensor | None = None
@@ -48,6 +49,7 @@ class Metrics:
         ).unbind()
         self._steps, self._samples, self._started = 0, 0, time.perf_counter()
         self._bad: dict[str, int] = {}
+        self._lacks = 0
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -77,6 +79,7 @@ class Metrics:
         self._quarter_count.index_add_(0, quarter, weight.double())
         self._good += weight.sum()
         self._samples += len(t)
+        self._lacks += batch.lacks
         for _, reason in batch.bad:
             self._bad[reason] = self._bad.get(reason, 0) + 1
             self.bad_counts[reason] = self.bad_counts.get(reason, 0) + 1
@@ -104,7 +107,7 @@ class Metrics:
         memory[dist.get_rank()] = self._memory()
         local = {
             "losses": torch.stack([*self._loss_sums.values()]) if self._loss_sums else torch.empty(0),
-            "counts": torch.tensor([self._samples, sum(self._bad.values())]),
+            "counts": torch.tensor([self._samples, sum(self._bad.values()), self._lacks]),
             "good": self._good,
             "quarters": torch.cat([*self._quarter_sums.values(), self._quarter_count]),
             "grad": torch.stack([self._grad_norm, self._clipped]),
@@ -118,7 +121,7 @@ class Metrics:
         sums = dict(zip(local, packed.cpu().split([v.numel() for v in local.values()]), strict=True))
         self._read_events()  # the device has passed all of them, since the sums above were read from it
 
-        (samples, bad), steps = sums["counts"].tolist(), max(self._steps, 1)
+        (samples, bad, lacks), steps = sums["counts"].tolist(), max(self._steps, 1)
         good = max(float(sums["good"]), 1.0)
         values = {name: float(value) / good for name, value in zip(self._loss_sums, sums["losses"], strict=True)}
         *by_quarter, counts = sums["quarters"].view(-1, QUARTERS).tolist()
@@ -141,6 +144,8 @@ class Metrics:
         values |= {f"seconds_{name}": self._seconds[name] / steps for name in PHASES}
         if self._peak:
             values["mfu"] = per_gpu * self._flops / self._peak
+        if self._several_captions:
+            values["captions_lacking"] = lacks
         if bad:
             values |= self._bad_of_all_ranks()
         self._reset()
