@@ -1,6 +1,6 @@
 """The configuration of a run's data: where it lies, how it is read, what is decoded. Imports no torch and no Pillow."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from data.checks import check_at_least, check_choice, check_share
 from data.cli import location
@@ -41,11 +41,31 @@ class DatasetConfig:
     shards: folder or URL of its image shards.
     text: folder or URL of their text embeddings.
     weight: its share of every batch, in any unit.
+    where, drop: rules for this dataset, beside data.where and data.drop, which hold for all.
     """
 
     shards: str = location()
     text: str = location()
     weight: float = 1.0
+    where: str = ""
+    drop: list[str] = location([])
+
+    def __post_init__(self) -> None:
+        check_where(self.where)
+
+
+@dataclass(slots=True)
+class ValidationConfig:
+    """Samples that are held apart from the training.
+
+    share: share of the samples, chosen by a hash of the key, that is never trained on; data.index must know it.
+    """
+
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"data.validation.share={self.share} must be at least 0 and less than 1")
 
 
 @dataclass(slots=True)
@@ -71,6 +91,10 @@ class DataConfig:
     shards: folder or URL of the image shards; docs/reference/sources.md.
     text: folder or URL of their text embeddings.
     mixture: several datasets by name, each with shards, text and weight, instead of shards and text.
+    where: which samples are trained on, an expression over the fields of KEY.json, such as "punsafe < 0.5 and
+        min(width, height) >= 64"; data.index evaluates it. docs/guide/data.md.
+    drop: .parquet, .csv or .txt files of the keys, URLs or hashes of samples to leave out.
+    validation: samples that are held apart.
     tokens: number of tokens of a caption's embedding; 0 takes that of the embeddings' meta.json.
     crop_shift: largest shift of the crop from the centre, as a share of its side.
     cond_drop_prob: share of captions that are replaced by the empty one.
@@ -87,6 +111,9 @@ class DataConfig:
     shards: str = location("shards")
     text: str = location("text")
     mixture: dict[str, DatasetConfig] = field(default_factory=dict)
+    where: str = ""
+    drop: list[str] = location([])
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     tokens: int = 0
     crop_shift: float = 0.1
     cond_drop_prob: float = 0.1
@@ -106,7 +133,23 @@ class DataConfig:
         for name in ("cond_drop_prob", "max_bad_share"):
             check_share(f"data.{name}", getattr(self, name))
         check_choice("data.unreadable_shard", self.unreadable_shard, ("skip", "fail"))
+        check_where(self.where)
 
     def datasets(self) -> list[DatasetConfig]:
-        """The datasets of the mixture, or else the one of shards and text."""
-        return list(self.mixture.values()) or [DatasetConfig(self.shards, self.text)]
+        """The datasets of the mixture, or else the one of shards and text, each with all rules that hold for it."""
+        return [
+            replace(dataset, where=_both(self.where, dataset.where), drop=[*self.drop, *dataset.drop])
+            for dataset in self.mixture.values() or [DatasetConfig(self.shards, self.text)]
+        ]
+
+
+def check_where(where: str) -> None:
+    """Raises: ValueError if it is no expression over fields."""
+    if where.strip():
+        from data.selection.where import Where  # here: most configurations have none
+
+        Where(where)
+
+
+def _both(first: str, second: str) -> str:
+    return f"({first}) and ({second})" if first.strip() and second.strip() else first or second

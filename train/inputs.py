@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.checks import count
 from data.loader.dataset import Dataset, find_datasets
+from data.loader.mixture import share_out
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
 from model.config import MIN_GROUP_CHANNELS
 from train.checkpoint.format import latest_checkpoint
-from train.checkpoint.identity import DataIdentity, data_digest, weights_digest
+from train.checkpoint.identity import DataIdentity, data_digest, describe_selection, weights_digest
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
 from train.weights.pretrained import load_pretrained
@@ -60,8 +62,8 @@ class Inputs:
     @property
     def identity(self) -> DataIdentity:
         """What a checkpoint keeps of the inputs, so that the run goes on with no others."""
-        samples = [dataset.samples for dataset in self.datasets]
-        return DataIdentity(samples, [data_digest(dataset) for dataset in self.datasets], self.meta, self.base)
+        samples, digests = [d.samples for d in self.datasets], [data_digest(d) for d in self.datasets]
+        return DataIdentity(samples, digests, self.meta, self.base, [describe_selection(d) for d in self.datasets])
 
 
 def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
@@ -96,6 +98,7 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     found = Inputs(datasets, metas[0], encoder=encoder)
     if readable_only:
         return found
+    _check_selections(config, datasets)
     if isinstance(config.sample.prompts, list):
         found.prompts = _encode_prompts(config, metas[0], encoder)
     if config.init_from and not config.lora.rank:
@@ -136,6 +139,21 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
             fault = f"rank {dist.get_rank()}: {error}"
     raise_on_all(fault)
     return inputs
+
+
+def _check_selections(config: Config, datasets: list[Dataset]) -> None:
+    """Log what the rules took. Raises: ValueError if they leave a dataset less than its share of one batch."""
+    sizes = share_out(config.global_batch, [dataset.weight for dataset in datasets])
+    for dataset, given, size in zip(datasets, config.data.datasets(), sizes, strict=True):
+        if dataset.selection is None:
+            continue
+        lines = dataset.selection.receipt.lines()
+        if dataset.samples < size:
+            raise ValueError(
+                f"of {given.shards} {count(dataset.samples, 'sample')} are chosen ({'; '.join(lines)}), less than the "
+                f"{size} of one batch: loosen the rules, or lower global_batch"
+            )
+        logger.info("%s: %s", given.shards, "; ".join(lines))
 
 
 def _encode_prompts(config: Config, meta: TextMeta, encoder: "TextEncoder | None") -> list[tuple[str, np.ndarray]]:

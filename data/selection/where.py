@@ -42,18 +42,18 @@ class Value(NamedTuple):
 class Where:
     """An expression over the fields of samples.
 
-    fields: the names of the fields in it.
+    text: as it was given.  fields: the names of the fields in it.
     Raises: ValueError if it is no expression of this kind.
     """
 
     def __init__(self, text: str) -> None:
-        self._given, self.fields = text, set[str]()
+        self.text, self.fields = text.strip(), set[str]()
         if len(text) > LONGEST:
             raise ValueError(f"where={one_line(text)} has {len(text)} characters, more than {LONGEST}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that `is` stands beside a constant, which is refused below
-                self._tree = ast.parse(text.strip(), mode="eval").body
+                self._tree = ast.parse(self.text, mode="eval").body
             self._check(self._tree)
         except SyntaxError as error:
             raise self._fault(f"{error.msg} at character {error.offset}") from None
@@ -93,7 +93,7 @@ class Where:
         return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
     def _fault(self, what: str) -> ValueError:
-        return ValueError(f"where={one_line(self._given, 200)}: {what}; {SYNTAX}")
+        return ValueError(f"where={one_line(self.text, 200)}: {what}; {SYNTAX}")
 
     def _check(self, node: ast.AST) -> None:
         """Look at every part, and note the fields. Raises: _Refused for a part that is not known."""
