@@ -1,6 +1,7 @@
 """A run in words, and its number of parameters."""
 
 from data.checks import count
+from data.loader.dataset import Dataset
 from data.loader.mixture import share_out
 from train.config import Config, accumulation, summed_in
 from train.inputs import Inputs, resolve_text_shape
@@ -15,6 +16,10 @@ def parameters(config: Config) -> tuple[int, int]:
     return trained, sum(p.numel() for p in unet.parameters()) - trained
 
 
+def _samples(dataset: Dataset) -> str:
+    return f"{count(dataset.samples, 'sample')}{' chosen' if dataset.selection else ''}"
+
+
 def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     """The resolved run in a few lines.  inputs: what was found; None if it is not there.
 
@@ -23,7 +28,7 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     if inputs:
         sizes = share_out(config.global_batch, [dataset.weight for dataset in inputs.datasets])
         data = "; ".join(
-            f"{count(len(found.shards), 'shard')}, {count(found.samples, 'sample')} in {given.shards}, "
+            f"{count(len(found.shards), 'shard')}, {_samples(found)} in {given.shards}, "
             f"{size} of each batch, {config.steps * size / found.samples:.2f} epochs"
             for found, given, size in zip(inputs.datasets, config.data.datasets(), sizes, strict=True)
         )

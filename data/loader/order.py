@@ -67,7 +67,7 @@ class Order:
         return epoch, stream, number, within
 
     def rows(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """shard [n] and number in it [n] of a block's samples in the order of the line, and the permutation [n] of them."""
+        """Of a block: the shard [n] of each sample and its number there [n], by the line, and their permutation [n]."""
         pieces = self._pieces(block.epoch)
         first = pieces[block.stream] + block.number * self.block_size
         in_line = np.arange(first, min(first + self.block_size, pieces[block.stream + 1]))

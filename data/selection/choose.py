@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.checks import count
 from data.processes import in_processes
 from data.selection.drop import DropList, read_list, row_hashes
 from data.selection.fields import KEY, NUMBER, TEXT, TRUTH, kind_of, read_fields, unknown_field
@@ -37,7 +38,7 @@ class Fields:
     def lines(self) -> list[str]:
         """A line for each field: its kind and how many of the samples have it."""
         width = max(map(len, self.kinds), default=0)
-        return [
+        return [f"fields, by {count(self.samples, 'sample')} of {count(self.shards, 'shard')}:"] + [
             f"  {name:<{width}}  {kind or 'never given':<13}  {self.having[name]:,} of {self.samples:,}"
             for name, kind in self.kinds.items()
         ]
@@ -112,7 +113,7 @@ def make_plan(rules: Rules, fields: Fields) -> Plan:
 
 
 def _in_those(fields: Fields) -> str:
-    return f"of {fields.samples:,} samples in {fields.shards} shards"
+    return f"of {count(fields.samples, 'sample')} in {count(fields.shards, 'shard')}"
 
 
 def choose_all(shards: Sequence[Shard], plan: Plan, workers: int) -> tuple[Receipt, list[Chosen]]:

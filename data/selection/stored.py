@@ -77,7 +77,7 @@ class Receipt:
         """A line for each rule, and one for what is left."""
         lines = []
         for text, took, missing in self.rules:
-            verb = "holds apart" if text.startswith("validation") else "takes"
+            verb = "holds apart" if text.startswith("validation") else "leaves out"
             unknown = ""
             if missing:
                 unknown = f" ({missing:,} of them for a missing field)"
