@@ -14,7 +14,7 @@ from data.processes import in_processes
 from data.selection.choose import choose_all, look_at_fields, make_plan
 from data.selection.fields import KEY
 from data.selection.rules import Rules, selection_location
-from data.selection.stored import write_selection
+from data.selection.stored import Chosen, Receipt, read_chosen, write_selection
 from data.storage.locations import is_remote, join, split, write_whole
 from data.storage.shards import INDEX, Shard, is_folder, locate, read_index, read_stats, shard_bytes
 from data.storage.tars import DIGEST, scan_shard
@@ -103,11 +103,24 @@ def select(shards: list[Shard], rules: Rules, index: str, workers: int) -> None:
     fields = look_at_fields(shards, workers)
     print("\n".join(fields.lines()))
     plan = make_plan(rules, fields)
-    receipt, chosen = choose_all(shards, plan, workers)
+    unfinished = f"{out}.unfinished"
+
+    def save(done: dict[str, Chosen]) -> None:
+        if done and not is_remote(out):
+            known = [shard for shard in shards if shard.name in done]
+            write_selection(unfinished, digest, plan.texts(), known, [done[shard.name] for shard in known])
+
+    done = {} if is_remote(out) else read_chosen(unfinished, digest, shards)
+    if done:
+        print(f"goes on with an interrupted run: {len(done):,} shards are done (delete '{unfinished}' to begin again)")
+    chosen = choose_all(shards, plan, workers, done, save)
+    receipt = Receipt.of_all(plan.texts(), chosen)
     print("\n".join(receipt.lines()))
     if not receipt.chosen:
         raise ValueError(f"of {receipt.samples:,} samples none is chosen, so there is no selection: loosen the rules")
     size = write_selection(out, digest, plan.texts(), shards, chosen)
+    if not is_remote(out):
+        Path(unfinished).unlink(missing_ok=True)
     print(f"{out}: {size:,} bytes")
 
 

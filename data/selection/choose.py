@@ -1,7 +1,8 @@
 """Choosing: the rules are evaluated once over the fields of all samples, shard by shard, in processes."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from data.processes import in_processes
 from data.selection.drop import DropList, read_list, row_hashes
 from data.selection.fields import KEY, NUMBER, TEXT, TRUTH, kind_of, read_fields, unknown_field
 from data.selection.rules import Rules
-from data.selection.stored import Chosen, Receipt
+from data.selection.stored import Chosen
 from data.selection.where import Where
 from data.storage.shards import Shard
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # Which fields there are, and of what kind, is found in the first samples of some shards, spread evenly.
-PEEK_SHARDS, PEEK_SAMPLES = 16, 1000
+PEEK_SHARDS, PEEK_SAMPLES = 16, 250
+# Seconds after which what is done is saved, so that an interrupted run goes on from there.
+SAVE_SECONDS = 60.0
 # Makes the hash of a key that holds a sample apart another than that of a list.
 HELD_APART = b"validation"
 
@@ -116,10 +119,32 @@ def _in_those(fields: Fields) -> str:
     return f"of {count(fields.samples, 'sample')} in {count(fields.shards, 'shard')}"
 
 
-def choose_all(shards: Sequence[Shard], plan: Plan, workers: int) -> tuple[Receipt, list[Chosen]]:
-    """Apply the rules to all shards.  Raises: ValueError if a shard's fields can't be read; OSError."""
-    chosen = list(in_processes(partial(choose, plan), shards, workers, "shard", "choose"))
-    return Receipt.of_all(plan.texts(), chosen), chosen
+def choose_all(
+    shards: Sequence[Shard],
+    plan: Plan,
+    workers: int,
+    done: dict[str, Chosen],
+    save: Callable[[dict[str, Chosen]], None],
+) -> list[Chosen]:
+    """Apply the rules to all shards, in their order.
+
+    done: what an interrupted run has done, by the names of the shards.  save: keeps what is done so far; called now and
+    then, and if it ends before the last shard.
+    Raises: ValueError if a shard's fields can't be read; OSError.
+    """
+    todo, saved = [shard for shard in shards if shard.name not in done], time.monotonic()
+    try:
+        for shard, chosen in zip(
+            todo, in_processes(partial(choose, plan), todo, workers, "shard", "choose"), strict=True
+        ):
+            done[shard.name] = chosen
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save(done)
+                saved = time.monotonic()
+    except BaseException:
+        save(done)
+        raise
+    return [done[shard.name] for shard in shards]
 
 
 def choose(plan: Plan, shard: Shard) -> Chosen:

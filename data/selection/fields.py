@@ -158,8 +158,9 @@ def _from_parquet(shard: Shard, names: set[str] | None, most: int | None) -> "pa
             raise
         raise ValueError(f"'{location}' is not a readable parquet file: {one_line(str(error))}") from None
     kept = [KEY, *(name for name in rows.column_names if name != KEY and (names is None or name in names))]
-    rows = rows.select(kept)
-    return rows if most is None else rows.slice(0, most)
+    rows = rows.select(kept).slice(0, most)
+    empty = [name for name in kept if rows[name].null_count == rows.num_rows and name != KEY]
+    return pa.table({name: pa.nulls(rows.num_rows) if name in empty else rows[name] for name in kept})
 
 
 def _successes(location: str, names: set[str] | None) -> "pa.Table | None":

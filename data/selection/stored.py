@@ -124,6 +124,32 @@ def write_selection(
     return len(data)
 
 
+def read_chosen(location: str, rules: str, shards: Sequence[Shard]) -> dict[str, Chosen]:
+    """What an interrupted run has chosen of these shards by the same rules, by their names.
+
+    Nothing if there is no such file, or it is damaged.  Raises: OSError.
+    """
+    try:
+        about, tensors, start = _read_head(location)
+        if about["rules"] != rules:
+            return {}
+        with open_location(location) as file:
+            file.seek(start)
+            rows = file.read()
+    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
+        return {}
+    by_name = {shard.name: shard for shard in shards}
+    ends, found = np.cumsum(tensors["sizes"].ravel(), dtype=np.int64).reshape(-1, 2).tolist(), {}
+    for i, name in enumerate(about["shards"]):
+        shard, samples = by_name.get(name), int(tensors["samples"][i, 0])
+        if shard and (shard.digest, shard.count) == (tensors["digests"][i].tobytes().hex(), samples):
+            lists = [tensors[name][i].tolist() for name in ("counts", "sizes", "marks", "took", "missing")]
+            counts, sizes, marks, took, missing = lists
+            one, other = (rows[end - size : end] for end, size in zip(ends[i], sizes, strict=True))
+            found[name] = Chosen(samples, tuple(counts), (one, other), tuple(marks), took, missing)
+    return found
+
+
 @dataclass(slots=True)
 class Selection:
     """The chosen rows of the shards of a dataset, in their order.

@@ -87,6 +87,8 @@ class Where:
                 raise _Refused(f"it gives a {value.kind}, not true or false")
         except _Refused as error:
             raise self._fault(str(error)) from None
+        except RecursionError:
+            raise self._fault("it is nested too deeply") from None
         column = value.column.cast(pa.bool_())
         if isinstance(column, pa.Scalar):
             column = pa.array([column.as_py()] * table.num_rows, pa.bool_())
@@ -135,6 +137,10 @@ class Where:
     def _constant(self, node: ast.Constant) -> list[ast.AST]:
         if type(node.value) not in (int, float, str, bool):
             raise _Refused(f"`{_source(node)}` is no number or text" + "; write `is None`" * (node.value is None))
+        if isinstance(node.value, int) and abs(node.value) > 10**300:
+            raise _Refused(f"`{_source(node)}` is too large")
+        if isinstance(node.value, str):
+            node.value.encode()  # raises for half of a surrogate pair
         return []
 
     def _name(self, node: ast.Name) -> list[ast.AST]:

@@ -115,8 +115,8 @@ def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity)
                 "set it back, or choose another run_dir"
             )
     names = [f"data.mixture.{name}.shards" for name in config["data"]["mixture"]] or ["data.shards"]
-    _check_selections(folder, manifest, config, names, now)
     _check_data(folder, manifest, names, now)
+    _check_selections(folder, manifest, names, now)
     for name in TEXT_IDENTITY:
         if manifest["text"][name] != (value := getattr(now.text, name)):
             raise ValueError(
@@ -138,11 +138,11 @@ def describe_selection(dataset: Dataset) -> dict | None:
     return {"digest": selection.digest, "receipt": selection.receipt.lines()} if selection else None
 
 
-def _check_selections(folder: str, manifest: dict, config: dict, names: list[str], now: DataIdentity) -> None:
+def _check_selections(folder: str, manifest: dict, names: list[str], now: DataIdentity) -> None:
     """Raises: ValueError if other samples are chosen than those that the checkpoint was trained on."""
     # A checkpoint from before there were selections has none.
-    before = manifest.get("selections") or [None] * len(now.selections)
-    for name, then, here in zip(names, before, now.selections, strict=True):
+    before, selections = (found or [None] * len(names) for found in (manifest.get("selections"), now.selections))
+    for name, then, here in zip(names, before, selections, strict=True):
         if (then and then["digest"]) != (here and here["digest"]):
             old, new = ("; ".join(found["receipt"]) if found else "all samples are chosen" for found in (then, here))
             raise ValueError(
@@ -153,7 +153,8 @@ def _check_selections(folder: str, manifest: dict, config: dict, names: list[str
 
 def _check_data(folder: str, manifest: dict, names: list[str], now: DataIdentity) -> None:
     end = "give it the same shards, or begin from scratch in another run_dir"
-    if manifest["samples"] != now.samples:
+    all_chosen = not any(manifest.get("selections") or []) and not any(now.selections)
+    if all_chosen and manifest["samples"] != now.samples:
         raise ValueError(
             f"'{folder}' was trained on other data ({manifest['samples']} samples, {', '.join(names)} now has "
             f"{now.samples}): {end}"
