@@ -1,7 +1,7 @@
 """The configuration of a run's data: where it lies, how it is read, what is decoded. Imports no torch and no Pillow."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from data.checks import check_at_least, check_choice, check_share
 from data.cli import location
@@ -59,27 +59,43 @@ class DatasetConfig:
     shards: folder or URL of its image shards.
     text: folder or URL of their text embeddings.
     weight: its share of every batch, in any unit.
+    where, drop: rules for this dataset, beside data.where and data.drop, which hold for all.
     """
 
     shards: str = location()
     text: str = location()
     weight: float = 1.0
+    where: str = ""
+    drop: list[str] = location([])
+
+    def __post_init__(self) -> None:
+        check_where(self.where)
 
 
 @dataclass(slots=True)
 class ValidationConfig:
-    """The held-out samples of the validation loss; docs/guide/evaluation.md.
+    """The held-out samples of the validation loss: shards of their own, or a share; docs/guide/evaluation.md.
 
+    share: share of the training's samples, chosen by a hash of the key, that is never trained on; data.index must
+        know it.
     shards: folder or URL of image shards that the training does not see.
     text: folder or URL of their text embeddings, of the training's encoder.
     samples: how many of them, taken evenly from all. Of several captions the first is taken.
     """
 
+    share: float = 0.0
     shards: str = location("")
     text: str = location("")
     samples: int = 1024
 
     def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"data.validation.share={self.share} must be at least 0 and less than 1")
+        if self.share and self.shards:
+            raise ValueError(
+                f"data.validation.share={self.share} and data.validation.shards={self.shards} are two ways to hold "
+                "samples apart: give one"
+            )
         check_at_least("data.validation.samples", self.samples, 1)
         if bool(self.shards) != bool(self.text):
             raise ValueError(
@@ -111,6 +127,9 @@ class DataConfig:
     shards: folder or URL of the image shards; docs/reference/sources.md.
     text: folder or URL of their text embeddings.
     mixture: several datasets by name, each with shards, text and weight, instead of shards and text.
+    where: which samples are trained on, an expression over the fields of KEY.json, such as "punsafe < 0.5 and
+        min(width, height) >= 64"; data.index evaluates it. docs/guide/data.md.
+    drop: .parquet, .csv or .txt files of the keys, URLs or hashes of samples to leave out.
     validation: the held-out samples of the validation loss.
     captions: the captions of a sample by field, with weights; one is drawn for each sample in each epoch.
         docs/guide/data.md.
@@ -130,6 +149,8 @@ class DataConfig:
     shards: str = location("shards")
     text: str = location("text")
     mixture: dict[str, DatasetConfig] = field(default_factory=dict)
+    where: str = ""
+    drop: list[str] = location([])
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     captions: list[CaptionConfig] = field(default_factory=lambda: [CaptionConfig()])
     tokens: int = 0
@@ -152,7 +173,23 @@ class DataConfig:
             check_share(f"data.{name}", getattr(self, name))
         check_choice("data.unreadable_shard", self.unreadable_shard, ("skip", "fail"))
         check_fields("data.captions", [caption.field for caption in self.captions])
+        check_where(self.where)
 
     def datasets(self) -> list[DatasetConfig]:
-        """The datasets of the mixture, or else the one of shards and text."""
-        return list(self.mixture.values()) or [DatasetConfig(self.shards, self.text)]
+        """The datasets of the mixture, or else the one of shards and text, each with all rules that hold for it."""
+        return [
+            replace(dataset, where=_both(self.where, dataset.where), drop=[*self.drop, *dataset.drop])
+            for dataset in self.mixture.values() or [DatasetConfig(self.shards, self.text)]
+        ]
+
+
+def check_where(where: str) -> None:
+    """Raises: ValueError if it is no expression over fields."""
+    if where.strip():
+        from data.selection.where import Where  # here: most configurations have none
+
+        Where(where)
+
+
+def _both(first: str, second: str) -> str:
+    return f"({first}) and ({second})" if first.strip() and second.strip() else first or second

@@ -1,22 +1,23 @@
-"""Count the samples of all shards once: `python -m data.index shards=WHERE [out=FILE.json captions=NAME workers=8]`."""
+"""Count the samples of all shards once, and choose among them: `python -m data.index shards=WHERE [where=TEXT]`."""
 
 import json
-import signal
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import os
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from data.checks import check_at_least, count
 from data.cli import command, location
+from data.config import ValidationConfig, check_where
+from data.processes import in_processes
+from data.selection.choose import choose_all, look_at_fields, make_plan
+from data.selection.fields import KEY
+from data.selection.rules import Rules, selection_location
+from data.selection.stored import Chosen, Receipt, read_chosen, write_selection
 from data.storage.caption_fields import TXT, check_fields
-from data.storage.locations import join, split, write_whole
-from data.storage.shards import CAPTION_DIGESTS, INDEX, is_folder, locate, read_stats, shard_bytes
+from data.storage.locations import is_remote, join, split, write_whole
+from data.storage.shards import CAPTION_DIGESTS, INDEX, Shard, is_folder, locate, read_index, read_stats, shard_bytes
 from data.storage.tars import DIGEST, scan_shard
 
 # Shards named in a report of one kind of fault.
@@ -27,14 +28,19 @@ NAMED = 10
 class Index:
     """Writes index.json beside the shards: samples, bytes and digest of each, so that a training need not find them.
 
-    They are those of the stats file if our commands wrote it. The headers and captions of other shards are read.
+    They are those of the stats file if our commands wrote it. The headers and captions of other shards are read. The
+    fields of the samples are listed. With rules (where, drop, validation_share) a selection by them is written beside
+    the index, for a training with the same rules; an index that is up to date is kept then.
 
-    shards: the shards, as data.shards of a training.
+    shards: the shards, as data.shards of a training; with rules also an index of them.
     out: the .json to write; default: index.json in the folder of the shards. Required where shards is not a folder.
     captions: fields of further captions, as in data.captions of a training, whose digests are recorded too. For these
     the headers and captions of all shards are read.
     workers: number of processes that read.
     check: read all shards' headers and captions, and report where a stats file says something else.
+    where: as data.where of a training.
+    drop: as data.drop of a training.
+    validation_share: as data.validation.share of a training.
     """
 
     shards: str = location()
@@ -42,6 +48,9 @@ class Index:
     captions: list[str] = field(default_factory=list)
     workers: int = 8
     check: bool = False
+    where: str = ""
+    drop: list[str] = location([])
+    validation_share: float = 0.0
 
 
 class Entry(NamedTuple):
@@ -68,17 +77,76 @@ class Entry(NamedTuple):
 
 
 def index(args: Index) -> None:
+    """Count all shards and write the index, list the fields of the samples, and write the selection if there are rules.
+
+    Raises: ValueError if shards cannot be found or counted, or by the rules chosen; OSError.
+    """
+    check_at_least("workers", args.workers, 1)
+    check_where(args.where)
+    check_fields("captions", [TXT, *args.captions])
+    rules = Rules(args.where, tuple(args.drop), ValidationConfig(share=args.validation_share).share)
+    if args.shards.endswith(".json") and (args.out or not rules):
+        raise ValueError(f"shards={args.shards} is an index: name the shards themselves")
+    if not args.out and not is_folder(args.shards) and not args.shards.endswith(".json"):
+        raise ValueError(f"shards={args.shards} is not a folder: name the file for the index, out=FILE.json")
+    out = args.out or (args.shards if args.shards.endswith(".json") else join(args.shards, INDEX))
+    kept = (
+        rules
+        and not args.check
+        and not args.captions
+        and (args.shards.endswith(".json") or _up_to_date(args.shards, out))
+    )
+    if not kept:
+        write_index(args, out)
+    shards = read_index(out)
+    if rules:
+        select(shards, rules, out, args.workers)
+    else:
+        try:
+            fields = look_at_fields(shards, args.workers)
+        except ValueError as error:
+            print(f"the fields of the samples can't be read: {error}")
+            return
+        if fields.kinds.keys() - {KEY}:
+            print("\n".join(fields.lines()))
+
+
+def select(shards: list[Shard], rules: Rules, index: str, workers: int) -> None:
+    """Apply the rules to the shards of an index, print what each took, and write the selection beside the index.
+
+    Raises: ValueError if the rules name an unknown field, or choose nothing; OSError.
+    """
+    digest = rules.digest()
+    out = selection_location(index, digest)
+    fields = look_at_fields(shards, workers)
+    print("\n".join(fields.lines()))
+    plan = make_plan(rules, fields)
+    unfinished = f"{out}.unfinished"
+
+    def save(done: dict[str, Chosen]) -> None:
+        if done and not is_remote(out):
+            known = [shard for shard in shards if shard.name in done]
+            write_selection(unfinished, digest, plan.texts(), known, [done[shard.name] for shard in known])
+
+    done = {} if is_remote(out) else read_chosen(unfinished, digest, shards)
+    if done:
+        print(f"goes on with an interrupted run: {len(done):,} shards are done (delete '{unfinished}' to begin again)")
+    chosen = choose_all(shards, plan, workers, done, save)
+    receipt = Receipt.of_all(plan.texts(), chosen)
+    print("\n".join(receipt.lines()))
+    if not receipt.chosen:
+        raise ValueError(f"of {receipt.samples:,} samples none is chosen, so there is no selection: loosen the rules")
+    size = write_selection(out, digest, plan.texts(), shards, chosen)
+    if not is_remote(out):
+        Path(unfinished).unlink(missing_ok=True)
+    print(f"{out}: {size:,} bytes")
+
+
+def write_index(args: Index, out: str) -> None:
     """Count all shards and write the index.
 
     Raises: ValueError if shards cannot be found or counted; OSError.
     """
-    check_at_least("workers", args.workers, 1)
-    check_fields("captions", [TXT, *args.captions])
-    if args.shards.endswith(".json"):
-        raise ValueError(f"shards={args.shards} is an index: name the shards themselves")
-    if not args.out and not is_folder(args.shards):
-        raise ValueError(f"shards={args.shards} is not a folder: name the file for the index, out=FILE.json")
-    out = args.out or join(args.shards, INDEX)
     entries = _count_all(locate(args.shards), args)
     _report("cannot be read", [f"{e.location}: {e.problem}" for e in entries if e.problem])
     _report("with damage; what comes before it is used", [f"{e.location}: {e.damage}" for e in entries if e.damage])
@@ -97,20 +165,21 @@ def index(args: Index) -> None:
 
 
 def _count_all(locations: list[str], args: Index) -> list[Entry]:
-    workers = min(args.workers, len(locations))
-    bar = partial(tqdm, total=len(locations), unit="shard", desc="index")
-    if workers == 1:
-        return [count_shard(location, args.check, args.captions) for location in bar(locations)]
-    # Forked: to import everything again would take longer than most counts. Ctrl-C is for the parent alone.
-    fork, ignored = get_context("fork"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(workers, fork, initializer=signal.signal, initargs=ignored) as pool:
-        try:
-            count_one = partial(count_shard, check=args.check, captions=args.captions)
-            return list(bar(pool.map(count_one, locations)))
-        except BrokenProcessPool:
-            raise ValueError(
-                f"a worker of data.index died, perhaps out of memory: take fewer than workers={args.workers}"
-            ) from None
+    count_one = partial(count_shard, check=args.check, captions=args.captions)
+    return list(in_processes(count_one, locations, args.workers, "shard", "index"))
+
+
+def _up_to_date(where: str, out: str) -> bool:
+    """Whether an index is there, and was made of the shards as they are."""
+    try:
+        shards, locations = read_index(out), {split(location)[1]: location for location in locate(where)}
+        if {shard.name for shard in shards} != locations.keys() or not all(shard.digest for shard in shards):
+            return False
+        made = None if is_remote(out) else os.stat(out).st_mtime_ns
+        tars = [(shard, os.stat(locations[shard.name])) for shard in shards if not is_remote(shard.location)]
+    except (FileNotFoundError, ValueError):
+        return False
+    return all(tar.st_size == shard.size and (made is None or tar.st_mtime_ns <= made) for shard, tar in tars)
 
 
 def count_shard(location: str, check: bool, captions: list[str]) -> Entry:

@@ -19,8 +19,9 @@ MAY_IMPORT = {"train": {"model", "data"}, "launch": {"model", "data", "train"}, 
 DATA_FOLDERS: dict[str, set[str]] = {
     "storage": set(),
     "text": {"storage"},
-    "loader": {"storage", "text"},
-    "inspection": {"storage", "text", "loader"},
+    "selection": {"storage"},
+    "loader": {"storage", "text", "selection"},
+    "inspection": {"storage", "text", "selection", "loader"},
     "prepare": {"storage", "text", "loader"},
 }
 # The only files that may import a library.

@@ -68,6 +68,19 @@ def test_one_page_holds_curves_grids_recipe_and_starts(tmp_path):
     assert "http://" not in outside and "https://" not in outside, "nothing of it lies elsewhere"
 
 
+def test_what_the_rules_of_the_data_left_out_stands_in_the_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    start = {
+        "step": 0,
+        "selections": [None, {"digest": "a", "receipt": [f"where a > {HOSTILE} leaves out 3", "7 of 10"]}],
+    }
+    (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    report([run], tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    assert "<p>run, dataset 2</p><ul><li>where a &gt; " in page and "<li>7 of 10</li>" in page
+    assert HOSTILE not in page and "dataset 1" not in page
+
+
 def test_of_several_runs_what_differs_stands_out(tmp_path):
     runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", lr=2e-3)]
     report(runs, tmp_path / "out.html")

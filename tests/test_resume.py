@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,48 @@ def test_other_contents_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError) as error:
         check_resumable(load(tmp_path / "run"), replace(DATA, **change))
     assert message in str(error.value) and "or begin from scratch in another run_dir" in str(error.value)
+
+
+def test_another_selection_is_refused_with_what_was_chosen_then_and_now(tmp_path):
+    of_a, of_b = ({"digest": d * 32, "receipt": [f"where {d} > 1 leaves out 3"]} for d in "ab")
+    config = load(tmp_path / "run")
+    check = partial(check_resumable, config)
+    write_step(config, data=replace(DATA, selections=[of_a]))
+    check(replace(DATA, selections=[of_a]))
+    check(replace(DATA, selections=[of_a | {"receipt": ["the same rows by other rules"]}]))
+    with pytest.raises(
+        ValueError, match=r"another selection of data.mixture.a.shards \(where a > 1 leaves out 3\), now"
+    ):
+        check(replace(DATA, samples=[9], selections=[of_b]))
+    with pytest.raises(ValueError, match="all samples are chosen"):
+        check(replace(DATA, selections=[None]))
+    with pytest.raises(ValueError, match="on other data"):
+        check(replace(DATA, digests=["e" * 32], selections=[of_b]))
+
+
+def test_the_card_of_an_export_has_what_the_rules_took_and_no_path_of_a_list(tmp_path):
+    config = load(
+        tmp_path / "run", "data.where=a > 1", "data.drop=secret/removed.csv", "data.mixture.a.drop=secret/b.txt"
+    )
+    receipt = ["where a > 1 leaves out 3", "drop removed.csv by url leaves out 2", "10 of 15 samples are chosen"]
+    folder = write_step(config, data=replace(DATA, selections=[{"digest": "a", "receipt": receipt}]))
+    card = model_card(Checkpoint.read(folder), "x", "ema", "mit", has_encoder=False).text
+    chosen = "".join(f"\n  - `{line}`" for line in receipt)
+    assert f"- `a`: 10 captioned images, chosen by rules:{chosen}\n" in card and "where: a > 1" in card
+    assert "secret" not in card
+
+
+def test_a_checkpoint_from_before_selections_goes_on_with_all_samples(tmp_path):
+    config = load(tmp_path / "run")
+    folder = write_step(config)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["selections"], manifest[SEAL]
+    for key in ("where", "drop", "validation"):
+        del manifest["config"]["data"][key]
+    write_manifest(folder, manifest)
+    check_resumable(config, replace(DATA, selections=[None]))
+    with pytest.raises(ValueError, match=r"\(all samples are chosen\), now it is another \(x\)"):
+        check_resumable(config, replace(DATA, selections=[{"digest": "a", "receipt": ["x"]}]))
 
 
 def test_where_the_encoder_lies_is_not_compared(tmp_path):

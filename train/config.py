@@ -193,10 +193,10 @@ class Config:
         check_at_least("seed", self.seed, 0)
         check_at_least("keep_every", self.keep_every, 0)
         check_at_least("validate_every", self.validate_every, 0)
-        if self.validate_every and not self.data.validation.shards:
+        if self.validate_every and not (self.data.validation.shards or self.data.validation.share):
             raise ValueError(
                 f"validate_every={self.validate_every} needs held-out samples: name them in data.validation.shards and "
-                "their embeddings in data.validation.text"
+                "their embeddings in data.validation.text, or hold a share apart with data.validation.share"
             )
         check_choice("precision", self.precision, ("bf16", "fp32"))
         check_choice("recompute", self.recompute, RECOMPUTE)

@@ -11,14 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader.dataset import Dataset, check_captions, find_datasets
+from data.checks import count
+from data.loader.dataset import Dataset, check_captions, find_datasets, validation_datasets
+from data.loader.mixture import share_out
 from data.storage.locations import absolute
 from data.storage.shards import find_shards
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
 from model.config import MIN_GROUP_CHANNELS
 from train.checkpoint.format import latest_checkpoint
-from train.checkpoint.identity import DataIdentity, data_digest, weights_digest
+from train.checkpoint.identity import DataIdentity, data_digest, describe_selection, weights_digest
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
 from train.weights.pretrained import load_pretrained
@@ -64,8 +66,8 @@ class Inputs:
     @property
     def identity(self) -> DataIdentity:
         """What a checkpoint keeps of the inputs, so that the run goes on with no others."""
-        samples = [dataset.samples for dataset in self.datasets]
-        return DataIdentity(samples, [data_digest(dataset) for dataset in self.datasets], self.meta, self.base)
+        samples, digests = [d.samples for d in self.datasets], [data_digest(d) for d in self.datasets]
+        return DataIdentity(samples, digests, self.meta, self.base, [describe_selection(d) for d in self.datasets])
 
 
 def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
@@ -81,7 +83,8 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
             config.model.norm_groups, config.model.group_channels, MIN_GROUP_CHANNELS,
             min(config.model.widths) // MIN_GROUP_CHANNELS,
         )  # fmt: skip
-    datasets, held_out = find_datasets(config.data), _find_held_out(config)
+    datasets = find_datasets(config.data)
+    held_out = _find_held_out(config, datasets)
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
     if not readable_only:
@@ -105,6 +108,7 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     if readable_only:
         return found
     _warn_of_seen(datasets, held_out)
+    _check_selections(config, datasets)
     if isinstance(config.sample.prompts, list):
         found.prompts = _encode_prompts(config, metas[0], encoder)
     if config.init_from and not config.lora.rank:
@@ -151,14 +155,19 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
     return inputs
 
 
-def _find_held_out(config: Config) -> list[Dataset]:
+def _find_held_out(config: Config, datasets: list[Dataset]) -> list[Dataset]:
     """The samples of the validation, none if there is none. Raises: ValueError if they are missing."""
     if not config.validate_every:
         return []
-    given = config.data.validation
+    given, first = config.data.validation, config.data.captions[:1]
+    # Of several captions the first is taken, so that two validations are of the same.
+    if given.share:
+        held_out = [replace(dataset, captions=first) for dataset in validation_datasets(datasets)]
+        if not held_out:
+            raise ValueError(f"data.validation.share={given.share} holds no sample apart: raise it")
+        return held_out
     try:
-        # Of several captions the first is taken, so that two validations are of the same.
-        return [Dataset(find_shards(given.shards), given.text, captions=config.data.captions[:1])]
+        return [Dataset(find_shards(given.shards), given.text, captions=first)]
     except ValueError as error:
         raise ValueError(f"data.validation.shards: {error}") from None
 
@@ -167,13 +176,28 @@ def _warn_of_seen(datasets: list[Dataset], held_out: list[Dataset]) -> None:
     """Warn of held-out shards that the run is trained on, by their places or their contents."""
     trained = [shard for dataset in datasets for shard in dataset.shards]
     places, digests = {absolute(shard.location) for shard in trained}, {shard.digest for shard in trained} - {None}
-    shards = [shard for dataset in held_out for shard in dataset.shards]
+    shards = [shard for dataset in held_out if not dataset.held for shard in dataset.shards]
     seen = [shard for shard in shards if absolute(shard.location) in places or shard.digest in digests]
     if seen:
         logger.warning(
             "%d of %d shards of data.validation are shards of the training too (first: %s): on what it is trained on, "
             "a net is better than on what it has not seen", len(seen), len(shards), seen[0].location,
         )  # fmt: skip
+
+
+def _check_selections(config: Config, datasets: list[Dataset]) -> None:
+    """Log what the rules took. Raises: ValueError if they leave a dataset less than its share of one batch."""
+    sizes = share_out(config.global_batch, [dataset.weight for dataset in datasets])
+    for dataset, given, size in zip(datasets, config.data.datasets(), sizes, strict=True):
+        if dataset.selection is None:
+            continue
+        lines = dataset.selection.receipt.lines()
+        if dataset.samples < size:
+            raise ValueError(
+                f"of {given.shards} {count(dataset.samples, 'sample')} are chosen ({'; '.join(lines)}), less than the "
+                f"{size} of one batch: loosen the rules, or lower global_batch"
+            )
+        logger.info("%s: %s", given.shards, "; ".join(lines))
 
 
 def _encode_prompts(config: Config, meta: TextMeta, encoder: "TextEncoder | None") -> list[tuple[str, np.ndarray]]:

@@ -1,6 +1,7 @@
 """A run in words, and its number of parameters."""
 
 from data.checks import count
+from data.loader.dataset import Dataset
 from data.loader.held_out import micro_batches
 from data.loader.mixture import share_out
 from data.storage.caption_fields import TXT
@@ -18,6 +19,10 @@ def parameters(config: Config) -> tuple[int, int]:
     return trained, sum(p.numel() for p in unet.parameters()) - trained
 
 
+def _samples(dataset: Dataset) -> str:
+    return f"{count(dataset.samples, 'sample')}{' chosen' if dataset.selection else ''}"
+
+
 def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     """The resolved run in a few lines.  inputs: what was found; None if it is not there.
 
@@ -26,7 +31,7 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     if inputs:
         sizes = share_out(config.global_batch, [dataset.weight for dataset in inputs.datasets])
         data = "; ".join(
-            f"{count(len(found.shards), 'shard')}, {count(found.samples, 'sample')} in {given.shards}, "
+            f"{count(len(found.shards), 'shard')}, {_samples(found)} in {given.shards}, "
             f"{size} of each batch, {config.steps * size / found.samples:.2f} epochs"
             for found, given, size in zip(inputs.datasets, config.data.datasets(), sizes, strict=True)
         )
@@ -71,7 +76,7 @@ def describe_validation(config: Config, ranks: int, inputs: Inputs | None) -> st
     samples = min(given.samples, sum(dataset.samples for dataset in inputs.held_out) if inputs else given.samples)
     forwards = TIMESTEPS * micro_batches(samples, config.micro_batch, ranks)
     return (
-        f"{count(samples, 'sample')} of {given.shards or 'data.validation'} every {every:,} steps, at {TIMESTEPS} "
+        f"{count(samples, 'sample')} of {given.shards or 'those held apart'} every {every:,} steps, at {TIMESTEPS} "
         f"timesteps: {forwards:,} forward passes on each rank, "
         f"{validation_share(config, samples):.2%} of the training's FLOP"
     )

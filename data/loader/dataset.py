@@ -1,13 +1,15 @@
-"""A dataset: its shards, its embeddings, its share of every batch."""
+"""A dataset: its shards and which of their samples are chosen, its embeddings, its share of every batch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.config import CaptionConfig, DataConfig
+from data.selection.rules import Rules, selection_location
+from data.selection.stored import CHOSEN, HELD, Selection, read_selection
 from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard, find_shards
@@ -27,6 +29,7 @@ class Dataset:
     weight: the dataset's share of every batch, in any unit.
     encoder: makes the embeddings from the captions, if they are not to be read from the folder.
     captions: the captions of a sample, of which one is drawn.
+    selection: which samples are chosen; None for all.  held: the dataset is of those that are held apart instead.
     """
 
     shards: list[Shard]
@@ -34,19 +37,28 @@ class Dataset:
     weight: float = 1.0
     encoder: "TextEncoder | None" = None
     captions: list[CaptionConfig] = field(default_factory=lambda: [CaptionConfig()])
+    selection: Selection | None = None
+    held: bool = False
 
     @property
     def counts(self) -> list[int]:
-        """Samples of each shard."""
-        return [shard.count for shard in self.shards]
+        """Chosen samples of each shard."""
+        if self.selection is None:
+            return [shard.count for shard in self.shards]
+        return self.selection.counts[:, HELD if self.held else CHOSEN].tolist()
 
     def rows(self, shard: int) -> np.ndarray:
-        """The rows in its tar of a shard's samples, ascending."""
-        return np.arange(self.shards[shard].count)
+        """The rows in its tar of a shard's chosen samples, ascending.
+
+        Raises: SelectionChanged; OSError.
+        """
+        if self.selection is None:
+            return np.arange(self.shards[shard].count)
+        return self.selection.rows(shard, HELD if self.held else CHOSEN)
 
     @property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """Chosen samples in all shards."""
         return sum(self.counts)
 
     @property
@@ -56,11 +68,34 @@ class Dataset:
 
 
 def find_datasets(config: DataConfig) -> list[Dataset]:
-    """The datasets of a config, with their shards. Raises: ValueError if one has no shards."""
-    return [
-        Dataset(find_shards(dataset.shards), dataset.text, dataset.weight, captions=config.captions)
-        for dataset in config.datasets()
-    ]
+    """The datasets of a config, with their shards and selections.
+
+    Raises: ValueError if one has no shards, or rules without a selection by them that fits the shards; OSError.
+    """
+    datasets = []
+    for given in config.datasets():
+        dataset = Dataset(find_shards(given.shards), given.text, given.weight, captions=config.captions)
+        if rules := Rules(given.where, tuple(given.drop), config.validation.share):
+            dataset.selection = find_selection(given.shards, dataset.shards, rules)
+        datasets.append(dataset)
+    return datasets
+
+
+def find_selection(where: str, shards: list[Shard], rules: Rules) -> Selection:
+    """The selection by some rules that data.index has made of the shards.  where: as the shards are given.
+
+    Raises: ValueError if there is none that fits them, or nothing is chosen; OSError.
+    """
+    digest = rules.digest()
+    selection = read_selection(selection_location(where, digest), digest, shards, rules.command(where))
+    if not selection.receipt.chosen:
+        raise ValueError(f"of '{where}' nothing is chosen: {'; '.join(selection.receipt.lines())}")
+    return selection
+
+
+def validation_datasets(datasets: list[Dataset]) -> list[Dataset]:
+    """The samples that data.validation.share holds apart; none of a dataset without any."""
+    return [replace(dataset, held=True) for dataset in datasets if dataset.selection and dataset.selection.receipt.held]
 
 
 def check_captions(datasets: list[Dataset]) -> None:

@@ -8,14 +8,14 @@ from data.loader.order import Block, Order
 class Mixture:
     """The order of samples of one run. Each dataset has epochs of its own.
 
-    counts: samples per shard, for each dataset.  weights: the datasets' shares of a batch, in any unit.
+    counts, stored: for each dataset, as for Order.  weights: the datasets' shares of a batch, in any unit.
     The other arguments: as for Order; the streams are divided among the datasets as the batch is.
     Raises: ValueError, also for a weight that gives no sample of a batch.
     """
 
     def __init__(
         self, seed: int, counts: list[list[int]], weights: list[float], global_batch: int, streams: int, phases: int,
-        block_size: int,
+        block_size: int, stored: list[list[int]] | None = None,
     ) -> None:  # fmt: skip
         sizes = share_out(global_batch, weights)
         # Sample k of a dataset's n lies at (k + 1/2) / n of the batch, so each rank gets its part of every dataset.
@@ -26,8 +26,8 @@ class Mixture:
         self._dataset, self._slot = dataset[order].tolist(), slot[order].tolist()
         self.orders = [
             # Each has its own seed, or datasets with equal numbers of shards would get equal permutations.
-            Order(seed + i, c, n, max(1, streams * n // global_batch), phases, block_size)
-            for i, (c, n) in enumerate(zip(counts, sizes, strict=True))
+            Order(seed + i, c, n, max(1, streams * n // global_batch), phases, block_size, in_tars)
+            for i, (c, n, in_tars) in enumerate(zip(counts, sizes, stored or counts, strict=True))
         ]
 
     def locate(self, step: int, slot: int) -> tuple[int, Block, int]:

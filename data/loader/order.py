@@ -32,12 +32,14 @@ class Order:
     counts: samples per shard.  streams: pieces of one batch, at most global_batch; if it is a multiple of the number of
     ranks, no shard is read by two ranks.  phases: number of sets of streams, among which successive steps take turns,
     so that as many workers can read side by side.  block_size: samples shuffled together.
+    stored: rows of each shard's tar, where counts are of those that are chosen; default: counts.
     Raises: ValueError.
     """
 
     def __init__(
-        self, seed: int, counts: list[int], global_batch: int, streams: int, phases: int, block_size: int
-    ) -> None:
+        self, seed: int, counts: list[int], global_batch: int, streams: int, phases: int, block_size: int,
+        stored: list[int] | None = None,
+    ) -> None:  # fmt: skip
         assert 1 <= streams <= global_batch and phases >= 1 and block_size >= 1  # checked where a user sets them
         self.seed, self.global_batch, self.block_size = seed, global_batch, block_size
         self.streams, self.phases = streams, phases
@@ -46,6 +48,7 @@ class Order:
         self.samples = int(self.first_index[-1])
         if self.samples < 1 or self.counts.min() < 0:
             raise ValueError(f"{len(self.counts)} shards with {self.samples} samples in all: none of them can be read")
+        self._first_row = np.concatenate([[0], np.cumsum(counts if stored is None else stored, dtype=np.int64)])
         self._line = lru_cache(maxsize=2)(self._compute_line)
         self._pieces = lru_cache(maxsize=2)(self._compute_pieces)
 
@@ -64,7 +67,7 @@ class Order:
         return epoch, stream, number, within
 
     def rows(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """shard [n] and row [n] of a block's samples in the order of the line, and the permutation [n] of them."""
+        """Of a block: the shard [n] of each sample and its number there [n], by the line, and their permutation [n]."""
         pieces = self._pieces(block.epoch)
         first = pieces[block.stream] + block.number * self.block_size
         in_line = np.arange(first, min(first + self.block_size, pieces[block.stream + 1]))
@@ -74,8 +77,11 @@ class Order:
         return shards[at], in_line - (ends[at] - self.counts[shards[at]]), shuffle
 
     def visit(self, epoch: int, shard: int, row: int) -> int:
-        """The key of all draws for a sample in an epoch: epoch x samples + the sample's index in the dataset."""
-        return epoch * self.samples + int(self.first_index[shard]) + row
+        """The key of all draws for a sample in an epoch: epoch x rows of all tars + the sample's index among these.
+
+        row: in the tar. So a sample has the same draws of an epoch whatever else is chosen.
+        """
+        return epoch * int(self._first_row[-1]) + int(self._first_row[shard]) + row
 
     def _dealt_to(self, stream: Ints, position: Ints) -> Ints:
         """How many of the positions before this one go to a stream."""

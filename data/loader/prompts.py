@@ -20,16 +20,16 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
     Of several captions of a sample it is the first, in the order of data.captions, that the sample has.
     A sample that cannot be read is left out. Raises: ValueError if none of the n can be read.
     """
-    shards = [(shard, dataset) for dataset in datasets for shard in dataset.shards]
-    ends = np.cumsum([shard.count for shard, _ in shards])
+    shards = [(number, dataset) for dataset in datasets for number in range(len(dataset.shards))]
+    ends = np.cumsum([0, *(count for dataset in datasets for count in dataset.counts)])
     prompts = []
     for index in np.unique(np.arange(n) * int(ends[-1]) // n).tolist():
-        number = int(np.searchsorted(ends, index, side="right"))
-        shard, dataset = shards[number]
+        place = int(np.searchsorted(ends, index, side="right")) - 1
+        number, dataset = shards[place]
         encoder = dataset.encoder
-        folder, online = "" if encoder else dataset.text, encoder is not None
+        shard, folder, online = dataset.shards[number], "" if encoder else dataset.text, encoder is not None
         cursor = ShardCursor(shard, folder, needs_caption=online, captions=dataset.captions)
-        raw = cursor.read(index - int(ends[number]) + shard.count)
+        raw = cursor.read(int(dataset.rows(number)[index - ends[place]]))
         cursor.close()
         try:
             embedding, caption = np.empty(meta.shape, meta.array_dtype), decode_caption(raw.caption)

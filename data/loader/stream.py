@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -39,16 +40,16 @@ class BlockReader:
         self._block: Block | None = None
         self._samples: list[tuple[int, RawSample]] = []
         self._cursor: ShardCursor | None = None
+        self._rows_of = lru_cache(maxsize=2)(dataset.rows)  # most blocks go on in the shard of the one before
 
     def sample(self, block: Block, within: int) -> tuple[int, RawSample]:
         """visit and bytes of the sample at an index of the block's shuffled order."""
         if block != self._block:
             self._samples = []  # frees the last block before the next is read
-            shard, row, shuffle = self.mixture.orders[self.number].rows(block)
-            self._samples = [
-                self._read(self.mixture.visit(self.number, block.epoch, s, r), s, r)
-                for s, r in zip(shard.tolist(), row.tolist(), strict=True)
-            ]
+            shard, number, shuffle = self.mixture.orders[self.number].rows(block)
+            for s, n in zip(shard.tolist(), number.tolist(), strict=True):
+                row = int(self._rows_of(s)[n])
+                self._samples.append(self._read(self.mixture.visit(self.number, block.epoch, s, row), s, row))
             self._block, self._shuffle = block, shuffle.tolist()
         return self._samples[self._shuffle[within]]
 
@@ -80,8 +81,9 @@ class MicroBatches:
         c = self.config = config
         self.datasets, self.collator = datasets, Collator(config, datasets, meta, image_size, seed)
         self.choices = Draws(seed, Draw.CAPTION) if len(datasets[0].captions) > 1 else None
-        counts, weights = [[shard.count for shard in d.shards] for d in datasets], [d.weight for d in datasets]
-        self.mixture = Mixture(seed, counts, weights, global_batch, c.streams, c.phases, c.shuffle_block)
+        counts, weights = [d.counts for d in datasets], [d.weight for d in datasets]
+        stored = [[shard.count for shard in d.shards] for d in datasets]
+        self.mixture = Mixture(seed, counts, weights, global_batch, c.streams, c.phases, c.shuffle_block, stored)
         self.micro_batch, self.first_slot = micro_batch, rank * (global_batch // ranks)
         self.micro_batches = global_batch // (ranks * micro_batch)
         self.first = step * self.micro_batches
@@ -122,9 +124,9 @@ class MicroBatches:
     def sample_name(self, number: int, i: int) -> str:
         """The name of the i-th sample of a micro batch. Its shard is read once more to find it."""
         dataset, block, within = self.positions(number)[i]
-        shards, rows, shuffle = self.mixture.orders[dataset].rows(block)
-        index = shuffle[within]
-        return ShardCursor(self.datasets[dataset].shards[shards[index]], "").read(int(rows[index])).name
+        shards, numbers, shuffle = self.mixture.orders[dataset].rows(block)
+        shard, found = int(shards[shuffle[within]]), self.datasets[dataset]
+        return ShardCursor(found.shards[shard], "").read(int(found.rows(shard)[numbers[shuffle[within]]])).name
 
 
 class Collator:

@@ -197,9 +197,10 @@ def estimate_reading(options: PlanOptions, config: Config) -> Reading:
     try:
         datasets = find_datasets(config.data)
         shards = [shard for dataset in datasets for shard in dataset.shards]
-        samples = sum(shard.count for shard in shards)
+        samples, stored = sum(dataset.samples for dataset in datasets), sum(shard.count for shard in shards)
         size = sum(shard.size or os.path.getsize(shard.location) for shard in shards)
         itemsize = {"float16": 2, "float32": 4}.get(TextMeta.read(datasets[0].text).dtype, 2)
     except (ValueError, OSError):
         return Reading(options.image_kb * 1e3, embedding_bytes(tokens, dim), options.samples, counted=False)
-    return Reading(size / samples, embedding_bytes(tokens, dim, itemsize), samples, counted=True)
+    # What is not chosen is passed over.
+    return Reading(size / stored, embedding_bytes(tokens, dim, itemsize), samples, counted=True)

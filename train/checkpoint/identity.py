@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,18 +30,23 @@ DIGEST_BYTES = 16
 class DataIdentity:
     """What a run is trained on, by its contents; places are free.
 
-    samples: in each dataset.  digests: data_digest of each.  text: describes the embeddings.
+    samples: that are chosen of each dataset.  digests: data_digest of each.  text: describes the embeddings.
     base: weights_digest of the net that a LoRA is added to, '' without LoRA.
+    selections: of each dataset the digest of the chosen rows and what each rule took; None where all are chosen.
     """
 
     samples: list[int]
     digests: list[str]
     text: TextMeta
     base: str = ""
+    selections: list[dict | None] = field(default_factory=list)
 
     def entries(self) -> dict[str, object]:
         """The entries of a checkpoint's manifest."""
-        return {"samples": self.samples, "data": self.digests, "text": asdict(self.text), "base": self.base}
+        return {
+            "samples": self.samples, "data": self.digests, "text": asdict(self.text), "base": self.base,
+            "selections": self.selections,
+        }  # fmt: skip
 
 
 def identity(config: dict) -> dict[str, object]:
@@ -71,9 +76,9 @@ def data_digest(dataset: Dataset) -> str:
     """A hash over the shards' counts and digests for each caption, in their order; see add_missing_digests."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for shard in dataset.shards:
-        for field in dataset.fields:
-            assert shard.digest_of(field), (shard.location, field)
-            digest.update(f"{shard.count} {shard.digest_of(field)}\n".encode())
+        for name in dataset.fields:
+            assert shard.digest_of(name), (shard.location, name)
+            digest.update(f"{shard.count} {shard.digest_of(name)}\n".encode())
     return digest.hexdigest()
 
 
@@ -130,6 +135,7 @@ def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity)
             )
     names = [f"data.mixture.{name}.shards" for name in config["data"]["mixture"]] or ["data.shards"]
     _check_data(folder, manifest, names, now)
+    _check_selections(folder, manifest, names, now)
     for name in TEXT_IDENTITY:
         if manifest["text"][name] != (value := getattr(now.text, name)):
             raise ValueError(
@@ -145,9 +151,29 @@ def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity)
         )
 
 
+def describe_selection(dataset: Dataset) -> dict | None:
+    """What a checkpoint keeps of a dataset's selection: its digest, and the receipt of its rules."""
+    selection = dataset.selection
+    return {"digest": selection.digest, "receipt": selection.receipt.lines()} if selection else None
+
+
+def _check_selections(folder: str, manifest: dict, names: list[str], now: DataIdentity) -> None:
+    """Raises: ValueError if other samples are chosen than those that the checkpoint was trained on."""
+    # A checkpoint from before there were selections has none.
+    before, selections = (found or [None] * len(names) for found in (manifest.get("selections"), now.selections))
+    for name, then, here in zip(names, before, selections, strict=True):
+        if (then and then["digest"]) != (here and here["digest"]):
+            old, new = ("; ".join(found["receipt"]) if found else "all samples are chosen" for found in (then, here))
+            raise ValueError(
+                f"'{folder}' was trained on another selection of {name} ({old}), now it is another ({new}): set "
+                "data.where, data.drop and data.validation.share back, or begin from scratch in another run_dir"
+            )
+
+
 def _check_data(folder: str, manifest: dict, names: list[str], now: DataIdentity) -> None:
     end = "give it the same shards, or begin from scratch in another run_dir"
-    if manifest["samples"] != now.samples:
+    all_chosen = not any(manifest.get("selections") or []) and not any(now.selections)
+    if all_chosen and manifest["samples"] != now.samples:
         raise ValueError(
             f"'{folder}' was trained on other data ({manifest['samples']} samples, {', '.join(names)} now has "
             f"{now.samples}): {end}"

@@ -31,7 +31,7 @@ class RunProgress:
 
     def __init__(self, config: Config, inputs: Inputs, run_dir: Path, step: int, device: torch.device) -> None:
         self.config, self.run_dir = config, run_dir
-        self.tracker = Tracker(config, run_dir, step)
+        self.tracker = Tracker(config, run_dir, step, inputs.identity.selections)
         prompts = inputs.prompts or stored_prompts(inputs.datasets, inputs.meta, config.sample.prompts)
         self.captions = [caption for caption, _ in prompts]
         self.text_emb = torch.stack([torch.from_numpy(emb) for _, emb in prompts]).to(device)

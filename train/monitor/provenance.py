@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +22,11 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HOSTNAME")
 PREFIXES = ("NCCL_", "SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART", "DS_", "PYTORCH_", "TORCH_NCCL_")
 
 
-def describe_start(config: Config, step: int) -> dict:
-    """A start of a run in plain values for JSON.  step: the step that it resumes from."""
+def describe_start(config: Config, step: int, selections: Sequence[dict | None] = ()) -> dict:
+    """A start of a run in plain values for JSON.
+
+    step: the step that it resumes from.  selections: as train.checkpoint.identity.DataIdentity has them.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -38,6 +42,7 @@ def describe_start(config: Config, step: int) -> dict:
             name: value for name, value in sorted(os.environ.items()) if name in VARIABLES or name.startswith(PREFIXES)
         },
         "config": asdict(config),
+        "selections": [*selections],
     }
 
 

@@ -98,7 +98,7 @@ def page(runs: list[Run]) -> str:
         f"<h1>{escape(title)}</h1>{warnings}{_summary(runs)}\n<h2>Curves</h2>"
         '<p class="quiet">Dashed lines across are starts of the run. A click on a name in a legend hides it, a '
         "double click all others; drag to zoom, double click to see all.</p>"
-        f'<div class="plots">{plots}</div>\n{_grids(runs)}\n{_recipes(runs)}\n{_starts(runs)}\n'
+        f'<div class="plots">{plots}</div>\n{_grids(runs)}\n{_selections(runs)}\n{_recipes(runs)}\n{_starts(runs)}\n'
         f'<script type="application/json" id="figures">{data}</script>\n'
         f"<script>{get_plotlyjs()}</script>\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
@@ -219,6 +219,17 @@ def _grids(runs: list[Run]) -> str:
     return f'<h2>Samples</h2><div class="side">{"".join(boxes)}</div>' if boxes else "<h2>Samples</h2><p>None yet.</p>"
 
 
+def _selections(runs: list[Run]) -> str:
+    """What the rules of each run left out of its data, as of its last start."""
+    parts = []
+    for run in runs:
+        for number, selection in enumerate(run.starts[-1].get("selections") or [] if run.starts else []):
+            if selection:
+                lines = "".join(f"<li>{escape(str(line))}</li>" for line in selection["receipt"])
+                parts.append(f"<p>{escape(run.name)}, dataset {number + 1}</p><ul>{lines}</ul>")
+    return f"<h2>Samples chosen</h2>{''.join(parts)}" if parts else ""
+
+
 def _recipes(runs: list[Run]) -> str:
     """The configuration of each run with its changes; with several runs, what differs comes first, highlighted."""
     recipes = [_recipe(run) for run in runs]
@@ -260,7 +271,11 @@ def _starts(runs: list[Run]) -> str:
     parts = []
     for run in runs:
         for start in run.starts:
-            rest = {key: value for key, value in start.items() if key not in ("config", "launch", "step", "time")}
+            rest = {
+                key: value
+                for key, value in start.items()
+                if key not in ("config", "launch", "selections", "step", "time")
+            }
             head = f"{run.name}: {start.get('time')}, from step {start.get('step')}: "
             line = " ".join(map(str, start.get("launch", [])))
             parts.append(

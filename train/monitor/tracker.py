@@ -6,7 +6,7 @@ RUN_DIR/starts.jsonl gets a line for each start of the run (train/monitor/proven
 import json
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import wandb
@@ -35,16 +35,18 @@ class Tracker:
     """Writes a line for each logged step to RUN_DIR/metrics.jsonl, and the same to W&B; only rank 0 has one.
 
     step: the step that the run resumes from. Later lines of an earlier start are dropped, since those steps are made
-    again.  lines: those that were kept.
+    again.  selections: for that start's line.  lines: those that were kept.
     """
 
-    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, step: int, selections: Sequence[dict | None] = ()
+    ) -> None:  # fmt: skip
         self.path, self._name = run_dir / METRICS, run_dir.name
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
         with atomic_file(self.path) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in close()
-        start = describe_start(config, step)
+        start = describe_start(config, step, selections)
         with open(run_dir / STARTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
         # An online run is resumed by its id. An offline run cannot be, so each start is a run of the same group.

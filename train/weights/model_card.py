@@ -28,7 +28,7 @@ RECIPE: dict[str, str | tuple[str, ...]] = {
     "seed": "seed",
 }
 # Keys that name places, which a card does not show.
-PRIVATE = re.compile(r"run_dir|init_from|wandb\..*|text\.encoder|embeddings\.encoder|data\.(.*\.)?(shards|text)")
+PRIVATE = re.compile(r"run_dir|init_from|wandb\..*|text\.encoder|embeddings\.encoder|data\.(.*\.)?(shards|text|drop)")
 TEXT = """
 # {name}
 
@@ -156,7 +156,12 @@ def _data(checkpoint: Checkpoint) -> str:
     data = checkpoint.config["data"]
     names = list(data["mixture"]) or [_public_name(data["shards"])]
     samples = zip(names, checkpoint.manifest["samples"], strict=True)
-    lines = [f"- `{name}`: {count:,} captioned images" for name, count in samples]
+    lines = []
+    selections = checkpoint.manifest.get("selections") or [None] * len(names)
+    for (name, count), selection in zip(samples, selections, strict=True):
+        rules = selection["receipt"] if selection else []
+        lines += [f"- `{name}`: {count:,} captioned images{', chosen by rules:' if rules else ''}"]
+        lines += [f"  - `{rule.replace('`', ' ')}`" for rule in rules]
     return "\n".join(lines) + f"\n- captions embedded by {_encoder(checkpoint.text)}"
 
 
@@ -182,4 +187,5 @@ def _without_paths(config: dict) -> dict:
     del config["text"]["encoder"]
     for dataset in (config["data"], *config["data"]["mixture"].values()):
         del dataset["shards"], dataset["text"]
+        dataset.pop("drop", None)  # an older checkpoint has none
     return config

@@ -1,0 +1,195 @@
+"""Choosing: the rules are evaluated once over the fields of all samples, shard by shard, in processes."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.checks import count
+from data.processes import in_processes
+from data.selection.drop import DropList, read_list, row_hashes
+from data.selection.fields import KEY, NUMBER, TEXT, TRUTH, kind_of, read_fields, unknown_field
+from data.selection.rules import Rules
+from data.selection.stored import Chosen
+from data.selection.where import Where
+from data.storage.shards import Shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Which fields there are, and of what kind, is found in the first samples of some shards, spread evenly.
+PEEK_SHARDS, PEEK_SAMPLES = 16, 250
+# Seconds after which what is done is saved, so that an interrupted run goes on from there.
+SAVE_SECONDS = 60.0
+# Makes the hash of a key that holds a sample apart another than that of a list.
+HELD_APART = b"validation"
+
+
+@dataclass(slots=True)
+class Fields:
+    """The fields of some samples.  kinds: of each field, as most samples have it.  having: samples that have it."""
+
+    samples: int = 0
+    shards: int = 0
+    kinds: dict[str, str] = field(default_factory=dict)
+    having: Counter[str] = field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        """A line for each field: its kind and how many of the samples have it."""
+        width = max(map(len, self.kinds), default=0)
+        return [f"fields, by {count(self.samples, 'sample')} of {count(self.shards, 'shard')}:"] + [
+            f"  {name:<{width}}  {kind or 'never given':<13}  {self.having[name]:,} of {self.samples:,}"
+            for name, kind in self.kinds.items()
+        ]
+
+
+def look_at_fields(shards: Sequence[Shard], workers: int) -> Fields:
+    """The fields of the first samples of some shards, spread evenly.
+
+    Raises: ValueError if a shard's fields can't be read; OSError.
+    """
+    filled = [shard for shard in shards if shard.count]
+    chosen = [filled[i] for i in np.unique(np.arange(PEEK_SHARDS) * len(filled) // PEEK_SHARDS)] if filled else []
+    found, votes = Fields(shards=len(chosen)), dict[str, Counter[str]]()
+    for samples, counts in in_processes(_peek, chosen, workers, "shard", "fields"):
+        found.samples += samples
+        for name, (kind, having) in counts.items():
+            votes.setdefault(name, Counter())[kind] += having
+    for name, kinds in votes.items():
+        known = {kind: having for kind, having in kinds.items() if kind}
+        found.kinds[name] = max(sorted(known), key=lambda kind: known[kind]) if known else ""
+        found.having[name] = kinds[found.kinds[name]]
+    return found
+
+
+def _peek(shard: Shard) -> tuple[int, dict[str, tuple[str, int]]]:
+    table = read_fields(shard, most=PEEK_SAMPLES)
+    return table.num_rows, {
+        name: (kind_of(table[name].type), table.num_rows - table[name].null_count) for name in table.column_names
+    }
+
+
+@dataclass(slots=True)
+class Plan:
+    """Rules that are ready to be applied.  lists: with the field of the shards that each is compared with.
+
+    kinds: of the fields that are needed.
+    """
+
+    where: Where | None
+    lists: list[tuple[DropList, str]]
+    share: float
+    kinds: dict[str, str]
+
+    def texts(self) -> list[str]:
+        """The rules in words, in the order in which they are applied."""
+        texts = [f"where {self.where.text}"] if self.where else []
+        texts += [f"drop {drop.name} by {drop.field}" for drop, _ in self.lists]
+        return texts + ([f"validation share {self.share:g}"] if self.share else [])
+
+
+def make_plan(rules: Rules, fields: Fields) -> Plan:
+    """Read the lists, and check the rules against the fields that there are.
+
+    Raises: ValueError for a field that no sample has, or that is compared with a value of another kind; OSError.
+    """
+    where = Where(rules.where) if rules.where.strip() else None
+    for name in sorted(where.fields) if where else ():
+        if name not in fields.kinds:
+            raise ValueError(f"where={rules.where}: {_in_those(fields)}: {unknown_field(name, fields.kinds)}")
+    if where:
+        where.check_kinds(fields.kinds)
+    by_lower = {name.lower(): name for name in reversed(list(fields.kinds))}
+    lists = []
+    for location in rules.drop:
+        drop = read_list(location)
+        if drop.field not in by_lower:
+            unknown = unknown_field(drop.field, fields.kinds)
+            raise ValueError(f"drop={location} lists values of {drop.field}, but {_in_those(fields)}: {unknown}")
+        lists.append((drop, by_lower[drop.field]))
+    names = {KEY, *(where.fields if where else ()), *(name for _, name in lists)}
+    return Plan(where, lists, rules.share, {name: fields.kinds[name] for name in names})
+
+
+def _in_those(fields: Fields) -> str:
+    return f"of {count(fields.samples, 'sample')} in {count(fields.shards, 'shard')}"
+
+
+def choose_all(
+    shards: Sequence[Shard],
+    plan: Plan,
+    workers: int,
+    done: dict[str, Chosen],
+    save: Callable[[dict[str, Chosen]], None],
+) -> list[Chosen]:
+    """Apply the rules to all shards, in their order.
+
+    done: what an interrupted run has done, by the names of the shards.  save: keeps what is done so far; called now and
+    then, and if it ends before the last shard.
+    Raises: ValueError if a shard's fields can't be read; OSError.
+    """
+    todo, saved = [shard for shard in shards if shard.name not in done], time.monotonic()
+    try:
+        for shard, chosen in zip(
+            todo, in_processes(partial(choose, plan), todo, workers, "shard", "choose"), strict=True
+        ):
+            done[shard.name] = chosen
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save(done)
+                saved = time.monotonic()
+    except BaseException:
+        save(done)
+        raise
+    return [done[shard.name] for shard in shards]
+
+
+def choose(plan: Plan, shard: Shard) -> Chosen:
+    """Apply the rules to a shard, one after the other, each to what those before have left."""
+    table = _with_kinds(read_fields(shard, plan.kinds), plan.kinds)
+    left = np.ones(table.num_rows, bool)
+    took, missing = list[int](), list[int]()
+
+    def take(hit: np.ndarray, unknown: np.ndarray) -> None:
+        nonlocal left
+        took.append(int((left & hit).sum()))
+        missing.append(int((left & unknown).sum()))
+        left = left & ~hit
+
+    if plan.where:
+        outcome = plan.where.evaluate(table)
+        true, unknown = (_mask(column) for column in (outcome.fill_null(False), outcome.is_null()))
+        take(~true, unknown)
+    for drop, name in plan.lists:
+        unknown = _mask(table[name].is_null())
+        take(drop.hits(row_hashes(table[name])) & ~unknown, unknown)
+    held = np.zeros_like(left)
+    if plan.share:
+        apart = row_hashes(table[KEY], HELD_APART) / 2.0**64 < plan.share
+        held = left & apart
+        take(apart, np.zeros_like(left))
+    return Chosen.of(left, held, took, missing)
+
+
+def _mask(column: "pa.Array | pa.ChunkedArray") -> np.ndarray:
+    import pyarrow as pa
+
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    mask: np.ndarray = array.to_numpy(zero_copy_only=False).astype(bool)
+    return mask
+
+
+def _with_kinds(table: "pa.Table", kinds: dict[str, str]) -> "pa.Table":
+    """The table with these fields, each of its kind: one that is absent here, or of another kind, is missing."""
+    import pyarrow as pa
+
+    types = {NUMBER: pa.float64(), TEXT: pa.string(), TRUTH: pa.bool_(), "": pa.null()}
+    columns = {}
+    for name, kind in kinds.items():
+        here = table[name] if name in table.column_names else None
+        fits = here is not None and kind_of(here.type) == kind
+        columns[name] = here if fits else pa.nulls(table.num_rows, types[kind])
+    return pa.table(columns)
