@@ -1,4 +1,4 @@
-"""The way of docs/guide/from_urls.md, with the real img2dataset: a table of addresses, shards, embeddings, a training."""
+"""The way of docs/guide/from_urls.md with the real img2dataset: from a table of addresses to a training."""
 
 import json
 import math

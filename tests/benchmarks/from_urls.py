@@ -1,6 +1,6 @@
 """From a table of addresses and captions to a training: seconds and bytes of img2dataset and of the commands after it.
 
-python -m tests.benchmarks.from_urls img2dataset=img2dataset-env/bin/img2dataset out=/tmp/from_urls photos=FOLDER_OF_JPEGS
+python -m tests.benchmarks.from_urls img2dataset=ENVIRONMENT/bin/img2dataset out=FOLDER photos=FOLDER_OF_JPEGS
     The web server is on this machine and takes some of its cores, so img2dataset's rate is that of the cores, without
     what a real network costs.
 """
