@@ -1,7 +1,6 @@
 """Captions of shards to sidecar shards of text embeddings: `python -m data.embed shards=DIR out=DIR encoder=NAME`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from data.cli import command, location
 from data.storage.shards import find_shards
@@ -30,7 +29,7 @@ class Embed:
     A rerun makes only what is missing and what changed in the shards; several processes may work on one folder at once.
 
     shards: the image shards, as data.shards of a training.
-    out: folder for the embeddings; with mode=check any location that can be read.
+    out: folder for the embeddings, or s3://BUCKET/FOLDER; with mode=check any location that can be read.
     encoder: name on the hub, or folder, of an encoder that transformers loads; default: that of out's meta file, else
     DeepFloyd/t5-v1_1-xxl.
     tokens: number of tokens that each caption is cut or padded to; 0 takes that of out's meta file, else 77.
@@ -70,7 +69,7 @@ def embed(args: Embed) -> None:
     # Here, since it imports torch and transformers, which take seconds.
     from data.text.embedding_job import open_embeddings, write_sidecars
 
-    out = Path(args.out)
+    out = args.out
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name)}
     encoder, meta = open_embeddings(out, chosen, DEFAULTS)
     if args.mode == "meta":

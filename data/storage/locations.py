@@ -1,19 +1,24 @@
 """Files at a location, which is a path, http(s):// or s3://. Remote reads are retried and resumed."""
 
+import errno
 import io
 import logging
 import os
 import re
+import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from data.storage.atomic import atomic_file
+from data.storage.atomic import CouldNotWrite, atomic_file
 from data.storage.clients import TransientError, UnreadableError, http_range, list_s3, s3_range, write_s3
 from data.storage.local_files import SCARCE, PooledFile, PooledReader, check_handles
 from data.storage.retries import MAX_TRIES, wait
+from data.storage.s3_objects import facts, upload
 
 logger = logging.getLogger(__name__)
 
@@ -90,15 +95,76 @@ def list_names(folder: str) -> list[str]:
     )
 
 
+def exists(location: str) -> bool:
+    """Whether there is such a path, or such an object of S3.
+
+    Raises: OSError.
+    """
+    if not location.startswith("s3://"):
+        return os.path.exists(location)
+    try:
+        return file_size(location) >= 0
+    except FileNotFoundError:
+        return False
+
+
+def file_size(location: str) -> int:
+    """The bytes of a file at a path or on S3, without opening it.
+
+    Raises: OSError.
+    """
+    return facts(location).size if location.startswith("s3://") else os.path.getsize(location)
+
+
+@contextmanager
+def whole_file(location: str, aside: Path | None = None) -> Iterator[Path]:
+    """Yields a path to write to. After the block the file appears at the location whole, after an error not at all.
+
+    aside: the path to write to; as atomic_file has it for a path, else in TMPDIR.
+    Raises: as write_whole.
+    """
+    if not is_remote(location):
+        with atomic_file(location, aside) as part:
+            yield part
+        return
+    check_writable(location)
+    with tempfile.TemporaryDirectory() as folder:
+        part = aside or Path(folder) / "part"
+        try:
+            yield part
+            upload(part, location)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CouldNotWrite(part, error.strerror) from None
+            raise
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def check_writable(location: str) -> None:
+    """Raises: ValueError for http(s)://, which cannot be written."""
+    if is_remote(location) and not location.startswith("s3://"):
+        raise ValueError(f"'{location}' cannot be written over HTTP: name a path or s3://")
+
+
+def make_folder(location: str) -> None:
+    """Make a folder that may be there. S3 has none, and needs none.
+
+    Raises: as write_whole.
+    """
+    check_writable(location)
+    if not is_remote(location):
+        os.makedirs(location, exist_ok=True)
+
+
 def write_whole(location: str, data: bytes) -> None:
     """Write a file that appears whole or not at all: a path through atomic_file, s3:// as one object.
 
     Raises: OSError; ValueError for http(s)://, which cannot be written.
     """
+    check_writable(location)
     if location.startswith("s3://"):
         write_s3(location, data)
-    elif is_remote(location):
-        raise ValueError(f"'{location}' cannot be written over HTTP: name a path or s3://")
     else:
         with atomic_file(location) as aside:
             aside.write_bytes(data)

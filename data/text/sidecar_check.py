@@ -1,6 +1,5 @@
 """Comparing sidecars with the captions of their shards; needs no encoder."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,11 +8,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.storage.digests import ShardDigest, caption_digest
-from data.storage.locations import is_remote, join, list_names, open_location, size_of
+from data.storage.locations import file_size, is_remote, join, list_names, open_location, size_of
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard, current_digest
 from data.storage.tar_headers import DamagedTar
-from data.storage.tars import STATS, ShardReader, Span, printable_key, read_shard, sample_name, scan_shard
+from data.storage.tars import ShardReader, Span, printable_key, read_shard, sample_name, scan_shard, stats_location
 from data.text.decode import is_text
 from data.text.embeddings import from_bytes, read_empty
 from data.text.meta import TextMeta, sidecar_location
@@ -174,14 +173,13 @@ def find_outdated(shards: list[Shard], folder: str) -> tuple[dict[str, str], dic
         try:
             sidecar = sidecar_location(shard, folder)
             record = SidecarRecord.read(sidecar)
-            return CHANGED if record.source != digest else DAMAGED if os.path.getsize(
-                sidecar
-            ) != record.size else "", ""
+            return CHANGED if record.source != digest else DAMAGED if file_size(sidecar) != record.size else "", ""
         except (OSError, ValueError):
             return DAMAGED, ""
 
     # A sidecar without its stats file is missing rather than outdated.
-    there = [s for s in shards if os.path.exists(sidecar_location(s, folder).removesuffix(".tar") + STATS)]
+    names = set(list_names(folder))
+    there = [shard for shard in shards if stats_location(shard.name) in names]
     with ThreadPoolExecutor(READERS) as readers:
         bar = tqdm(readers.map(compare, there), total=len(there), unit="shard", desc="compare", disable=not there)
         named = [(shard.name, *reasons) for shard, reasons in zip(there, bar, strict=True)]
