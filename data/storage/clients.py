@@ -17,6 +17,7 @@ RANGE_NOT_SATISFIABLE = 416
 RETRY_STATUSES = (408, 425, 429)  # beside those from 500 on
 # How often boto3 tries what is not a read; reads are retried by data.storage.locations.
 S3_TRIES = 8
+NO_KEYS = "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 class TransientError(OSError):
@@ -89,7 +90,7 @@ def s3_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
     except (HTTPClientError, IncompleteReadError, HTTPError) as error:
         raise TransientError(_one_line(error)) from None
     except BotoCoreError as error:
-        raise UnreadableError(f"{location}: {error}") from None
+        raise UnreadableError(f"{location}: {s3_reason(error)}") from None
 
 
 def list_s3(folder: str) -> list[str]:
@@ -105,7 +106,7 @@ def list_s3(folder: str) -> list[str]:
         pages = paginator.paginate(Bucket=bucket, Prefix=key, Delimiter="/")
         return [entry["Key"][len(key) :] for page in pages for entry in page.get("Contents", ())]
     except (BotoCoreError, ClientError) as error:
-        raise UnreadableError(f"{folder}: {error}") from None
+        raise UnreadableError(f"{folder}: {s3_reason(error)}") from None
 
 
 def write_s3(location: str, data: bytes) -> None:
@@ -119,7 +120,15 @@ def write_s3(location: str, data: bytes) -> None:
     try:
         s3_client(os.getpid(), S3_TRIES).put_object(Bucket=bucket, Key=key, Body=data)
     except (BotoCoreError, ClientError) as error:
-        raise OSError(f"{location}: {error}") from None
+        raise OSError(f"{location}: {s3_reason(error)}") from None
+
+
+def s3_reason(error: Exception) -> str:
+    """What an error of boto3 says, in one line; where it has no keys, with the remedy."""
+    from botocore.exceptions import NoCredentialsError
+
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{line}: {NO_KEYS}" if isinstance(error, NoCredentialsError) else line
 
 
 def split_s3(location: str) -> tuple[str, str]:

@@ -6,14 +6,13 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.storage.clients import S3_TRIES, s3_client, split_s3
+from data.storage.clients import S3_TRIES, s3_client, s3_reason, split_s3
 
 logger = logging.getLogger(__name__)
 
 NOT_THERE, NOT_IMPLEMENTED = (404,), (501,)
 # The answers to a conditional write whose condition does not hold; 404 if the object is gone.
 REFUSED = (404, 409, 412)
-KEYS = "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 class Facts(NamedTuple):
@@ -46,7 +45,7 @@ def upload(file: Path, location: str) -> None:
     try:
         s3_client(os.getpid(), S3_TRIES).upload_file(str(file), bucket, key)
     except (Boto3Error, BotoCoreError, ClientError) as error:
-        raise OSError(f"{location} could not be written: {_reason(error)}") from None
+        raise OSError(f"{location} could not be written: {s3_reason(error)}") from None
 
 
 def put_if(location: str, data: bytes, etag: str = "") -> str:
@@ -89,13 +88,6 @@ def _call(location: str, name: str, ignored: tuple[int, ...] = (), **arguments: 
             raise NotImplementedError from None
         if status in NOT_THERE:
             raise FileNotFoundError(f"{location} is not there (status {status})") from None
-        raise OSError(f"{location}: {_reason(error)}") from None
+        raise OSError(f"{location}: {s3_reason(error)}") from None
     except BotoCoreError as error:
-        raise OSError(f"{location}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    from botocore.exceptions import NoCredentialsError
-
-    lines = str(error).splitlines() or [type(error).__name__]
-    return f"{lines[0]}: {KEYS}" if isinstance(error, NoCredentialsError) else lines[0]
+        raise OSError(f"{location}: {s3_reason(error)}") from None

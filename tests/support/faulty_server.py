@@ -21,6 +21,7 @@ class FaultyServer(ThreadingHTTPServer):
     """files: what it serves, unless there is an upstream (host, port) whose answers it hands on.
 
     faults: what befalls the next GETs of a tar, one each, '' nothing; with for_good the last one stays.
+    read_only: what befalls a PUT of a path in which this is found: it may not be written.
     asked: path and Range of each such GET.  sent: bytes of all bodies.  where: a folder of it, in which put stores.
     """
 
@@ -31,6 +32,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.files, self.upstream = files, upstream
         self.faults: list[str] = []
         self.for_good = False
+        self.read_only = ""
         self.asked: list[tuple[str, str]] = []
         self.sent = 0
         self.end = threading.Event()
@@ -76,7 +78,14 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(*(self.hand_on() if server.upstream else self.look_up(asked, fault)), fault)
 
-    do_PUT = do_POST = do_HEAD = do_DELETE = lambda self: self.answer(*self.hand_on())
+    def do_PUT(self):
+        if self.server.read_only and self.server.read_only in self.path:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.answer(403, {}, b"")
+        else:
+            self.answer(*self.hand_on())
+
+    do_POST = do_HEAD = do_DELETE = lambda self: self.answer(*self.hand_on())
 
     def look_up(self, asked: str, fault: str) -> tuple[int, dict[str, str], bytes]:
         data = self.server.files.get(self.path.partition("?")[0].lstrip("/"))
@@ -101,6 +110,8 @@ class Handler(BaseHTTPRequestHandler):
             for name, value in answer.getheaders()
             if name.lower() not in ("content-length", "date", "server", "connection")
         }
+        if self.command == "HEAD":  # it has a length, and no body
+            kept["Content-Length"] = answer.getheader("Content-Length", "0")
         return answer.status, kept, answer.read()
 
     def answer(self, status: int, headers: dict[str, str], body: bytes, fault: str = "") -> None:
@@ -108,7 +119,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(part) if fault == "short" else len(body)))
+        if "Content-Length" not in headers:
+            self.send_header("Content-Length", str(len(part) if fault == "short" else len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.server.sent += len(part)
