@@ -37,8 +37,12 @@ class RangeResponse(NamedTuple):
 
 
 @contextmanager
-def http_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
-    """The bytes [start, end) of a URL, or as many of them as the file has.
+def http_range(
+    location: str, start: int, end: int, url: str = "", session: requests.Session | None = None
+) -> Iterator[RangeResponse]:
+    """The bytes [start, end) of a file, or as many of them as it has.
+
+    url: where it lies, if that is not `location`.  session: one that may read it.
 
     Raises: TransientError, UnreadableError, FileNotFoundError, PermissionError.
     """
@@ -46,11 +50,12 @@ def http_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
     headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
     try:
-        with _session(os.getpid()).get(location, headers=headers, stream=True, timeout=timeout) as response:
+        session = session or _session(os.getpid())
+        with session.get(url or location, headers=headers, stream=True, timeout=timeout) as response:
             if response.status_code == RANGE_NOT_SATISFIABLE and start == 0:
                 yield RangeResponse(iter(()), 0, "")
                 return
-            _check_status(location, response.status_code)
+            check_status(location, response.status_code)
             size = response.headers.get("Content-Length", "")
             if response.status_code == 206:
                 span, _, size = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
@@ -84,7 +89,7 @@ def s3_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
     except ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         if status != RANGE_NOT_SATISFIABLE or start:
-            _check_status(location, status)
+            check_status(location, status)
             raise UnreadableError(f"{location}: {error}") from None
         yield RangeResponse(iter(()), 0, "")
     except (HTTPClientError, IncompleteReadError, HTTPError) as error:
@@ -153,7 +158,8 @@ def s3_client(process: int, tries: int = 1) -> Any:
     return boto3.client("s3", config=config)
 
 
-def _check_status(location: str, status: int) -> None:
+def check_status(location: str, status: int) -> None:
+    """Raises: OSError that fits the status of an answer, unless it is one of success."""
     if status in (404, 410):
         raise FileNotFoundError(f"{location} is not there (status {status})")
     if status in (401, 403):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.storage.digests import ShardDigest, caption_digest
-from data.storage.locations import file_size, is_remote, join, list_names, open_location, size_of
+from data.storage.locations import can_be_listed, file_size, is_remote, join, list_names, open_location, size_of
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard, current_digest
 from data.storage.tar_headers import DamagedTar
@@ -248,7 +248,7 @@ def not_text_line(keys: list[str]) -> str:
 
 def _extra_sidecars(shards: list[Shard], folder: str) -> list[str]:
     """The sidecars in a folder that belong to none of the shards; none where the folder can't be listed."""
-    if is_remote(folder) and not folder.startswith("s3://"):
+    if not can_be_listed(folder):
         return []
     names = {shard.name for shard in shards}
     return [join(folder, name) for name in sorted(list_names(folder)) if name.endswith(".tar") and name not in names]
