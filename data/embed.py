@@ -1,10 +1,10 @@
 """Captions of shards to sidecar shards of text embeddings: `python -m data.embed shards=DIR out=DIR encoder=NAME`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from data.cli import command, location
 from data.storage.caption_fields import TXT, check_fields
+from data.storage.locations import make_folder
 from data.storage.shards import find_shards
 from data.text.captions import CLEANING, cleaner
 from data.text.meta import COMPUTE, STORED, caption_folder
@@ -31,7 +31,7 @@ class Embed:
     A rerun makes only what is missing and what changed in the shards; several processes may work on one folder at once.
 
     shards: the image shards, as data.shards of a training.
-    out: folder for the embeddings; with mode=check any location that can be read.
+    out: folder for the embeddings, or s3://BUCKET/FOLDER; with mode=check any location that can be read.
     encoder: name on the hub, or folder, of an encoder that transformers loads; default: that of out's meta file, else
     DeepFloyd/t5-v1_1-xxl.
     tokens: number of tokens that each caption is cut or padded to; 0 takes that of out's meta file, else 77.
@@ -74,14 +74,14 @@ def embed(args: Embed) -> None:
     # Here, since it imports torch and transformers, which take seconds.
     from data.text.embedding_job import open_embeddings, write_sidecars
 
-    out = Path(args.out)
+    out = args.out
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name)}
     encoder, meta = open_embeddings(out, chosen, DEFAULTS)
     if args.mode == "meta":
         print(f"{out}: the meta file of {meta.encoder}, {meta.tokens} x {meta.dim}, and the empty caption's embedding")
         return
-    out = Path(caption_folder(out, args.caption))
-    out.mkdir(exist_ok=True)
+    out = caption_folder(out, args.caption)
+    make_folder(out)
     work = write_sidecars(shards, out, encoder, meta, args.batch, args.mode == "repair", args.caption)
     unreadable |= work.unreadable
     made = len(shards) - len(work.unreadable)

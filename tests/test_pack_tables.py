@@ -88,13 +88,15 @@ def test_columns_of_hugging_face_and_those_that_are_named(folder: Path, capsys: 
     table = "Picture,text,title\na.jpg,one,uno\nb.jpg,two,due\n"
     named = {"image_column": "Picture", "caption_column": "TITLE"}
     found, said = pack_text(folder, table, capsys, **named)
-    assert found == ["uno", "due"] and said.startswith("2 captions changed: shard 00000 written again")
+    assert found == ["uno", "due"] and said.startswith(
+        "2 captions changed, 2 pictures with changed columns: shard 00000 written again"
+    )
     assert "no column 'pictures' (did you mean 'Picture'?); its columns: Picture, text, title" in refusal(
         folder, table, capsys, image_column="pictures"
     )
     wide = refusal(folder, ",".join(f"column{i}" for i in range(500)) + "\n1\n", capsys)
     assert "has no column path or image" in wide and len(wide) < 700
-    with pytest.raises(ValueError, match="image_column= and caption_column= are for tables, and source= is a folder"):
+    with pytest.raises(ValueError, match="image_column=, caption_column= and columns= are for tables, and source="):
         pack(Pack(str(folder), str(folder / "out"), image_column="x"))
 
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from data.storage import clients, locations, retries
+from data.storage import clients, google, locations, retries
 from data.storage.atomic import atomic_file, atomic_folder
 from data.storage.clients import UnreadableError
 from data.storage.locations import join, list_names, open_location, read_bytes, size_of, split, write_whole
@@ -22,9 +22,9 @@ pytest_plugins = ["tests.support.faulty_server"]
 DATA = random.Random(0).randbytes(100_000)
 
 
-@pytest.fixture(params=["http", "s3"])
+@pytest.fixture(params=["http", "s3", "gs"])
 def server(request, monkeypatch):
-    """HTTP, or S3 with the same faults in front of it. Blocks are small, waits short."""
+    """HTTP, or S3 with the same faults in front of it, or S3 as Google's storage. Blocks are small, waits short."""
     for module, name, value in (
         (clients, "READ_TIMEOUT", 0.25), (clients, "CHUNK", 512), (retries, "FIRST_WAIT", 0.001),
         (locations, "FIRST_BLOCK", 4096), (locations, "LARGEST_BLOCK", 16384),
@@ -191,8 +191,8 @@ def test_locations_are_taken_apart_and_put_together(tmp_path):
         split("0.tar") == (".", "0.tar") and split("/0.tar") == ("/", "0.tar") and split("a/b?.tar") == ("a", "b?.tar")
     )
     assert join("s3://b/some/", "0.tar") == "s3://b/some/0.tar" and join("some", "0.tar") == "some/0.tar"
-    for wrong in ("gs://b/0.tar", "file:///0.tar", "pipe://cat 0.tar"):
-        with pytest.raises(ValueError, match=r"is not read; use a path, http\(s\):// or s3://"):
+    for wrong in ("gcs://b/0.tar", "file:///0.tar", "pipe://cat 0.tar"):
+        with pytest.raises(ValueError, match=r"is not read; use a path, http\(s\)://, s3://, gs:// or az://"):
             open_location(wrong)
     write_whole(str(tmp_path / "a"), b"b")
     assert read_bytes(str(tmp_path / "a")) == b"b" and [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -226,3 +226,15 @@ def test_finding_reading_and_ordering_samples_needs_no_torch(repo):
     code = f"import sys, {modules}\nprint({{'torch', 'transformers', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_google_without_credentials_is_one_line(monkeypatch, tmp_path):
+    pytest.importorskip("google.auth", reason="needs google-auth")
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", google.EMULATOR):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    google._session.cache_clear()
+    with pytest.raises(PermissionError, match=r"no credentials for gs://.*gcloud auth application-default login"):
+        open_location("gs://bucket/0.tar")

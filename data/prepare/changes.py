@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from data.config import ImageRules
 from data.images import BadImage, decode
-from data.prepare.rows import Picture, Row, Unusable, fingerprint, read_picture, same_caption, signature
+from data.prepare.rows import Picture, Row, Unusable, fingerprint, known_caption_hash, read_picture, signature
 from data.storage.tars import stats_path
 
 # A stats file under this name beside it belongs to a shard that is being written again.
@@ -24,7 +25,7 @@ class Entry(NamedTuple):
     """A packed row, as the stats file of its shard lists it.
 
     number: of the sample in its shard, by which its key is made.  signature: of the row's files when they were read.
-    image, caption: fingerprints.
+    image, caption, more: fingerprints; the last is '' where the source says no more of the picture.
     """
 
     number: int
@@ -33,21 +34,25 @@ class Entry(NamedTuple):
     image: str
     caption: str
     name: str
+    more: str = ""
 
     @classmethod
     def of(cls, number: int, row: Row, picture: Picture, version: str) -> "Entry":
         """The entry of a picture that is being packed. version: the row's signature before it was read."""
         image, caption = fingerprint(picture.image), fingerprint(picture.caption.encode())
-        return cls(number, picture.extension, version or "-", image, caption, row.name)
+        more = fingerprint(row.more.encode()) if row.more else ""
+        return cls(number, picture.extension, version or "-", image, caption, row.name, more)
 
     @classmethod
     def parse(cls, line: str) -> "Entry":
         """The inverse of str()."""
-        number, *others = line.split(" ", 5)
-        return cls(int(number), *others)
+        number, extension, version, image, texts, name = line.split(" ", 5)
+        caption, _, more = texts.partition(".")
+        return cls(int(number), extension, version, image, caption, name, more)
 
     def __str__(self) -> str:
-        return " ".join(map(str, self))
+        texts = f"{self.caption}.{self.more}" if self.more else self.caption
+        return f"{self.number} {self.extension} {self.signature} {self.image} {texts} {self.name}"
 
 
 @dataclass
@@ -68,7 +73,8 @@ class Changes:
 
     kept: the rows that stay, by shard and number.  new: rows that are not packed, with their position in the source.
     touched: shards that must be written again.
-    captions, pictures, removed: numbers of changed captions, of changed pictures, and of rows that are gone.
+    captions, pictures, more, removed: numbers of changed captions, of changed pictures, of pictures of which the source
+    says other things in its further columns, and of rows that are gone.
     skipped: (name, reason) of rows that cannot be packed.
     """
 
@@ -77,6 +83,7 @@ class Changes:
     touched: set[int] = field(default_factory=set)
     captions: int = 0
     pictures: int = 0
+    more: int = 0
     removed: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
@@ -148,10 +155,11 @@ def _compare_row(row: Row, shard: int, entry: Entry, rules: ImageRules, changes:
         return
     picture = read_picture(row, rules)
     new = Entry.of(entry.number, row, picture, "")
-    if (new.image, new.caption) == (entry.image, entry.caption):
+    if (new.image, new.caption, new.more) == (entry.image, entry.caption, entry.more):
         return
     decode(picture.image, rules)
     changes.pictures += new.image != entry.image
+    changes.more += new.more != entry.more
     changes.captions += new.caption != entry.caption
     changes.touched.add(shard)
 
@@ -174,11 +182,15 @@ def _exact(rows: Sequence[Row], entries: dict[str, list[tuple[int, Entry]]]) -> 
 
     They are taken out of `entries`, so that the other rows of that name find what is left.
     """
+    by_caption: dict[tuple[str, str], deque[tuple[int, Entry]]] = {}
+    for name, known in entries.items():
+        for pair in known:
+            by_caption.setdefault((name, pair[1].caption), deque()).append(pair)
     found = {}
     for position, row in enumerate(rows):
-        known = entries.get(row.name, [])
-        match = next((pair for pair in known if same_caption(row, pair[1].caption)), None)
-        if match:
-            known.remove(match)
-            found[position] = match
+        if matches := by_caption.get((row.name, known_caption_hash(row))):
+            found[position] = matches.popleft()
+    taken = {(shard, entry.number) for shard, entry in found.values()}
+    for name, known in entries.items():
+        entries[name] = [pair for pair in known if (pair[0], pair[1].number) not in taken]
     return found

@@ -34,6 +34,17 @@ def list_folder(folder: Path, out: Path | None = None) -> list[Row]:
     return rows
 
 
+def parquet_files(folder: Path, out: Path) -> list[Path]:
+    """The .parquet files of a folder and of those below it, in order; none where there are pictures or shards too.
+
+    out: a folder to leave out.
+    """
+    rows = list(_walk(str(folder), str(out.resolve()))) if next(folder.rglob("*.parquet"), None) else []
+    if any(not row.problem or row.name.endswith(".tar") for row in rows):
+        return []
+    return sorted(folder / row.name for row in rows if row.name.lower().endswith(".parquet"))
+
+
 def _walk(root: str, out: str) -> Iterator[Row]:
     faults: list[OSError] = []
     for folder, folders, files in os.walk(root, onerror=faults.append):

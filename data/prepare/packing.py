@@ -4,8 +4,9 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,16 +96,17 @@ def find_changes(rows: Sequence[Row], out: Path, rules: ImageRules) -> Changes:
         return compare(rows, packed, rules, bar)
 
 
-def write_changes(changes: Changes, out: Path, shard_size: int, rules: ImageRules) -> bool:
+def write_changes(changes: Changes, out: Path, shard_size: int, rules: ImageRules, workers: int = 1) -> bool:
     """Write the shards that changed; print what changed, and which rows were skipped and why.
 
     The pictures go in byte for byte and in their order. Rows that are packed stay in their shard, with their key. New
     rows go to shards that are missing, to the last shard with room, then to further ones. Shards and the folder's index
     are never out of step: an index is removed first. If the writing is interrupted, the next call completes it.
+    workers: threads that read and check new pictures, ahead of the writing.
     Returns: whether there was an index, which is to be made again.
     Raises: ValueError if no row is usable, with everything left as it is; OSError.
     """
-    writer = _Writer(changes, out, shard_size, rules)
+    writer = _Writer(changes, out, shard_size, rules, workers)
     writer.write()
     for line in writer.lines():
         print(line)
@@ -127,8 +129,8 @@ class _Writer:
     added: how many new rows were packed.  packed: how many rows are in the shards.
     """
 
-    def __init__(self, changes: Changes, out: Path, shard_size: int, rules: ImageRules) -> None:
-        self.changes, self.out, self.shard_size, self.rules = changes, out, shard_size, rules
+    def __init__(self, changes: Changes, out: Path, shard_size: int, rules: ImageRules, workers: int) -> None:
+        self.changes, self.out, self.shard_size, self.rules, self.workers = changes, out, shard_size, rules, workers
         self.index_removed = False
         self.rewritten: list[int] = []
         self.fresh: list[int] = []
@@ -177,20 +179,35 @@ class _Writer:
         return lines
 
     def _usable(self, bar: tqdm) -> Iterator[_Usable]:
-        """The new rows that can be packed, read one at a time; the others are added to those skipped."""
-        for position, row in self.changes.new:
-            bar.update()
-            if (usable := self._read(row, f"row {position}")) is not None:
-                yield usable
+        """The new rows that can be packed, in their order; the others are added to those skipped.
 
-    def _read(self, row: Row, name: str) -> _Usable | None:
+        Threads suffice: reading and decoding leave Python's lock to the others.
+        """
+        with ThreadPoolExecutor(self.workers) as pool:
+            ahead: deque[tuple[str, Future[_Usable | str]]] = deque()
+            for position, row in self.changes.new:
+                ahead.append((row.name or f"row {position}", pool.submit(self._read, row)))
+                if len(ahead) == 2 * self.workers:
+                    yield from self._taken(*ahead.popleft(), bar)
+            for name, read in ahead:
+                yield from self._taken(name, read, bar)
+
+    def _taken(self, name: str, read: "Future[_Usable | str]", bar: tqdm) -> Iterator[_Usable]:
+        usable = read.result()
+        bar.update()
+        if isinstance(usable, str):
+            self.skipped.append((name, usable))
+        else:
+            yield usable
+
+    def _read(self, row: Row) -> _Usable | str:
+        """A row that can be packed, or why it cannot. Raises: OSError where the machine fails."""
         try:
             version = signature(row)
             picture = read_picture(row, self.rules)
             return _Usable(row, picture, version, decode(picture.image, self.rules).size)
         except (Unusable, BadImage) as error:
-            self.skipped.append((row.name or name, str(error)))
-            return None
+            return str(error)
 
     def _write_shard(self, number: int, kept: dict[int, Row], room: int) -> None:
         shard = shard_path(self.out, number)
@@ -217,8 +234,12 @@ class _Writer:
         for place in range(MAX_SHARD_SIZE):
             usable: _Usable | None = None
             if place in kept:
-                usable = self._read(kept[place], "")
-                self.packed -= usable is None
+                read = self._read(kept[place])
+                if isinstance(read, str):
+                    self.skipped.append((kept[place].name, read))
+                    self.packed -= 1
+                else:
+                    usable = read
             elif room and self._next:
                 usable, self._next, room = self._next, next(self._new, None), room - 1
                 self.added, self.packed = self.added + 1, self.packed + 1
@@ -247,7 +268,8 @@ class _Writer:
     def _what_changed(self) -> list[str]:
         c = self.changes
         counts = (
-            (c.captions, "caption", "changed"), (c.pictures, "picture", "changed"), (self.added, "picture", "added"),
+            (c.captions, "caption", "changed"), (c.pictures, "picture", "changed"),
+            (c.more, "picture", "with changed columns"), (self.added, "picture", "added"),
             (c.removed, "picture", "removed"),
         )  # fmt: skip
         what = [f"{count(number, noun)} {done}" for number, noun, done in counts if number]
@@ -269,9 +291,8 @@ def _shards(numbers: list[int]) -> str:
 def _sample(key: str, usable: _Usable) -> Sample:
     """The key and members of a sample."""
     row, picture, _, (width, height) = usable
-    facts = {
-        "caption": picture.caption, "url": row.name, "key": key, "status": "success", "width": width, "height": height,
-    }  # fmt: skip
+    facts = {"url": row.name} | (json.loads(row.more) if row.more else {})
+    facts |= {"caption": picture.caption, "key": key, "status": "success", "width": width, "height": height}
     text = json.dumps(facts, indent=1, ensure_ascii=False)
     return key, {picture.extension: picture.image, "txt": picture.caption.encode(), "json": text.encode()}
 

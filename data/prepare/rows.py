@@ -31,6 +31,7 @@ class Row:
     name: its path in the source; '' if the source gives none.
     image: the path of its file, or a function that gives its bytes and may raise Unusable.
     caption: its text; None if it is in caption_file.
+    more: a JSON object of what else its source says of it, for KEY.json; '' if that is nothing.
     version: of an image that is no file: another text if its bytes may have changed.
     problem: why it cannot be packed, or ''.
     """
@@ -39,6 +40,7 @@ class Row:
     image: str | Callable[[], bytes] = ""
     caption: str | None = None
     caption_file: str = ""
+    more: str = ""
     version: str = ""
     problem: str = ""
 
@@ -63,7 +65,7 @@ def signature(row: Row) -> str:
         caption = file_version(row.caption_file) if row.caption is None else _text_hash(row.caption)
     except (OSError, ValueError):  # ValueError: a NUL in a path
         return ""
-    return f"{image},{caption}"
+    return f"{image},{caption}" + (f",{fingerprint(row.more.encode())}" if row.more else "")
 
 
 def file_version(path: str) -> str:
@@ -76,9 +78,9 @@ def file_version(path: str) -> str:
     return f"{found.st_size}.{found.st_mtime_ns}.{found.st_ctime_ns}"
 
 
-def same_caption(row: Row, caption_hash: str) -> bool:
-    """Whether a row whose caption is known without reading a file has the caption with this hash."""
-    return row.caption is not None and _text_hash(row.caption) == caption_hash
+def known_caption_hash(row: Row) -> str:
+    """The fingerprint of a row's caption, as it is packed; '' if only a file tells it."""
+    return "" if row.caption is None else _text_hash(row.caption)
 
 
 def read_picture(row: Row, rules: ImageRules) -> Picture:

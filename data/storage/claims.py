@@ -46,8 +46,7 @@ class Claim:
 
 def claim(path: Path) -> Claim | None:
     """Claim a file; None if another process holds it. The leftovers of a dead holder are removed, for the next call."""
-    holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    file = _claim_file(path)
+    holder, file = new_holder(), _claim_file(path)
     try:
         handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -59,14 +58,24 @@ def claim(path: Path) -> Claim | None:
     return Claim(path, holder)
 
 
+def new_holder() -> str:
+    """A name for this process as the holder of one claim, which no other has."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def is_dead(holder: str) -> bool:
+    """Whether a holder was a process of this machine that is there no more."""
+    host, _, pid = holder.rpartition("-")[0].rpartition("-")
+    return host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid))
+
+
 def _claim_file(path: Path) -> Path:
     return path.with_name(path.name + ".claim")
 
 
 def _is_stale(file: Path, holder: str) -> bool:
     with suppress(FileNotFoundError):
-        host, _, pid = file.read_text().rpartition("-")[0].rpartition("-")
-        if host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid)):
+        if is_dead(file.read_text()):
             return True
     # Ages are measured by the clock of the storage, which may differ from this machine's.
     probe = file.with_name(f"{file.name}.{holder}")

@@ -17,6 +17,7 @@ RANGE_NOT_SATISFIABLE = 416
 RETRY_STATUSES = (408, 425, 429)  # beside those from 500 on
 # How often boto3 tries what is not a read; reads are retried by data.storage.locations.
 S3_TRIES = 8
+NO_KEYS = "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 class TransientError(OSError):
@@ -36,8 +37,12 @@ class RangeResponse(NamedTuple):
 
 
 @contextmanager
-def http_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
-    """The bytes [start, end) of a URL, or as many of them as the file has.
+def http_range(
+    location: str, start: int, end: int, url: str = "", session: requests.Session | None = None
+) -> Iterator[RangeResponse]:
+    """The bytes [start, end) of a file, or as many of them as it has.
+
+    url: where it lies, if that is not `location`.  session: one that may read it.
 
     Raises: TransientError, UnreadableError, FileNotFoundError, PermissionError.
     """
@@ -45,11 +50,12 @@ def http_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
     headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
     try:
-        with _session(os.getpid()).get(location, headers=headers, stream=True, timeout=timeout) as response:
+        session = session or _session(os.getpid())
+        with session.get(url or location, headers=headers, stream=True, timeout=timeout) as response:
             if response.status_code == RANGE_NOT_SATISFIABLE and start == 0:
                 yield RangeResponse(iter(()), 0, "")
                 return
-            _check_status(location, response.status_code)
+            check_status(location, response.status_code)
             size = response.headers.get("Content-Length", "")
             if response.status_code == 206:
                 span, _, size = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
@@ -83,13 +89,13 @@ def s3_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
     except ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         if status != RANGE_NOT_SATISFIABLE or start:
-            _check_status(location, status)
+            check_status(location, status)
             raise UnreadableError(f"{location}: {error}") from None
         yield RangeResponse(iter(()), 0, "")
     except (HTTPClientError, IncompleteReadError, HTTPError) as error:
         raise TransientError(_one_line(error)) from None
     except BotoCoreError as error:
-        raise UnreadableError(f"{location}: {error}") from None
+        raise UnreadableError(f"{location}: {s3_reason(error)}") from None
 
 
 def list_s3(folder: str) -> list[str]:
@@ -105,7 +111,7 @@ def list_s3(folder: str) -> list[str]:
         pages = paginator.paginate(Bucket=bucket, Prefix=key, Delimiter="/")
         return [entry["Key"][len(key) :] for page in pages for entry in page.get("Contents", ())]
     except (BotoCoreError, ClientError) as error:
-        raise UnreadableError(f"{folder}: {error}") from None
+        raise UnreadableError(f"{folder}: {s3_reason(error)}") from None
 
 
 def write_s3(location: str, data: bytes) -> None:
@@ -119,7 +125,15 @@ def write_s3(location: str, data: bytes) -> None:
     try:
         s3_client(os.getpid(), S3_TRIES).put_object(Bucket=bucket, Key=key, Body=data)
     except (BotoCoreError, ClientError) as error:
-        raise OSError(f"{location}: {error}") from None
+        raise OSError(f"{location}: {s3_reason(error)}") from None
+
+
+def s3_reason(error: Exception) -> str:
+    """What an error of boto3 says, in one line; where it has no keys, with the remedy."""
+    from botocore.exceptions import NoCredentialsError
+
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{line}: {NO_KEYS}" if isinstance(error, NoCredentialsError) else line
 
 
 def split_s3(location: str) -> tuple[str, str]:
@@ -144,7 +158,8 @@ def s3_client(process: int, tries: int = 1) -> Any:
     return boto3.client("s3", config=config)
 
 
-def _check_status(location: str, status: int) -> None:
+def check_status(location: str, status: int) -> None:
+    """Raises: OSError that fits the status of an answer, unless it is one of success."""
     if status in (404, 410):
         raise FileNotFoundError(f"{location} is not there (status {status})")
     if status in (401, 403):

@@ -1,19 +1,34 @@
-"""Files at a location, which is a path, http(s):// or s3://. Remote reads are retried and resumed."""
+"""Files at a location: a path, http(s)://, s3://, gs:// or az://. Remote reads are retried and resumed."""
 
+import errno
 import io
 import logging
 import os
 import re
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from data.storage.atomic import atomic_file
-from data.storage.clients import TransientError, UnreadableError, http_range, list_s3, s3_range, write_s3
+from data.storage.atomic import CouldNotWrite, atomic_file
+from data.storage.azure import azure_range, list_azure, write_azure
+from data.storage.clients import (
+    RangeResponse,
+    TransientError,
+    UnreadableError,
+    http_range,
+    list_s3,
+    s3_range,
+    write_s3,
+)
+from data.storage.google import google_range, list_google, write_google
 from data.storage.local_files import SCARCE, PooledFile, PooledReader, check_handles
 from data.storage.retries import MAX_TRIES, wait
+from data.storage.s3_objects import facts, upload
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +36,12 @@ logger = logging.getLogger(__name__)
 FIRST_BLOCK, LARGEST_BLOCK = 1 << 18, 1 << 23
 # Blocks that a process fetches in the background at the same time, each over a connection of its own.
 MAX_PREFETCHES = 32
+# What is known of each kind of remote storage, by its scheme.
+RANGES: dict[str, Callable[[str, int, int], AbstractContextManager[RangeResponse]]] = {
+    "http": http_range, "https": http_range, "s3": s3_range, "gs": google_range, "az": azure_range,
+}  # fmt: skip
+LISTS: dict[str, Callable[[str], list[str]]] = {"s3": list_s3, "gs": list_google, "az": list_azure}
+WRITES: dict[str, Callable[[str, bytes], None]] = {"s3": write_s3, "gs": write_google, "az": write_azure}
 _prefetches = threading.BoundedSemaphore(MAX_PREFETCHES)
 
 
@@ -30,9 +51,14 @@ def is_remote(location: str) -> bool:
     Raises: ValueError for a URL of a scheme that is not supported.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)
-    if scheme and scheme[1] not in ("http", "https", "s3"):
-        raise ValueError(f"'{location}': {scheme[1]}:// is not read; use a path, http(s):// or s3://")
+    if scheme and scheme[1] not in RANGES:
+        raise ValueError(f"'{location}': {scheme[1]}:// is not read; use a path, http(s)://, s3://, gs:// or az://")
     return scheme is not None
+
+
+def can_be_listed(location: str) -> bool:
+    """Whether the names in a folder can be asked for: not over HTTP."""
+    return not is_remote(location) or location.partition("://")[0] in LISTS
 
 
 def absolute(location: str | Path) -> str:
@@ -83,22 +109,86 @@ def list_names(folder: str) -> list[str]:
     """
     if not is_remote(folder):
         return os.listdir(folder)
-    if folder.startswith("s3://"):
-        return list_s3(folder)
+    if can_be_listed(folder):
+        return LISTS[folder.partition("://")[0]](folder)
     raise ValueError(
         f"'{folder}' cannot be listed over HTTP: name the shards, as in {join(folder, '{00000..00099}.tar')}"
     )
 
 
+def exists(location: str) -> bool:
+    """Whether there is such a path, or such an object of S3.
+
+    Raises: OSError.
+    """
+    if not location.startswith("s3://"):
+        return os.path.exists(location)
+    try:
+        return file_size(location) >= 0
+    except FileNotFoundError:
+        return False
+
+
+def file_size(location: str) -> int:
+    """The bytes of a file at a path or on S3, without opening it.
+
+    Raises: OSError.
+    """
+    return facts(location).size if location.startswith("s3://") else os.path.getsize(location)
+
+
+@contextmanager
+def whole_file(location: str, aside: Path | None = None) -> Iterator[Path]:
+    """Yields a path to write to. After the block the file appears at the location whole, after an error not at all.
+
+    aside: the path to write to; as atomic_file has it for a path, else in TMPDIR.
+    Raises: as write_whole.
+    """
+    if not is_remote(location):
+        with atomic_file(location, aside) as part:
+            yield part
+        return
+    check_writable(location)
+    with tempfile.TemporaryDirectory() as folder:
+        part = aside or Path(folder) / "part"
+        try:
+            yield part
+            upload(part, location)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CouldNotWrite(part, error.strerror) from None
+            raise
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def check_writable(location: str) -> None:
+    """Raises: ValueError for what large files cannot be written to: all but a path and s3://."""
+    if is_remote(location) and not location.startswith("s3://"):
+        how = "" if can_be_listed(location) else " over HTTP"
+        raise ValueError(f"'{location}' cannot be written{how}: name a path or s3://")
+
+
+def make_folder(location: str) -> None:
+    """Make a folder that may be there. S3 has none, and needs none.
+
+    Raises: as write_whole.
+    """
+    check_writable(location)
+    if not is_remote(location):
+        os.makedirs(location, exist_ok=True)
+
+
 def write_whole(location: str, data: bytes) -> None:
-    """Write a file that appears whole or not at all: a path through atomic_file, s3:// as one object.
+    """Write a small file that appears whole or not at all: a path through atomic_file, else as one object.
 
     Raises: OSError; ValueError for http(s)://, which cannot be written.
     """
-    if location.startswith("s3://"):
-        write_s3(location, data)
-    elif is_remote(location):
-        raise ValueError(f"'{location}' cannot be written over HTTP: name a path or s3://")
+    if is_remote(location):
+        scheme = location.partition("://")[0]
+        if scheme not in WRITES:
+            check_writable(location)
+        WRITES[scheme](location, data)
     else:
         with atomic_file(location) as aside:
             aside.write_bytes(data)
@@ -112,7 +202,7 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, location: str) -> None:
         self._location = self.name = location
-        self._request_range = partial(s3_range if location.startswith("s3://") else http_range, location)
+        self._request_range = partial(RANGES[location.partition("://")[0]], location)
         self._file: tuple[int, str] | None = None  # size and version
         self._position = self._start = 0
         self._block_size = FIRST_BLOCK

@@ -12,7 +12,17 @@ from typing import NamedTuple
 from braceexpand import braceexpand
 
 from data.storage.caption_fields import TXT
-from data.storage.locations import absolute, is_remote, join, list_names, open_location, read_bytes, size_of, split
+from data.storage.locations import (
+    absolute,
+    can_be_listed,
+    is_remote,
+    join,
+    list_names,
+    open_location,
+    read_bytes,
+    size_of,
+    split,
+)
 from data.storage.tars import BYTES, DIGEST, SOURCE_DIGEST, STATS, scan_shard
 
 logger = logging.getLogger(__name__)
@@ -225,7 +235,7 @@ def _match_index(found: list[str], index: list[Shard], where: str) -> list[Shard
 def _needs_index(where: str) -> str:
     problem = f"'{where}' has no {INDEX}, and shards behind URLs are not counted again at each start: "
     command = f"python -m data.index shards='{where}'"
-    if is_folder(where) and where.startswith("s3://"):
+    if is_folder(where) and can_be_listed(where):
         return f"{problem}run `{command}`"
     if is_folder(where):
         command = f"python -m data.index shards='{join(where, '{00000..00099}.tar')}'"

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from data.storage.atomic import atomic_file
 from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.digests import ShardDigest
 from data.storage.local_files import PooledFile
-from data.storage.locations import open_location, write_whole
+from data.storage.locations import open_location, whole_file, write_whole
 from data.storage.tar_headers import BLOCK, DamagedTar, TarHeaders, padded
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ META_FOLDER = re.compile(r"__[^/]*__(/|$)")
 Sample = tuple[str, dict[str, bytes]]
 
 
-def write_shard(path: Path, samples: Iterable[Sample], stats: dict | None = None) -> None:
+def write_shard(path: Path | str, samples: Iterable[Sample], stats: dict | None = None) -> None:
     """Write a tar and the stats file beside it, each atomically.
 
     The stats file is written last, so a tar without one was interrupted and must be written again.
@@ -40,17 +39,17 @@ def write_shard(path: Path, samples: Iterable[Sample], stats: dict | None = None
     write_stats(path, count, {DIGEST: digest.hexdigest(), **(stats or {})})
 
 
-def write_tar(path: Path, samples: Iterable[Sample], aside: Path | None = None) -> int:
-    """Write the samples as a tar, without its stats file. Returns how many there were.
+def write_tar(path: Path | str, samples: Iterable[Sample], aside: Path | None = None) -> int:
+    """Write the samples as a tar, at a path or on S3, without its stats file. Returns how many there were.
 
-    samples: as for write_shard.  aside: as for atomic_file.
+    samples: as for write_shard.  aside: as for whole_file.
     Raises: OSError.
     """
     import webdataset as wds  # here, since it imports torch, which commands that only read shards do not need
 
     count = 0
     with (
-        atomic_file(path, aside) as part,
+        whole_file(str(path), aside) as part,
         open(part, "wb") as file,
         wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar,
     ):
@@ -60,15 +59,15 @@ def write_tar(path: Path, samples: Iterable[Sample], aside: Path | None = None) 
     return count
 
 
-def write_stats(shard: Path, samples: int, more: dict) -> None:
+def write_stats(shard: Path | str, samples: int, more: dict) -> None:
     """Write the stats file of a shard: the number of its samples, then the entries of `more`, which may replace it.
 
     Raises: OSError.
     """
-    write_json(stats_path(shard), {"count": samples, "successes": samples, **more})
+    write_json(stats_location(str(shard)), {"count": samples, "successes": samples, **more})
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path | str, value: object) -> None:
     """Write a JSON file atomically.
 
     Raises: OSError.
@@ -79,6 +78,11 @@ def write_json(path: Path, value: object) -> None:
 def stats_path(shard: Path) -> Path:
     """The path of the stats file of a shard, as img2dataset names it."""
     return shard.with_name(shard.stem + STATS)
+
+
+def stats_location(shard: str) -> str:
+    """The location of the stats file of a shard, a path or a URL."""
+    return shard.removesuffix(".tar") + STATS
 
 
 class Span(NamedTuple):

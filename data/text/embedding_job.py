@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from tqdm import tqdm
 
 from data.device import default_device
 from data.storage.caption_fields import TXT
-from data.storage.claims import Claim, claim
-from data.storage.locations import write_whole
+from data.storage.claims import Claim
+from data.storage.locations import exists, join, list_names, make_folder, write_whole
+from data.storage.object_claims import ObjectClaim, claim_location
 from data.storage.shards import Shard
-from data.storage.tars import stats_path
+from data.storage.tars import stats_location
 from data.text.embeddings import encode_states, read_empty, to_bytes
 from data.text.encoder import TextEncoder, load_encoder
 from data.text.meta import EMPTY, META, TextMeta, sidecar_location
@@ -29,10 +29,10 @@ POLL_SECONDS = 2.0
 # Any of encoder, tokens, compute, dtype and cleaning, as TextMeta has them.
 Settings = Mapping[str, Any]
 # Writes the sidecar of a claimed shard, and calls its last argument with each number of captions done.
-Write = Callable[[Shard, Claim, Callable[[int], object]], None]
+Write = Callable[[Shard, Claim | ObjectClaim, Callable[[int], object]], None]
 
 
-def open_embeddings(out: Path, chosen: Settings, defaults: Settings) -> tuple[TextEncoder, TextMeta]:
+def open_embeddings(out: str, chosen: Settings, defaults: Settings) -> tuple[TextEncoder, TextMeta]:
     """The encoder and the meta of a folder of embeddings. A folder that has no meta file is given one.
 
     Of many processes one writes the meta file. The others wait for it and then load their encoders side by side.
@@ -40,9 +40,9 @@ def open_embeddings(out: Path, chosen: Settings, defaults: Settings) -> tuple[Te
     Raises: ValueError if a chosen setting is not that of the meta file, or the encoder cannot be used; OSError.
     """
     device = default_device()
-    out.mkdir(parents=True, exist_ok=True)
-    while not ((out / META).exists() and (out / EMPTY).exists()):
-        if held := claim(out / META):
+    make_folder(out)
+    while not (exists(join(out, META)) and exists(join(out, EMPTY))):
+        if held := claim_location(join(out, META)):
             with held:
                 return _load_or_create_meta(out, chosen, defaults, device)
         time.sleep(POLL_SECONDS)
@@ -50,9 +50,9 @@ def open_embeddings(out: Path, chosen: Settings, defaults: Settings) -> tuple[Te
 
 
 def _load_or_create_meta(
-    out: Path, chosen: Settings, defaults: Settings, device: torch.device
+    out: str, chosen: Settings, defaults: Settings, device: torch.device
 ) -> tuple[TextEncoder, TextMeta]:
-    if (out / META).exists():
+    if exists(join(out, META)):
         meta = TextMeta.read(out)
         differing = [
             f"{name} {getattr(meta, name)} there, {value} now"
@@ -77,7 +77,7 @@ def _load_or_create_meta(
     try:
         read_empty(out, meta)
     except ValueError:
-        write_whole(str(out / EMPTY), to_bytes(encode_states(encoder([""])[0], meta.dtype)))
+        write_whole(join(out, EMPTY), to_bytes(encode_states(encoder([""])[0], meta.dtype)))
     return encoder, meta
 
 
@@ -101,7 +101,7 @@ class Work:
 
 
 def write_sidecars(
-    shards: list[Shard], out: Path, encoder: TextEncoder, meta: TextMeta, batch: int, repair: bool, caption: str = TXT
+    shards: list[Shard], out: str, encoder: TextEncoder, meta: TextMeta, batch: int, repair: bool, caption: str = TXT
 ) -> Work:
     """Write the sidecars that are missing or of other captions than their shards have now; ends when all are there.
 
@@ -112,17 +112,17 @@ def write_sidecars(
     """
     work = Work()
     if repair:
-        summaries = summarize_sidecars(shards, str(out), meta, caption)
+        summaries = summarize_sidecars(shards, out, meta, caption)
         outdated = {s.shard.name: DAMAGED for s in summaries if s.faults}
         work.unreadable = {s.shard.name: s.shard_unreadable for s in summaries if s.shard_unreadable}
     else:
-        outdated, work.unreadable = find_outdated(shards, str(out), caption)
+        outdated, work.unreadable = find_outdated(shards, out, caption)
 
-    def write(shard: Shard, held: Claim, progress: Callable[[int], object]) -> None:
+    def write(shard: Shard, held: Claim | ObjectClaim, progress: Callable[[int], object]) -> None:
         valid = None
-        reason = outdated.get(shard.name, "") if Path(sidecar_location(shard, out)).exists() else ""
+        reason = outdated.get(shard.name, "") if exists(sidecar_location(shard, out)) else ""
         if reason:
-            report = check_sidecar(shard, str(out), meta, caption)
+            report = check_sidecar(shard, out, meta, caption)
             if report.shard_unreadable:
                 raise UnreadableShard(report.shard_unreadable)
             if not report.faults():  # another process has made it anew before this one claimed it
@@ -142,7 +142,7 @@ def write_sidecars(
     return work
 
 
-def _share_out(shards: list[Shard], out: Path, outdated: set[str], write: Write, unreadable: dict[str, str]) -> None:
+def _share_out(shards: list[Shard], out: str, outdated: set[str], write: Write, unreadable: dict[str, str]) -> None:
     """Write all sidecars that are missing or outdated, sharing the work with other processes that do the same.
 
     Ends when all are there, whoever wrote them: what a process that died had begun is done by the others.
@@ -154,15 +154,19 @@ def _share_out(shards: list[Shard], out: Path, outdated: set[str], write: Write,
         if shard.name in done or shard.name in unreadable:
             return False
         # The stats file is written last, so a sidecar without one was interrupted.
-        return shard.name in outdated or not stats_path(Path(sidecar_location(shard, out))).exists()
+        return shard.name in outdated or not exists(stats_location(sidecar_location(shard, out)))
 
-    todo = [shard for shard in shards if to_do(shard)]
+    def all_to_do(shards: list[Shard]) -> list[Shard]:
+        finished = set(list_names(out)) - {stats_location(name) for name in outdated}  # in one look at the folder
+        return [shard for shard in shards if stats_location(shard.name) not in finished and to_do(shard)]
+
+    todo = all_to_do(shards)
     start = random.Random().randrange(len(todo)) if todo else 0
     todo = todo[start:] + todo[:start]  # processes that start together begin at different shards
     with tqdm(total=sum(shard.count for shard in todo), unit="caption", desc="embed") as bar:
         while todo:
             for shard in todo:
-                if not to_do(shard) or (held := claim(Path(sidecar_location(shard, out)))) is None:
+                if not to_do(shard) or (held := claim_location(sidecar_location(shard, out))) is None:
                     continue
                 with held:
                     if not to_do(shard):
@@ -177,7 +181,7 @@ def _share_out(shards: list[Shard], out: Path, outdated: set[str], write: Write,
                             raise
                         continue  # this took so long that another process was given the shard
                     done.add(shard.name)
-            todo = [shard for shard in todo if to_do(shard)]
+            todo = all_to_do(todo)
             if todo:
                 bar.set_postfix({"by other processes": len(todo)})
                 time.sleep(POLL_SECONDS)

@@ -64,9 +64,9 @@ class TextMeta:
         kind, (rows, columns) = self.stored
         return rows * columns * np.dtype(kind).itemsize
 
-    def write(self, folder: Path) -> None:
-        """Write meta.json atomically."""
-        write_json(folder / META, asdict(self))
+    def write(self, folder: str | Path) -> None:
+        """Write meta.json, whole or not at all."""
+        write_json(join(folder, META), asdict(self))
 
     @staticmethod
     def read(folder: str | Path) -> "TextMeta":

@@ -1,6 +1,5 @@
 """Comparing sidecars with the captions of their shards; needs no encoder."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,11 +9,11 @@ from tqdm import tqdm
 
 from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.digests import ShardDigest
-from data.storage.locations import is_remote, join, list_names, open_location, size_of
+from data.storage.locations import can_be_listed, file_size, is_remote, join, list_names, open_location, size_of
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard, current_digest
 from data.storage.tar_headers import DamagedTar
-from data.storage.tars import STATS, ShardReader, Span, printable_key, read_shard, sample_name, scan_shard
+from data.storage.tars import ShardReader, Span, printable_key, read_shard, sample_name, scan_shard, stats_location
 from data.text.decode import is_text
 from data.text.embeddings import from_bytes, read_empty
 from data.text.meta import TextMeta, caption_folder, sidecar_location
@@ -180,14 +179,13 @@ def find_outdated(shards: list[Shard], folder: str, caption: str = TXT) -> tuple
         try:
             sidecar = sidecar_location(shard, folder)
             record = SidecarRecord.read(sidecar)
-            return CHANGED if record.source != digest else DAMAGED if os.path.getsize(
-                sidecar
-            ) != record.size else "", ""
+            return CHANGED if record.source != digest else DAMAGED if file_size(sidecar) != record.size else "", ""
         except (OSError, ValueError):
             return DAMAGED, ""
 
     # A sidecar without its stats file is missing rather than outdated.
-    there = [s for s in shards if os.path.exists(sidecar_location(s, folder).removesuffix(".tar") + STATS)]
+    names = set(list_names(folder))
+    there = [shard for shard in shards if stats_location(shard.name) in names]
     with ThreadPoolExecutor(READERS) as readers:
         bar = tqdm(readers.map(compare, there), total=len(there), unit="shard", desc="compare", disable=not there)
         named = [(shard.name, *reasons) for shard, reasons in zip(there, bar, strict=True)]
@@ -258,7 +256,7 @@ def not_text_line(keys: list[str]) -> str:
 
 def _extra_sidecars(shards: list[Shard], folder: str) -> list[str]:
     """The sidecars in a folder that belong to none of the shards; none where the folder can't be listed."""
-    if (is_remote(folder) and not folder.startswith("s3://")) or not (is_remote(folder) or os.path.isdir(folder)):
+    if not can_be_listed(folder):
         return []
     names = {shard.name for shard in shards}
     return [join(folder, name) for name in sorted(list_names(folder)) if name.endswith(".tar") and name not in names]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor
 from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.claims import Claim
 from data.storage.digests import ShardDigest
+from data.storage.locations import file_size
 from data.storage.machine import raise_if_machine
+from data.storage.object_claims import ObjectClaim
 from data.storage.shards import Shard
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import Sample, Span, read_shard, sample_name, write_stats, write_tar
@@ -66,7 +67,7 @@ class _CaptionBatch:
 
 
 def write_sidecar(
-    shard: Shard, out: Path, encoder: TextEncoder, dtype: str, batch: int, claim: Claim,
+    shard: Shard, out: str, encoder: TextEncoder, dtype: str, batch: int, claim: Claim | ObjectClaim,
     progress: Callable[[int], object], valid: dict[str, Span | None] | None = None, caption: str = TXT,
 ) -> Written:  # fmt: skip
     """Embed the captions of a shard. Only a few batches are in memory.
@@ -90,10 +91,10 @@ def write_sidecar(
             claim.renew()
             progress(len(part.keys))
 
-    path = Path(sidecar_location(shard, out))
-    count = write_tar(path, samples(), claim.aside)
-    record.source, record.size = source.hexdigest(), path.stat().st_size
-    write_stats(path, count, record.stats())
+    sidecar = sidecar_location(shard, out)
+    count = write_tar(sidecar, samples(), claim.aside)
+    record.source, record.size = source.hexdigest(), file_size(sidecar)
+    write_stats(sidecar, count, record.stats())
     return written
 
 

@@ -89,7 +89,7 @@ def embedding(folder: Path) -> TextEncoder:
         held = claim(out / shard.name)
         assert held
         with held:
-            write_sidecar(shard, out, encoder, "float16", BATCH, held, lambda n: None)
+            write_sidecar(shard, str(out), encoder, "float16", BATCH, held, lambda n: None)
 
     def bare() -> None:
         for batch in ids:

@@ -1,0 +1,213 @@
+"""Tables that pyarrow reads, with the pictures' bytes in them or their paths: .parquet, and Hugging Face's on disk."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.checks import one_line
+from data.config import ImageRules
+from data.prepare.columns import Columns
+from data.prepare.rows import Row, Unusable, file_version, read_image_file
+
+# What save_to_disk of Hugging Face's datasets writes beside the .arrow files of a dataset, and of several splits.
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+# Groups of rows in memory: threads that read ahead are in two at a time.
+GROUPS = 2
+
+
+def list_parquet(files: Sequence[Path], folder: Path, rules: ImageRules, columns: Columns) -> list[Row]:
+    """The rows of .parquet files in their order. folder: by the paths from it rows of many files get their names.
+
+    Raises: ValueError if a file cannot be read or lacks a column; OSError.
+    """
+    return _list(files, folder, lambda file: _Parquet(file, rules), "parquet", columns)
+
+
+def list_saved(folder: Path, rules: ImageRules, columns: Columns) -> list[Row]:
+    """The rows of a dataset that Hugging Face's `save_to_disk` wrote.
+
+    Raises: ValueError if it has several splits, cannot be read or lacks a column; OSError.
+    """
+    if (folder / SPLITS).exists():
+        try:
+            splits = [str(name) for name in json.loads((folder / SPLITS).read_text(encoding="utf-8"))["splits"]]
+        except (ValueError, KeyError, TypeError):
+            splits = []
+        listed = one_line(", ".join(splits), 200) or "none that can be read"
+        raise ValueError(f"'{folder.absolute()}' holds splits ({listed}): give one, source={folder / 'SPLIT'}")
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        # The name alone: it lies in this folder.
+        files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+        reordered = state.get("_indices_data_files") or state.get("_indices_files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{(folder / STATE).absolute()}' is none of Hugging Face's datasets ({error!r})") from None
+    if reordered:
+        raise ValueError(f"'{folder.absolute()}' is a reordered dataset: save it again after flatten_indices()")
+    return _list(files, folder, lambda file: _Saved(file, rules), "arrow", columns)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by save_to_disk of Hugging Face's datasets."""
+    return (folder / SPLITS).exists() or ((folder / STATE).exists() and (folder / INFO).exists())
+
+
+def _list(
+    files: Sequence[Path], folder: Path, open_table: Callable[[Path], "_Table"], form: str, columns: Columns
+) -> list[Row]:
+    # Imported here: it takes a while, and few sources need it.
+    import pyarrow as pa
+
+    rows: list[Row] = []
+    for file in tqdm(files, desc="listing", unit="file", disable=len(files) < 2):
+        before = f"{file.relative_to(folder)} " if len(files) > 1 else ""
+        try:
+            rows += _rows(open_table(file), file, before, columns)
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None):  # a failing disk; what is wrong in the file has no number
+                raise
+            raise ValueError(f"'{file.absolute()}' is not a readable {form} file: {one_line(str(error))}") from None
+    return rows
+
+
+def _rows(table: "_Table", file: Path, before: str, columns: Columns) -> Iterator[Row]:
+    """The rows of a file. before: what comes before the number of a row without a path."""
+    image, caption, more = columns.find(file, table.names, table.with_bytes)
+    columns.left_out |= dict.fromkeys(column for column in more.values() if column in table.nested)
+    more = {entry: column for entry, column in more.items() if column not in table.nested}
+    texts = list(dict.fromkeys([caption, *more.values()]))
+    version, number = file_version(str(file)), 0
+    for group in range(table.groups):
+        held = table.read(group, texts)
+        values = {name: held[name].to_pylist() for name in texts}
+        paths = table.paths(group, image)
+        for i, path in enumerate(paths):
+            further = {entry: values[column][i] for entry, column in more.items()}
+            row = columns.row(file, path, values[caption][i], further)
+            if image in table.with_bytes:
+                read = table.reader(image, group, i, row.image if path else "")
+                row.name, row.image, row.version = row.name or f"{before}row {number}", read, version
+            yield row
+            number += 1
+
+
+class _Table:
+    """The columns of a table whose rows come in groups, and the pictures in one of them: bytes, or {bytes, path}."""
+
+    groups: int
+
+    def __init__(self, schema: Any, rules: ImageRules) -> None:
+        import pyarrow as pa
+
+        kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+        self.names: list[str] = schema.names
+        self._structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+        self._with_path = [f.name for f in schema if f.name in self._structs and f.type.get_field_index("path") >= 0]
+        plain = [f.name for f in schema if any(is_kind(f.type) for is_kind in kinds)]
+        self.with_bytes = self._structs + plain
+        # Never read whole for KEY.json, which would not take them.
+        self.nested = {f.name for f in schema if pa.types.is_nested(f.type)} | set(plain)
+        self._rules, self._lock = rules, threading.Lock()
+        self._held: OrderedDict[tuple[str, int], Any] = OrderedDict()
+
+    def read(self, group: int, columns: list[str]) -> Any:
+        """Columns of a group of rows, as a pyarrow.Table. Raises: ArrowException, OSError."""
+        raise NotImplementedError
+
+    def paths(self, group: int, image: str) -> list[Any]:
+        """The paths of the pictures of a group, None for those that have none beside their bytes."""
+        if image not in self.with_bytes:
+            return self.read(group, [image])[image].to_pylist()
+        if image in self._with_path:
+            return self._struct_paths(group, image)
+        return [None] * self._count(group)
+
+    def reader(self, image: str, group: int, row: int, path: Any) -> Callable[[], bytes]:
+        """A function that gives the bytes of a row's picture. path: its file, if the table holds no bytes of it."""
+
+        def read() -> bytes:
+            value = self._value(image, group, row)
+            data = value.get("bytes") if isinstance(value, dict) else value
+            if data:
+                return data
+            if not path:
+                raise Unusable("no bytes of a picture")
+            return read_image_file(path, self._rules)
+
+        return read
+
+    def _count(self, group: int) -> int:
+        raise NotImplementedError
+
+    def _struct_paths(self, group: int, image: str) -> list[Any]:
+        raise NotImplementedError
+
+    def _value(self, image: str, group: int, row: int) -> Any:
+        from pyarrow import ArrowException
+
+        try:
+            with self._lock:
+                if (image, group) not in self._held:
+                    self._held[image, group] = self.read(group, [image])[image]
+                    while len(self._held) > GROUPS:
+                        self._held.popitem(last=False)
+                held = self._held[image, group]
+            return held[row].as_py()
+        except (ArrowException, OSError) as error:
+            if getattr(error, "errno", None):
+                raise
+            raise Unusable(f"can't be read ({one_line(str(error), 60)})") from None
+
+
+class _Parquet(_Table):
+    """A .parquet."""
+
+    def __init__(self, file: Path, rules: ImageRules) -> None:
+        from pyarrow.parquet import ParquetFile
+
+        self._file = ParquetFile(file)
+        super().__init__(self._file.schema_arrow, rules)
+        self.groups = self._file.num_row_groups
+
+    def read(self, group: int, columns: list[str]) -> Any:
+        return self._file.read_row_group(group, columns=columns)
+
+    def _count(self, group: int) -> int:
+        return self._file.metadata.row_group(group).num_rows
+
+    def _struct_paths(self, group: int, image: str) -> list[Any]:
+        # The path alone is read, not the bytes beside it.
+        values = self._file.read_row_group(group, columns=[f"{image}.path"])[image].to_pylist()
+        return [value and value["path"] for value in values]
+
+
+class _Saved(_Table):
+    """An .arrow file of save_to_disk: a stream of batches, which is mapped and not read into memory."""
+
+    def __init__(self, file: Path, rules: ImageRules) -> None:
+        import pyarrow as pa
+
+        reader = pa.ipc.open_stream(pa.memory_map(str(file)))
+        self._batches = list(reader)
+        super().__init__(reader.schema, rules)
+        self.groups = len(self._batches)
+
+    def read(self, group: int, columns: list[str]) -> Any:
+        import pyarrow as pa
+
+        table = pa.Table.from_batches([self._batches[group]]).select(columns)
+        table.validate(full=True)  # offsets that lead beyond the file would end the process
+        return table
+
+    def _count(self, group: int) -> int:
+        return self._batches[group].num_rows
+
+    def _struct_paths(self, group: int, image: str) -> list[Any]:
+        import pyarrow.compute as pc
+
+        return pc.struct_field(self.read(group, [image])[image], "path").to_pylist()

@@ -1,0 +1,95 @@
+"""Reading from Azure's blob storage and writing small files there: Azurite, with faults in front of it."""
+
+import io
+import multiprocessing
+import random
+
+import pytest
+
+from data.index import Index, index
+from data.storage import azure, clients, locations, retries
+from data.storage.locations import join, list_names, open_location, read_bytes, size_of, whole_file
+from data.storage.shards import find_shards
+from data.storage.tars import write_shard
+from tests.test_sources import DATA, child
+
+pytest_plugins = ["tests.support.faulty_server"]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def server(az_server, monkeypatch):
+    """Blocks are small, waits short."""
+    for module, name, value in (
+        (clients, "READ_TIMEOUT", 0.5), (retries, "FIRST_WAIT", 0.001), (locations, "FIRST_BLOCK", 4096),
+        (locations, "LARGEST_BLOCK", 16384),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    az_server.put("0.tar", DATA)
+    return az_server
+
+
+def test_reads_and_seeks_are_those_of_a_file_in_memory(server):
+    chance, expected = random.Random(1), io.BytesIO(DATA)
+    with open_location(join(server.where, "0.tar")) as found:
+        for _ in range(30):
+            if chance.random() < 0.5:
+                position = chance.randrange(110_000)
+                assert found.seek(position) == expected.seek(position)
+            n = chance.choice([1, 512, 5000, 40_000])
+            assert found.read(n) == expected.read(n)
+        assert size_of(found) == len(DATA) and found.read() == DATA
+    assert read_bytes(server.put("empty.tar", b"")) == b""
+
+
+@pytest.mark.parametrize("fault", ["mute", "cut", "500", "503", "refuse"])
+def test_a_failure_is_tried_again(server, fault):
+    server.faults = ["", fault, ""]
+    assert read_bytes(join(server.where, "0.tar")) == DATA
+    assert not server.faults
+
+
+def test_what_will_not_change_is_not_tried_again(server):
+    with pytest.raises(FileNotFoundError, match=r"some/none\.tar is not there"):
+        open_location(join(server.where, "none.tar"))
+    server.faults = ["403"]
+    with pytest.raises(PermissionError, match=r"some/0\.tar may not be read"):
+        open_location(join(server.where, "0.tar"))
+
+
+def test_a_file_that_changes_is_noticed(server):
+    with open_location(join(server.where, "0.tar")) as file:
+        file.read(100)
+        server.put("0.tar", DATA[::-1])
+        with pytest.raises(clients.UnreadableError, match="changed while it was read"):
+            file.read()
+
+
+def test_forked_processes_read_with_connections_of_their_own(server):
+    where = join(server.where, "0.tar")
+    context = multiprocessing.get_context("fork")
+    answers, barrier = context.Queue(), context.Barrier(3)
+    with open_location(where) as file:
+        begin = file.read(100)
+        children = [context.Process(target=child, args=(where, 11_000 * n, barrier, answers)) for n in (1, 2)]
+        for process in children:
+            process.start()
+        barrier.wait()
+        assert begin + file.read() == DATA
+        for process in children:
+            process.join(60)
+    assert [process.exitcode for process in children] == [0, 0] and all(answers.get(timeout=20) for _ in children)
+
+
+def test_an_index_is_written_beside_the_shards(server, tmp_path, monkeypatch):
+    write_shard(tmp_path / "0.tar", [(f"{i}", {"txt": b"a", "jpg": b"b"}) for i in range(5)])
+    server.put("shards/00000.tar", (tmp_path / "0.tar").read_bytes())
+    where = join(server.where, "shards")
+    index(Index(where, workers=1))
+    assert list_names(where) == ["00000.tar", "index.json"] and find_shards(where)[0].count == 5
+    with pytest.raises(ValueError, match="cannot be written: name a path or s3://"), whole_file(join(where, "x.tar")):
+        pass
+    monkeypatch.delenv(azure.CONNECTION)
+    azure._service.cache_clear()
+    with pytest.raises(PermissionError, match="no credentials for az://: set AZURE_STORAGE_CONNECTION_STRING, or"):
+        list_names(where)
