@@ -43,7 +43,11 @@ def scores_at(args: OverTraining, step: int, rest: list[str]) -> list[dict[str, 
 def draw(found: dict[int, list[dict[str, float]]], path: str) -> None:
     """A panel for each score, a line for each guidance scale; broken: the pictures under one another's captions."""
     first = next(iter(found.values()))
-    names = [name for name in first[0] if name != "guidance_scale" and not name.endswith(("_std", "_chance"))]
+    names = [
+        name
+        for name in first[0]
+        if name not in ("guidance_scale", "manifest") and not name.endswith(("_std", "_chance"))
+    ]
     figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
     for axes, name in zip(panels.flat, names, strict=True):
         for at, line in enumerate(first):
