@@ -1,16 +1,21 @@
 """Evaluations of a small net on drawn scenes: by one process and by two ranks, interrupted, and refused."""
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -20,14 +25,17 @@ from safetensors.torch import save_file
 from data import demo
 from data.embed import Embed, embed
 from data.storage.shards import find_shards
+from data.storage.tars import read_shard, write_shard
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.config import UNetConfig
 from tests.checkpoints import random_net, write_run
+from train.checkpoint.identity import weights_digest
 from train.evaluate import Evaluate, check, main
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.eval_set import EvalSet, Pictures
 from train.evaluation.features import Extractor
+from train.evaluation.manifest import MANIFEST, check_same, name_of
 from train.evaluation.references import read_references, write_references
 from train.evaluation.scene_alignment import matches
 from train.evaluation.scores import align
@@ -107,9 +115,9 @@ def one(repo, base) -> Path:
 def test_an_interrupted_evaluation_goes_on_to_the_same_scores(base, one):
     lines = scores(base, "one")
     assert [line["guidance_scale"] for line in lines] == [1, 3]
-    names = {"guidance_scale", "kid_lite0", "alignment", "alignment_exact", "alignment_chance"}
+    names = {"manifest", "guidance_scale", "kid_lite0", "alignment", "alignment_exact", "alignment_chance"}
     for line in lines:
-        assert set(line) == names and all(np.isfinite(v) for v in line.values())
+        assert set(line) == names and all(np.isfinite(v) for name, v in line.items() if name != "manifest")
     assert lines[0]["kid_lite0"] > 0.05, "noise is no picture"
     for name in ("scores.png", "guidance-1/grid.png", "guidance-3/grid.png"):
         assert Image.open(one / name).size[0] > 300
@@ -119,7 +127,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_scores(base, one):
     assert not np.array_equal(*images), "guidance makes a difference"
 
 
-def test_two_ranks_give_the_pictures_of_one(repo, base, one):
+def test_two_ranks_give_the_bytes_and_scores_of_one_under_the_same_manifest(repo, base, one):
     done = command(repo, base, "two", ranks=2)
     told, error = done.communicate(timeout=300)
     assert done.returncode == 0, told[-2000:] + error[-3000:]
@@ -129,10 +137,56 @@ def test_two_ranks_give_the_pictures_of_one(repo, base, one):
         of_one, of_two = (
             ChunkedArray(base / out / f"guidance-{scale}", "images", SAMPLES).read() for out in ("one", "two")
         )
-        # Batches of another make-up: the same but for rounding.
-        assert np.abs(of_one.astype(int) - of_two).max() <= 1
-    for a, b in zip(scores(base, "one"), scores(base, "two"), strict=True):
-        assert a == pytest.approx(b, rel=0.02, abs=1e-3)
+        np.testing.assert_array_equal(of_one, of_two)
+        for file in (base / "one" / f"guidance-{scale}").glob("*.npy"):
+            assert file.read_bytes() == (base / "two" / f"guidance-{scale}" / file.name).read_bytes()
+    first, second = (json.loads((base / out / "scores.json").read_text()) for out in ("one", "two"))
+    assert first["scores"] == second["scores"] and first["manifest"] == second["manifest"]
+    assert all(f"manifest {line['manifest']}" in told for line in second["scores"])
+    assert len({line["manifest"] for line in second["scores"]}) == 2, "of another guidance is another"
+
+
+def test_the_manifest_tells_contents_and_not_places(base, one, tmp_path):
+    written = json.loads((one / MANIFEST).read_text())
+    digest = hashlib.sha256()
+    for caption in eval_set(base).captions(0, SAMPLES):
+        digest.update(len(caption).to_bytes(8, "little") + caption.encode())
+    assert written["prompts"] == digest.hexdigest()
+    assert written["weights"] == weights_digest(random_net(NET, 2).state_dict()), "of the average"
+    assert written["packages"]["Pillow"] == PIL.__version__ and written["packages"]["torch"] == torch.__version__
+    assert written["drawing"] == {
+        "samples": SAMPLES, "seed": 2, "steps": "3", "scheduler": "ddpm", "micro_batch": 4, "diffusion_steps": 1000,
+    }  # fmt: skip
+    assert set(written["extractors"]) == {"lite0"} and str(base) not in json.dumps(written)
+    # A pixel, a letter or the draw makes another hash.
+    shutil.copytree(base / "shards", tmp_path / "shards")
+    rows = [(key, dict(members)) for key, members in read_shard(tmp_path / "shards" / "00000.tar", {"jpg", "txt"})]
+    edited = dict(rows[0][1], txt=rows[0][1]["txt"] + b".")
+    write_shard(tmp_path / "shards" / "00000.tar", [(rows[0][0], edited), *rows[1:]])
+    whole, other, fewer = (eval_set(base, 40), eval_set(base, 40), eval_set(base, 39))
+    other.shards = find_shards(tmp_path / "shards")
+    prompts, pictures = whole.contents()
+    assert other.contents()[0] != prompts and other.contents()[1] == pictures
+    assert fewer.contents()[0] != prompts and fewer.contents()[1] != pictures
+
+
+def test_another_manifest_is_refused_by_what_differs(base, one, tmp_path):
+    written = json.loads((one / MANIFEST).read_text())
+    check_same(one, written)
+    check_same(tmp_path, written)
+    check_same(one, written | {"extractors": {"inception": "1" * 64}})  # more scores may be computed in the folder
+    other = written | {"weights": "0" * 64, "packages": written["packages"] | {"Pillow": "1.0"}}
+    other |= {"extractors": {"lite0": "2" * 64}}
+    expected = (
+        f"holds another evaluation, of weights={written['weights'][:12]} (now 000000000000), "
+        f"extractors.lite0={written['extractors']['lite0'][:12]} (now 222222222222), "
+        f"packages.Pillow={PIL.__version__} (now 1.0): choose another out="
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        check_same(one, other)
+    with pytest.raises(ValueError, match=r"drawing.micro_batch=4 \(now 5\)"):
+        check_same(one, written | {"drawing": written["drawing"] | {"micro_batch": 5}})
+    assert name_of(written, 1) == name_of(written, 1.0) != name_of(other, 1)
 
 
 def test_prompts_and_pictures_belong_together(base):
@@ -213,30 +267,34 @@ def test_another_evaluation_in_the_folder_is_refused(base, one, monkeypatch, cap
     given = [a for a in ARGUMENTS if not a.startswith(("seed=", "steps="))] + ["seed=3", "steps=4"]
     with pytest.raises(SystemExit) as caught:
         main(["checkpoint=run", "shards=shards", "text=text", "out=one", *given])
-    assert_one_line(caught, capsys, "'one' holds another evaluation, of seed=2 (now 3), steps=3 (now 4)")
+    assert_one_line(
+        caught, capsys, "'one' holds another evaluation, of drawing.seed=2 (now 3), drawing.steps=3 (now 4)"
+    )
 
 
 def test_references_of_another_kind_are_refused(base, tmp_path):
-    extract = Extractor("lite0", 3, lambda images: images.mean((2, 3)), torch.device("cpu"))
-    chosen = eval_set(base)
+    extract = Extractor("lite0", 3, lambda images: images.mean((2, 3)), torch.device("cpu"), "1" * 64)
+    chosen, hashed = eval_set(base), "2" * 64
     features = extract(torch.from_numpy(chosen.pictures(0, SAMPLES, 32)))
     path = tmp_path / "references.npz"
-    write_references(path, features, "lite0", chosen, 32)
-    np.testing.assert_array_equal(read_references(str(path), extract, chosen, 32), features)
+    write_references(path, features, extract, hashed, 32)
+    np.testing.assert_array_equal(read_references(str(path), extract, SAMPLES, hashed, 32), features)
     with pytest.raises(ValueError, match="other pixels: 32, this evaluation has 64"):
-        read_references(str(path), extract, chosen, 64)
-    with pytest.raises(ValueError, match="other pictures: 20, this evaluation has 21"):
-        read_references(str(path), extract, eval_set(base, samples=21), 32)
-    with pytest.raises(ValueError, match="other captions and draw"):
-        read_references(str(path), extract, eval_set(base, seed=3), 32)
+        read_references(str(path), extract, SAMPLES, hashed, 64)
+    with pytest.raises(ValueError, match="other numbers of pictures: 20, this evaluation has 21"):
+        read_references(str(path), extract, 21, hashed, 32)
+    with pytest.raises(ValueError, match="other pictures: 222222222222, this evaluation has 333333333333"):
+        read_references(str(path), extract, SAMPLES, "3" * 64, 32)
+    with pytest.raises(ValueError, match="other weights: 111111111111, this evaluation has 444444444444"):
+        read_references(str(path), replace(extract, digest="4" * 64), SAMPLES, hashed, 32)
     inception = Extractor("inception", 2048, lambda images: images.mean((2, 3)), torch.device("cpu"))
     with pytest.raises(ValueError, match=r"other features: lite0 \(3\), this evaluation has inception \(2048\)"):
-        read_references(str(path), inception, chosen, 32)
+        read_references(str(path), inception, SAMPLES, hashed, 32)
     with pytest.raises(ValueError, match="is another net"):
         inception(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="give a file that an evaluation wrote"):
-        read_references(str(path), extract, chosen, 32)
+        read_references(str(path), extract, SAMPLES, hashed, 32)
 
 
 def test_a_picture_that_cannot_be_read_ends_the_evaluation(base, tmp_path):

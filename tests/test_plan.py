@@ -224,7 +224,8 @@ def test_one_walk_tells_the_bytes_of_every_micro_batch(recompute, lora):
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     options = PlanOptions(nodes=2, gpus_per_node=1, link=8, link_efficiency=0.5, mfu=0.1)
-    return make_plan(options, compose_config(TINY))
+    validated = ["data.validation.shards=a", "data.validation.text=b", "data.validation.samples=20", "validate_every=5"]
+    return make_plan(options, compose_config([*TINY, *validated]))
 
 
 def test_link_and_mfu_make_the_time(plan):
@@ -254,6 +255,11 @@ def test_the_page(plan):
                  "ASSUMED", "a100-80g", "8 Gbit/s a node", "GPU-hours", "largest micro batch that fits"):  # fmt: skip
         assert part in page, part
     assert max(map(len, page.splitlines())) <= 160
+    # 20 samples at 8 timesteps on two ranks of 2 a micro batch, beside 5 steps of 8 forwards and backwards.
+    (line,) = [line for line in page.splitlines() if "validation" in line]
+    assert "every 5 steps" in line and "  40 forwards a rank" in line and f"{160 / 120:.2%} of the run" in line
+    without = replace(plan, config=replace(plan.config, validate_every=0))
+    assert "validation" not in render(without)
 
 
 @pytest.mark.parametrize(

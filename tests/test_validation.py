@@ -109,6 +109,16 @@ def test_crops_are_central_captions_are_kept_and_bad_samples_have_no_weight(data
             cursor.close()
 
 
+def test_an_encoder_on_the_rank_gives_the_states_that_are_stored(data):
+    config = validated(data, "text.mode=online")
+    found = find_inputs(config)
+    online = HeldOut(config.data, found.held_out, found.meta, image_size=SIZE, samples=18, micro_batch=MICRO_BATCH)
+    for stored, tokens in zip(part(data, 18), online, strict=True):
+        assert tokens.text_emb.dtype == torch.int32 and torch.equal(stored.weight, tokens.weight)
+        states, good = found.text_emb(tokens.text_emb), stored.weight > 0
+        assert (states[good] - stored.text_emb[good]).abs().max() < 1e-5 < stored.text_emb[good].std()
+
+
 def test_what_is_small_and_sound_is_read_once(data, monkeypatch, caplog):
     opened: list[str] = []
 

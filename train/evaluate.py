@@ -67,7 +67,6 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     check(args)
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     import numpy as np
-    import torch.distributed as dist
 
     from data.device import check_device, device_name
     from train.evaluation.chunked_array import ArrayFiller, ChunkedArray
@@ -75,8 +74,9 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     from train.evaluation.eval_set import find_eval_set
     from train.evaluation.evaluated_net import find_net
     from train.evaluation.features import load_extractor
+    from train.evaluation.manifest import make_manifest, settle
     from train.evaluation.references import extract_features, find_references
-    from train.evaluation.results import SHOWN, check_same, write_results, write_settings
+    from train.evaluation.results import SHOWN, write_results
     from train.evaluation.scores import score
     from train.sampling.sampler import make_scheduler, set_steps
     from train.weights.lora import merge_adapter
@@ -86,12 +86,6 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     scheduler = make_scheduler(net.diffusion_steps, net.config.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)
     out = Path(args.out)
-    settings = {
-        "net": net.description, "adapter": args.adapter, "image_size": net.config.image_size, "samples": args.samples,
-        "seed": args.seed, "steps": args.steps, "scheduler": args.scheduler, "captions": eval_set.digest,
-        "encoder": eval_set.meta.weights_sha256,
-    }  # fmt: skip
-    check_same(out, settings)
 
     from train.engine import init_distributed  # it takes seconds more
 
@@ -102,13 +96,14 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     filler = ArrayFiller(args.micro_batch, rank, ranks)
     names = sorted({FEATURES[name] for name in args.scores} - {""})
     extractors = [load_extractor(name, args.inception, device) for name in names]
-    dist.barrier()  # the first rank writes the settings once all ranks have compared theirs
-    if rank == 0:
-        write_settings(out, settings)
-
     unet = net.load(device)
     if args.adapter:
         merge_adapter(unet, args.adapter)
+    # The pictures beside it in a micro batch change the rounding of a picture.
+    settings = {name: getattr(args, name) for name in ("samples", "seed", "steps", "scheduler", "micro_batch")}
+    settings |= {"diffusion_steps": net.diffusion_steps}
+    manifest = settle(out, partial(make_manifest, unet, eval_set, extractors, device, settings))
+
     drawn = {scale: ChunkedArray(out / f"guidance-{scale:g}", "images", args.samples) for scale in args.guidance_scales}
     for scale, images in drawn.items():
         filler.fill(
@@ -120,7 +115,7 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     features: dict[float, dict[str, np.ndarray]] = {scale: {} for scale in drawn}
     for extract in extractors:
         name, size = extract.name, net.config.image_size
-        references[name] = find_references(out, args.references, extract, eval_set, size, filler)
+        references[name] = find_references(out, args.references, extract, eval_set, size, filler, manifest)
         for scale, images in drawn.items():
             array = ChunkedArray(images.folder, name, args.samples)
             filler.fill(array, partial(extract_features, extract, images.read), f"guidance {scale:g}, {name}")
@@ -134,7 +129,7 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     ]
     title = f"{net.description}; {args.samples:,} pictures of {net.config.image_size} px, "
     title += f"{args.scheduler} {args.steps} steps"
-    write_results(out, title, asdict(args), lines, drawn, captions)
+    write_results(out, title, asdict(args), manifest, lines, drawn, captions)
     return lines
 
 

@@ -104,9 +104,9 @@ def validation(plan: Plan) -> list[str]:
         row(
             f"a validation, every {config.validate_every:,} steps",
             flop(TIMESTEPS * samples * plan.flops.forward),
-            f"{forwards:,} forward passes on each rank",
             f"{validation_share(config, samples):.2%} of the run",
-            width=36,
+            f"{forwards:,} forwards a rank",
+            width=24,
         )
     ]
 

@@ -26,6 +26,8 @@ from train.monitor.run_log import METRICS, read_metrics
 # Pictures beside each other in the picture of samples.
 SHOWN = 8
 VALIDATION = "validation/mse"
+# In a line of scores, what is no score.
+UNDRAWN = ("guidance_scale", "manifest")
 
 
 @dataclass
@@ -62,7 +64,7 @@ def draw(args: OverTraining, steps: list[int], found: dict[int, list[list[dict[s
     found: the lines of each run, by step.  Broken: the pictures under one another's captions.
     """
     first = found[steps[0]][0]
-    names = [name for name in first[0] if name != "guidance_scale" and not name.endswith(("_std", "_chance"))]
+    names = [name for name in first[0] if not name.endswith(("_std", "_chance")) and name not in UNDRAWN]
     losses = [[line for line in read_metrics(Path(r) / METRICS) if VALIDATION in line] for r in args.runs]
     figure, panels = plt.subplots(
         1, len(names) + any(losses), figsize=(5 * (len(names) + any(losses)), 4), squeeze=False, layout="constrained"
@@ -115,7 +117,7 @@ def evaluate(argv: list[str]) -> None:
     found: dict[int, list[list[dict[str, float]]]] = {step: [] for step in steps}
     for step, run_dir in todo:
         found[step].append(scores_at(run_dir, step, rest))
-    names = list(found[steps[0]][0][0])
+    names = [name for name in found[steps[0]][0][0] if name != "manifest"]
     print(f"| step | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
     for step in steps:
         for lines in zip(*found[step], strict=True):

@@ -1,11 +1,11 @@
 """The captioned pictures that an evaluation takes its prompts from and compares with."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from tqdm import tqdm
 
 from data.config import CaptionConfig
 from data.images import preprocess
@@ -41,12 +41,16 @@ class Pictures:
     def total(self) -> int:
         return sum(shard.count for shard in self.shards)
 
-    @property
-    def digest(self) -> str:
-        """A hash of which pictures and captions these are, in which order, by the names and counts of the shards."""
-        choice = [[(shard.name, shard.count) for shard in self.shards], self.samples, self.seed]
-        choice += [self.caption] if self.caption != TXT else []
-        return hashlib.sha256(json.dumps(choice).encode()).hexdigest()
+    def contents(self) -> tuple[str, str]:
+        """Hashes of the captions, and of the files of the pictures, in their order; all of them are read.
+
+        Raises: ValueError if one cannot be read.
+        """
+        captions, pictures = hashlib.sha256(), hashlib.sha256()
+        for raw in tqdm(self._read(0, self.samples, ""), "manifest", self.samples, unit="picture", disable=None):
+            for digest, data in ((captions, raw.caption), (pictures, raw.image)):
+                digest.update(len(data).to_bytes(8, "little") + data)
+        return captions.hexdigest(), pictures.hexdigest()
 
     def captions(self, first: int, stop: int) -> list[str]:
         """The captions of the pictures from first to stop.

