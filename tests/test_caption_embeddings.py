@@ -25,6 +25,7 @@ from data.storage.tars import read_shard, scan_shard, write_shard
 from data.text.distinct import DistinctCaptions
 from data.text.encoder import TextEncoder
 from data.text.meta import TextMeta, check_sidecars
+from data.text.sidecar_check import CHANGED, find_outdated
 from data.text.sidecar_record import SidecarRecord, WrongSidecar
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from tests.test_export import NET
@@ -149,6 +150,9 @@ def test_a_changed_recaption_is_seen_and_embedded_alone(base, encoded, capsys, p
     assert "00000.tar: 1 stale (first: 0000" in capsys.readouterr().out
     embed(Embed(str(base / "shards"), str(text)))
     assert contents(text) == before and encoded == []
+    # Told by the stats files and the captions, without a look at an embedding.
+    shards, sidecars = find_shards(base / "shards"), str(text / "recaption")
+    assert find_outdated(shards, sidecars, "recaption") == ({"00000.tar": CHANGED}, {})
     embed(Embed(str(base / "shards"), str(text), caption="recaption"))
     assert encoded == ["changed"] and "1 captions embedded, 3 kept" in capsys.readouterr().out
     embed(Embed(str(base / "shards"), str(text), mode="check", caption="recaption"))
