@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data.config import CaptionConfig, DataConfig, TextConfig
@@ -20,8 +22,10 @@ from data.loader.stream import MicroBatches, micro_batches
 from data.storage.digests import caption_digest
 from data.storage.shards import find_shards
 from data.storage.tars import read_shard, scan_shard, write_shard
+from data.text.distinct import DistinctCaptions
 from data.text.encoder import TextEncoder
 from data.text.meta import TextMeta, check_sidecars
+from data.text.sidecar_check import CHANGED, find_outdated
 from data.text.sidecar_record import SidecarRecord, WrongSidecar
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from tests.test_export import NET
@@ -146,6 +150,9 @@ def test_a_changed_recaption_is_seen_and_embedded_alone(base, encoded, capsys, p
     assert "00000.tar: 1 stale (first: 0000" in capsys.readouterr().out
     embed(Embed(str(base / "shards"), str(text)))
     assert contents(text) == before and encoded == []
+    # Told by the stats files and the captions, without a look at an embedding.
+    shards, sidecars = find_shards(base / "shards"), str(text / "recaption")
+    assert find_outdated(shards, sidecars, "recaption") == ({"00000.tar": CHANGED}, {})
     embed(Embed(str(base / "shards"), str(text), caption="recaption"))
     assert encoded == ["changed"] and "1 captions embedded, 3 kept" in capsys.readouterr().out
     embed(Embed(str(base / "shards"), str(text), mode="check", caption="recaption"))
@@ -332,3 +339,34 @@ def test_a_dry_run_says_which_captions_are_drawn(base):
     assert "8 tokens, 20% dropped to the empty one; txt 25.0%, recaption 75.0%" in describe(config, 2, found)
     config.data.captions = [CaptionConfig("txt", 7.0)]
     assert "8 tokens, 20% dropped to the empty one\n" in describe(config, 2, found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts=st.lists(st.lists(st.binary(max_size=3), max_size=20), max_size=6))
+def test_different_captions_are_counted_exactly_while_they_are_few(parts):
+    distinct = DistinctCaptions()
+    for part in parts:
+        distinct.add(part)
+    captions = [caption for part in parts for caption in part]
+    repeats = len(captions) - len(set(captions))
+    assert distinct.exact and distinct.count == len(set(captions))
+    assert distinct.repeats(len(captions)).startswith(f"{repeats} of them (" if repeats else "")
+
+
+def test_different_captions_are_estimated_where_they_are_many():
+    distinct = DistinctCaptions(limit=1000)
+    for start in range(0, 40_000, 500):
+        distinct.add(b"%d" % (n // 2) for n in range(start, start + 500))
+    # Five standard errors, of 500 to 1,000 hashes that are held.
+    assert not distinct.exact and abs(distinct.count - 20_000) < 5 * 20_000 / 500**0.5
+    assert distinct.repeats(40_000).startswith("about ")
+
+
+def test_a_check_tells_how_many_captions_are_repeated(base, capsys):
+    embed(Embed(str(base / "shards"), str(base / "text"), mode="check"))
+    assert "equal an earlier one" not in capsys.readouterr().out
+    for row in (1, 2, 3):
+        change(base / "shards", 1, row, txt=b"caption 0")
+    embed(Embed(str(base / "shards"), str(base / "text")))
+    embed(Embed(str(base / "shards"), str(base / "text"), mode="check"))
+    assert "15 captions: 3 of them (20.0%) equal an earlier one" in capsys.readouterr().out

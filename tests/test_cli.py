@@ -13,6 +13,7 @@ import pytest
 from data import cli, interrupt
 from data.checks import count
 from data.cli import keys, location, parse
+from data.config import CaptionConfig
 from tests.support.trainings import SMALL
 from train.compose import compose_config, names
 from train.config import Config
@@ -251,6 +252,37 @@ def test_texts_in_overrides_are_taken_as_they_stand():
     assert config.run_dir == "runs/a=b, [c] ${d}" and config.data.shards == "quoted = 1"
     mixed = config.data.mixture["a"]
     assert (mixed.shards, mixed.text, mixed.weight) == ("x=1, y", "t={2}", 2.0)
+
+
+def test_a_list_of_groups_of_keys():
+    for quote in ("", "'"):
+        given = f"data.captions={quote}[{{field: txt, weight: 0.5}}, {{field: re-caption_2}}]{quote}"
+        captions = compose_config(["+experiment=smoke", given]).data.captions
+        assert captions == [CaptionConfig("txt", 0.5), CaptionConfig("re-caption_2", 1.0)]
+    assert compose_config(["+experiment=smoke"]).data.captions == [CaptionConfig("txt", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("txt", "must be a list as [{field: ..., weight: ...}]"),
+        ("{field: txt}", "must be a list as [{field: ..., weight: ...}]"),
+        ("[txt]", "must be a list as [{field: ..., weight: ...}]"),
+        ("[{field: txt, wieght: 1}]", "must be a list as [{field: ..., weight: ...}]"),
+        ("[{field: txt, weight: half}]", "must be a list as [{field: ..., weight: ...}]"),
+        ("[[[[", "must be a list as [{field: ..., weight: ...}]"),
+        ("[" * 5000, "must be a list as [{field: ..., weight: ...}]"),
+        ("[]", "data.captions: the fields [] must be one or more different ones"),
+        ("[{field: a}, {field: A}]", "data.captions: the fields [a, A] must be one or more different ones"),
+        ("[{field: a/b}]", "data.captions: 'a/b' cannot name a caption: write txt, or NAME"),
+        ("[{weight: 0}]", "data.captions: the weight 0.0 of txt must be above 0"),
+        ("[{weight: .nan}]", "data.captions: the weight nan of txt must be above 0"),
+    ],
+)
+def test_mistakes_in_a_list_of_groups(value, message):
+    with pytest.raises(ValueError) as error:
+        compose_config(["+experiment=smoke", f"data.captions={value}"])
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_number_or_texts_of_which_some_have_commas():

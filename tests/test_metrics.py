@@ -3,12 +3,13 @@
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from data.config import CaptionConfig, DataConfig
 from model.config import UNetConfig
 from train.config import Config
 from train.monitor.alerts import Alerts
@@ -81,6 +82,18 @@ def test_the_means_are_those_of_the_good_samples(alone):
     assert values["update_to_weight"] == pytest.approx(0.02 / 1.02, rel=1e-4), "measured in the first step only"
     assert values["mse"] == 1 and values["bad_samples"] == 0 and not [name for name in values if "bad/" in name]
     assert metrics.bad_counts == {"truncated": 1, "no caption": 1}, "counted since the start"
+
+
+def test_samples_that_lack_a_caption_are_counted_where_there_are_several(alone):
+    state, t = State(torch.ones(STRIDE), torch.ones(STRIDE)), torch.tensor([0, 1])
+    several = Config(data=DataConfig(captions=[CaptionConfig("txt"), CaptionConfig("recaption")]))
+    for config, expected in ((Config(), [None, None]), (several, [3, 0])):
+        metrics, found = Metrics(CPU, config), []
+        for lacks in ([1, 2], [0]):
+            for number in lacks:
+                metrics.add_micro_batch(losses(1, 1), replace(batch(t), lacks=number))
+            found.append(metrics.reduce(state, state).get("captions_lacking"))
+        assert found == expected
 
 
 def test_the_time_of_a_step_is_split_by_phase(alone):

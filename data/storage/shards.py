@@ -46,7 +46,7 @@ class Shard:
     count: int
     size: int | None = None
     digest: str | None = None
-    caption_digests: Mapping[str, str] = field(default_factory=dict)
+    caption_digests: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
@@ -112,21 +112,13 @@ def read_index(location: str) -> list[Shard]:
     folder = split(location)[0]
     try:
         entries = json.loads(read_bytes(location))["shards"]
-        rows = [
-            (
-                str(e["shard"]),
-                int(e["samples"]),
-                int(e["bytes"]),
-                e.get(DIGEST) or None,
-                dict(e.get(CAPTION_DIGESTS, ())),
-            )
-            for e in entries
-        ]
+        rows = [(str(e["shard"]), int(e["samples"]), int(e["bytes"]), e.get(DIGEST) or None) for e in entries]
+        others = [dict(e.get(CAPTION_DIGESTS, {})) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{location}' is no index of shards ({error!r}): make it again with `data.index`") from None
     shards = [
-        Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size, digest, others)
-        for name, count, size, digest, others in rows
+        Shard(name if is_remote(name) or "/" in name else join(folder, name), count, size, digest, more)
+        for (name, count, size, digest), more in zip(rows, others, strict=True)
     ]
     _check_names([shard.location for shard in shards], location)
     return shards

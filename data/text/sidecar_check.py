@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -15,12 +16,15 @@ from data.storage.shards import Shard, current_digest
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, Span, printable_key, read_shard, sample_name, scan_shard, stats_location
 from data.text.decode import is_text
+from data.text.distinct import DistinctCaptions
 from data.text.embeddings import from_bytes, read_empty
 from data.text.meta import TextMeta, caption_folder, sidecar_location
 from data.text.sidecar_record import SidecarRecord, checksum
 
 # Sidecars that are read at once; and how many faulty ones are printed.
 READERS, MAX_PRINTED = 4, 20
+# Held by the reader that adds its captions to those that are counted.
+ADDING = Lock()
 # Why a sidecar is made anew.
 CHANGED, DAMAGED = "changed", "damaged"
 
@@ -76,11 +80,14 @@ class SidecarSummary(NamedTuple):
     shard_unreadable: str
 
 
-def check_sidecar(shard: Shard, folder: str, meta: TextMeta, caption: str = TXT) -> SidecarReport:
+def check_sidecar(
+    shard: Shard, folder: str, meta: TextMeta, caption: str = TXT, distinct: DistinctCaptions | None = None
+) -> SidecarReport:
     """Read a sidecar whole and compare it with the captions of a field of its shard.
 
-    folder: of the sidecars of that field.
+    folder: of the sidecars of that field.  distinct: the captions are added to it.
     """
+    texts: list[bytes] = []
     digests, not_text, source = {}, [], ShardDigest()
     try:
         for key, members in read_shard(shard.location, caption_extensions([caption])):
@@ -88,6 +95,7 @@ def check_sidecar(shard: Shard, folder: str, meta: TextMeta, caption: str = TXT)
             digest = source.add(key, data)
             if data is not None and is_text(data):
                 digests[key] = digest
+                texts.append(data)
             elif data is not None:
                 not_text.append(sample_name(shard.name, key))
     except DamagedTar as error:
@@ -95,6 +103,9 @@ def check_sidecar(shard: Shard, folder: str, meta: TextMeta, caption: str = TXT)
     except OSError as error:
         raise_if_machine(error, shard.location)
         return SidecarReport(shard_unreadable=error.strerror or str(error))
+    if distinct:
+        with ADDING:
+            distinct.add(texts)
     report, keys = SidecarReport(captions=len(digests), not_text=not_text), []
     sidecar = sidecar_location(shard, folder)
     try:
@@ -146,11 +157,13 @@ def _is_embedding(npy: bytes, meta: TextMeta) -> bool:
         return False
 
 
-def summarize_sidecars(shards: list[Shard], folder: str, meta: TextMeta, caption: str = TXT) -> list[SidecarSummary]:
+def summarize_sidecars(
+    shards: list[Shard], folder: str, meta: TextMeta, caption: str = TXT, distinct: DistinctCaptions | None = None
+) -> list[SidecarSummary]:
     """check_sidecar for all shards, by threads, with a progress bar."""
 
     def summarize(shard: Shard) -> SidecarSummary:
-        found = check_sidecar(shard, folder, meta, caption)
+        found = check_sidecar(shard, folder, meta, caption, distinct)
         return SidecarSummary(
             shard, found.captions, len(found.valid), found.faults(), found.not_text, found.shard_unreadable
         )
@@ -202,7 +215,8 @@ def check_embeddings(shards: list[Shard], out: str, unreadable: dict[str, str], 
     """
     meta, folder = TextMeta.read(out), caption_folder(out, caption)
     read_empty(out, meta)
-    summaries = summarize_sidecars(shards, folder, meta, caption)
+    distinct = DistinctCaptions()
+    summaries = summarize_sidecars(shards, folder, meta, caption, distinct)
     unreadable = unreadable | {s.shard.name: s.shard_unreadable for s in summaries if s.shard_unreadable}
     faulty = [summary for summary in summaries if summary.faults]
     for summary in faulty[:MAX_PRINTED]:
@@ -212,6 +226,8 @@ def check_embeddings(shards: list[Shard], out: str, unreadable: dict[str, str], 
     if line := not_text_line([key for summary in summaries for key in summary.not_text]):
         print(line)
     captions, valid = sum(summary.captions for summary in summaries), sum(summary.valid for summary in summaries)
+    if line := distinct.repeats(captions):
+        print(f"{captions:,} captions: {line}")
     problems = []
     if faulty:
         problems.append(
