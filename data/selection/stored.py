@@ -17,13 +17,13 @@ import numpy as np
 from data.storage.locations import open_location, size_of, write_whole
 from data.storage.shards import Shard
 
-# Tensors of the file beside `rows`, with their types; a row for each shard.
+# Tensors of the file beside `rows` and `head`, the hash over them, with their types; a row for each shard.
 TENSORS: dict[str, str] = {
     "digests": "u1", "samples": "<u4", "counts": "<u4", "took": "<u4", "missing": "<u4", "sizes": "<u4", "marks": "<u8",
 }  # fmt: skip
 # safetensors' names of these types.
 TYPES = {"u1": "U8", "<u4": "U32", "<u8": "U64"}
-LARGEST_HEADER = 1 << 28
+LARGEST_HEADER, HEAD_BYTES = 1 << 28, 16
 # Columns of counts, sizes and marks.
 CHOSEN, HELD = 0, 1
 
@@ -117,9 +117,10 @@ def write_selection(
     }
     tensors = {name: np.array(value, TENSORS[name]).reshape(n, -1) for name, value in arrays.items()}
     about = json.dumps({"rules": rules, "texts": list(texts), "shards": [shard.name for shard in shards]})
-    head = _head_digest(about, tensors)
+    tensors["head"] = np.frombuffer(_head_digest(about, tensors), "u1")
     tensors["rows"] = np.frombuffer(b"".join(b for c in chosen for b in c.bitmaps), "u1")
-    data = save(tensors, {"about": about, "head": head})
+    # With a second entry of text the order of the two, and so the file, would be another each time.
+    data = save(tensors, {"about": about})
     write_whole(location, data)
     return len(data)
 
@@ -183,11 +184,11 @@ class Selection:
             bits = unpacker.decompress(packed, -(-samples // 8))
         except zlib.error:
             bits = b""
-        if _mark(bits) != int(self._marks[shard, column]):
+        rows: np.ndarray = np.flatnonzero(np.unpackbits(np.frombuffer(bits, "u1"), count=samples))
+        if _mark(bits) != int(self._marks[shard, column]) or len(rows) != count:
             raise SelectionChanged(
                 f"'{self.location}' is damaged, or was made again since the training began: run the training again"
             )
-        rows: np.ndarray = np.flatnonzero(np.unpackbits(np.frombuffer(bits, "u1"), count=samples))
         return rows
 
 
@@ -201,7 +202,7 @@ def read_selection(location: str, rules: str, shards: Sequence[Shard], command: 
         about, tensors, start = _read_head(location)
     except FileNotFoundError:
         raise ValueError(f"there is no '{location}', which says what the rules choose: run `{command}`") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"'{location}' is no selection, or damaged ({error}): run `{command}`") from None
     if about["rules"] != rules:
         raise ValueError(f"'{location}' is of other rules: run `{command}`")
@@ -245,6 +246,8 @@ def _read_head(location: str) -> tuple[dict[str, Any], dict[str, np.ndarray], in
         header = json.loads(file.read(length))
         about, data = json.loads(header["__metadata__"]["about"]), 8 + length
         n, rules = len(about["shards"]), len(about["texts"])
+        if not all(isinstance(text, str) for text in (*about["shards"], *about["texts"])):
+            raise ValueError("its names are no texts")
         widths = {"digests": 16, "samples": 1, "took": rules, "missing": rules}
         tensors = {}
         for name, type_ in TENSORS.items():
@@ -254,7 +257,9 @@ def _read_head(location: str) -> tuple[dict[str, Any], dict[str, np.ndarray], in
                 raise ValueError(f"its {name} are of another size")
             file.seek(data + begin)
             tensors[name] = np.frombuffer(file.read(expected), type_).reshape(shape)
-    if _head_digest(header["__metadata__"]["about"], tensors) != header["__metadata__"]["head"]:
+        file.seek(data + header["head"]["data_offsets"][0])
+        head = file.read(HEAD_BYTES)
+    if _head_digest(header["__metadata__"]["about"], tensors) != head:
         raise ValueError("its digest is wrong")
     begin, end = header["rows"]["data_offsets"]
     if end - begin != tensors["sizes"].sum(dtype=np.int64) or data + end != size:
@@ -262,11 +267,11 @@ def _read_head(location: str) -> tuple[dict[str, Any], dict[str, np.ndarray], in
     return about, tensors, data + begin
 
 
-def _head_digest(about: str, tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.blake2b(about.encode(), digest_size=16)
+def _head_digest(about: str, tensors: dict[str, np.ndarray]) -> bytes:
+    digest = hashlib.blake2b(about.encode(), digest_size=HEAD_BYTES)
     for name in TENSORS:
         digest.update(tensors[name].tobytes())
-    return digest.hexdigest()
+    return digest.digest()
 
 
 def _mark(bits: bytes) -> int:
