@@ -42,7 +42,8 @@ def mds(folder: Path, *shards: list[dict[str, bytes]]) -> Path:
 def row(i: int, **more: bytes) -> dict[str, bytes]:
     return {
         "caption": f"caption {i}".encode(), "image": picture("red", size=(40 + i, 30)),
-        "score": struct.pack("<d", i / 8), "n": struct.pack("<q", -i), "extra": b'"text"', "blob": b"cos\nsystem\n", **more,
+        "score": struct.pack("<d", i / 8), "n": struct.pack("<q", -i), "extra": b'"text"',
+        "blob": b"cos\nsystem\n", **more,
     }  # fmt: skip
 
 
