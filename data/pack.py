@@ -12,6 +12,7 @@ from data.index import Index, index
 from data.prepare.arrow_tables import is_saved, list_parquet, list_saved
 from data.prepare.columns import Columns
 from data.prepare.folder import TABLES, list_folder, parquet_files
+from data.prepare.mds import is_mds, list_mds
 from data.prepare.packing import another_dataset, check_shard_size, find_changes, read_recipe, write_changes
 from data.prepare.rows import Row
 from data.prepare.tables import list_table
@@ -28,8 +29,8 @@ class Pack:
 
     source: a folder of pictures, each with its caption in a .txt of the same name; or a .csv, .jsonl or .parquet table
     with one column of pictures and one of captions; or a folder of .parquet, or a pattern, 'data/train-*.parquet'; or
-    what `save_to_disk` of Hugging Face's datasets wrote. A picture in a table is its path, relative to the table's
-    folder, or, but for .csv and .jsonl, its bytes.
+    what `save_to_disk` of Hugging Face's datasets or the MDSWriter of mosaicml-streaming wrote. A picture in a table is
+    its path, relative to the table's folder, or, but for .csv and .jsonl, its bytes.
     out: folder for the shards.
     shard_size: pictures in a shard.
     image_column: the table's column of pictures; default: the first of path, image, file, file_name, filename and url
@@ -85,12 +86,14 @@ def _list(args: Pack, rules: ImageRules) -> list[Row]:
         is_folder, is_file = source.is_dir(), source.is_file()
     except OSError as error:  # such as too long a name
         raise ValueError(f"source='{shown}' cannot be read: {error.strerror}") from None
-    if is_folder and not is_saved(source) and not (files := parquet_files(source, Path(args.out))):
+    if is_folder and is_mds(source):
+        rows = list_mds(source, columns)
+    elif is_folder and is_saved(source):
+        rows = list_saved(source, rules, columns)
+    elif is_folder and not (files := parquet_files(source, Path(args.out))):
         if args.image_column or args.caption_column or args.columns:
             raise ValueError("image_column=, caption_column= and columns= are for tables, and source= is a folder")
         return list_folder(source, Path(args.out))
-    if is_folder and is_saved(source):
-        rows = list_saved(source, rules, columns)
     elif is_folder:
         rows = _list_files(files, source, rules, columns)
     elif source.suffix.lower() in TABLES and is_file:

@@ -176,7 +176,7 @@ def test_wrong_datasets_are_refused_with_a_remedy(folder, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         find_shards(tmp_path / "nowhere.json")
     with pytest.raises(ValueError, match="is not read; use a path"):
-        find_shards("gs://some/where")
+        find_shards("ftp://some/where")
     write(tmp_path / "more", {"00001.tar": 3})
     (tmp_path / "twice.txt").write_text("more/00001.tar\nshards/00001.tar\n")
     with pytest.raises(ValueError, match=r"2 shards of .*twice.txt' are called 00001.tar"):

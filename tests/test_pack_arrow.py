@@ -172,6 +172,9 @@ def test_further_columns_of_texts(tmp_path: Path) -> None:
     assert [(f["score"], f["zip"], f["note"]) for f in facts(tmp_path / "csv")] == [
         (0.5, "01234", "x"), (None, "9", ""), (-2000.0, "1", "1"),
     ]  # fmt: skip
+    (tmp_path / "long.csv").write_text(f"path,text,n\na.jpg,one,{'9' * 5000}\n")
+    run(tmp_path / "long.csv", tmp_path / "long")
+    assert facts(tmp_path / "long")[0]["n"] == "9" * 5000, "more digits than Python reads as a number"
     lines = [{"path": "a.jpg", "text": "one", "score": 0.5, "deep": {"a": 1}}, {"path": "a.jpg", "text": "two"}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run(tmp_path / "t.jsonl", tmp_path / "jsonl")

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from data.storage import clients, google, locations, retries
+from data.storage import clients, locations, retries
 from data.storage.atomic import atomic_file, atomic_folder
 from data.storage.clients import UnreadableError
 from data.storage.locations import join, list_names, open_location, read_bytes, size_of, split, write_whole
@@ -22,9 +22,9 @@ pytest_plugins = ["tests.support.faulty_server"]
 DATA = random.Random(0).randbytes(100_000)
 
 
-@pytest.fixture(params=["http", "s3", "gs"])
+@pytest.fixture(params=["http", "s3"])
 def server(request, monkeypatch):
-    """HTTP, or S3 with the same faults in front of it, or S3 as Google's storage. Blocks are small, waits short."""
+    """HTTP, or S3 with the same faults in front of it. Blocks are small, waits short."""
     for module, name, value in (
         (clients, "READ_TIMEOUT", 0.25), (clients, "CHUNK", 512), (retries, "FIRST_WAIT", 0.001),
         (locations, "FIRST_BLOCK", 4096), (locations, "LARGEST_BLOCK", 16384),
@@ -226,15 +226,3 @@ def test_finding_reading_and_ordering_samples_needs_no_torch(repo):
     code = f"import sys, {modules}\nprint({{'torch', 'transformers', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-
-
-def test_google_without_credentials_is_one_line(monkeypatch, tmp_path):
-    pytest.importorskip("google.auth", reason="needs google-auth")
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
-    for name in ("GOOGLE_APPLICATION_CREDENTIALS", google.EMULATOR):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
-    google._session.cache_clear()
-    with pytest.raises(PermissionError, match=r"no credentials for gs://.*gcloud auth application-default login"):
-        open_location("gs://bucket/0.tar")

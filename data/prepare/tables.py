@@ -17,7 +17,7 @@ NUL = "\udc00"
 
 
 # A number of a CSV as JSON writes it; a column of nothing else holds numbers. Leading zeros belong to names.
-NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,3})?")
 
 
 def list_table(table: Path, rules: ImageRules, columns: Columns) -> list[Row]:

@@ -7,7 +7,14 @@ from functools import lru_cache
 from typing import Any
 
 from data.storage import clients
-from data.storage.clients import S3_TRIES, RangeResponse, TransientError, UnreadableError, check_status
+from data.storage.clients import (
+    RANGE_NOT_SATISFIABLE,
+    S3_TRIES,
+    RangeResponse,
+    TransientError,
+    UnreadableError,
+    check_status,
+)
 
 CONNECTION, ACCOUNT = "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT"
 SECRETS = ("AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN")
@@ -20,7 +27,15 @@ def azure_range(location: str, start: int, end: int) -> Iterator[RangeResponse]:
     Raises: as http_range.
     """
     with _errors(location):
-        stream = _blob(location, 0).download_blob(offset=start, length=end - start, max_concurrency=1)
+        from azure.core.exceptions import HttpResponseError
+
+        try:
+            stream = _blob(location, 0).download_blob(offset=start, length=end - start, max_concurrency=1)
+        except HttpResponseError as error:
+            if error.status_code != RANGE_NOT_SATISFIABLE or start:
+                raise
+            yield RangeResponse(iter(()), 0, "")
+            return
         found = stream.properties
         size = (found.content_range or "").rpartition("/")[2]
         yield RangeResponse(stream.chunks(), int(size) if size.isdigit() else found.size, found.etag)

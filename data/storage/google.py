@@ -17,6 +17,7 @@ from data.storage.clients import (
     RETRY_STATUSES,
     S3_TRIES,
     RangeResponse,
+    TransientError,
     UnreadableError,
     check_status,
     http_range,
@@ -25,6 +26,7 @@ from data.storage.clients import (
 # As Google's own libraries name it; a server that needs no credentials.
 EMULATOR = "STORAGE_EMULATOR_HOST"
 ENDPOINT = "https://storage.googleapis.com"
+REMEDY = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 RETRIES = Retry(total=S3_TRIES, backoff_factor=0.5, status_forcelist=(*RETRY_STATUSES, 500, 502, 503, 504))
 
@@ -35,7 +37,8 @@ def google_range(location: str, start: int, end: int) -> Iterator[RangeResponse]
 
     Raises: as http_range.
     """
-    with http_range(location, start, end, url=_url(location), session=_session(os.getpid(), 0)) as response:
+    session = _session(os.getpid(), 0)
+    with _refusals(location), http_range(location, start, end, url=_url(location), session=session) as response:
         yield response
 
 
@@ -64,13 +67,30 @@ def write_google(location: str, data: bytes) -> None:
 
 
 def _request(method: str, location: str, url: str, **more: object) -> bytes:
+    session, timeout = _session(os.getpid(), S3_TRIES), (CONNECT_TIMEOUT, READ_TIMEOUT)
     try:
-        timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
-        response = _session(os.getpid(), S3_TRIES).request(method, url, timeout=timeout, **more)  # type: ignore[arg-type]
+        with _refusals(location):
+            response = session.request(method, url, timeout=timeout, **more)  # type: ignore[arg-type]
     except requests.RequestException as error:
         raise UnreadableError(f"{location}: {type(error).__name__}: {error}") from None
     check_status(location, response.status_code)
     return response.content
+
+
+@contextmanager
+def _refusals(location: str) -> Iterator[None]:
+    """Raises: TransientError, PermissionError in place of google-auth's own errors, as where a token ended."""
+    try:
+        from google.auth.exceptions import GoogleAuthError, TransportError
+    except ImportError:  # then there are no credentials that could fail
+        yield
+        return
+    try:
+        yield
+    except TransportError as error:
+        raise TransientError(f"{type(error).__name__}: {str(error)[:200]}") from None
+    except GoogleAuthError as error:
+        raise PermissionError(f"{location}: {str(error).splitlines()[0][:200]}: {REMEDY}") from None
 
 
 def _url(location: str) -> str:
@@ -96,8 +116,7 @@ def _session(process: int, tries: int) -> requests.Session:
         try:
             credentials, _ = google.auth.default(scopes=[SCOPE])
         except GoogleAuthError as error:
-            remedy = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
-            raise PermissionError(f"no credentials for gs:// ({str(error).splitlines()[0][:200]}): {remedy}") from None
+            raise PermissionError(f"no credentials for gs:// ({str(error).splitlines()[0][:200]}): {REMEDY}") from None
         session = AuthorizedSession(credentials)
     if tries:
         session.mount("https://", HTTPAdapter(max_retries=RETRIES))

@@ -193,7 +193,9 @@ def find_outdated(shards: list[Shard], folder: str, caption: str = TXT) -> tuple
             sidecar = sidecar_location(shard, folder)
             record = SidecarRecord.read(sidecar)
             return CHANGED if record.source != digest else DAMAGED if file_size(sidecar) != record.size else "", ""
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if is_remote(folder) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # a storage that does not answer says nothing of the sidecar
             return DAMAGED, ""
 
     # A sidecar without its stats file is missing rather than outdated.

@@ -1,4 +1,4 @@
-"""Reading from Azure's blob storage and writing small files there: Azurite, with faults in front of it."""
+"""Google's storage, by an S3 server, and Azure's, by Azurite, with faults in front of them: reading, small files."""
 
 import io
 import multiprocessing
@@ -7,26 +7,26 @@ import random
 import pytest
 
 from data.index import Index, index
-from data.storage import azure, clients, locations, retries
+from data.storage import azure, clients, google, locations, retries
 from data.storage.locations import join, list_names, open_location, read_bytes, size_of, whole_file
 from data.storage.shards import find_shards
 from data.storage.tars import write_shard
 from tests.test_sources import DATA, child
 
 pytest_plugins = ["tests.support.faulty_server"]
-pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def server(az_server, monkeypatch):
+@pytest.fixture(params=["gs", pytest.param("az", marks=pytest.mark.slow)])
+def server(request, monkeypatch):
     """Blocks are small, waits short."""
     for module, name, value in (
         (clients, "READ_TIMEOUT", 0.5), (retries, "FIRST_WAIT", 0.001), (locations, "FIRST_BLOCK", 4096),
         (locations, "LARGEST_BLOCK", 16384),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    az_server.put("0.tar", DATA)
-    return az_server
+    running = request.getfixturevalue(f"{request.param}_server")
+    running.put("0.tar", DATA)
+    return running
 
 
 def test_reads_and_seeks_are_those_of_a_file_in_memory(server):
@@ -81,15 +81,34 @@ def test_forked_processes_read_with_connections_of_their_own(server):
     assert [process.exitcode for process in children] == [0, 0] and all(answers.get(timeout=20) for _ in children)
 
 
-def test_an_index_is_written_beside_the_shards(server, tmp_path, monkeypatch):
+def test_an_index_is_written_beside_the_shards(server, tmp_path):
     write_shard(tmp_path / "0.tar", [(f"{i}", {"txt": b"a", "jpg": b"b"}) for i in range(5)])
-    server.put("shards/00000.tar", (tmp_path / "0.tar").read_bytes())
+    for name in ("00000.tar", "odd name+%41#?.tar"):
+        server.put(f"shards/{name}", (tmp_path / "0.tar").read_bytes())
+    server.put("shards/deeper/9.tar", b"")
     where = join(server.where, "shards")
     index(Index(where, workers=1))
-    assert list_names(where) == ["00000.tar", "index.json"] and find_shards(where)[0].count == 5
+    assert sorted(list_names(where)) == ["00000.tar", "index.json", "odd name+%41#?.tar"]
+    assert [shard.count for shard in find_shards(where)] == [5, 5]
     with pytest.raises(ValueError, match="cannot be written: name a path or s3://"), whole_file(join(where, "x.tar")):
         pass
+
+
+@pytest.mark.slow
+def test_azure_without_credentials_is_one_line(az_server, monkeypatch):
     monkeypatch.delenv(azure.CONNECTION)
     azure._service.cache_clear()
     with pytest.raises(PermissionError, match="no credentials for az://: set AZURE_STORAGE_CONNECTION_STRING, or"):
-        list_names(where)
+        list_names(az_server.where)
+
+
+def test_google_without_credentials_is_one_line(monkeypatch, tmp_path):
+    pytest.importorskip("google.auth", reason="needs google-auth")
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", google.EMULATOR):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    google._session.cache_clear()
+    with pytest.raises(PermissionError, match=r"no credentials for gs://.*gcloud auth application-default login"):
+        open_location("gs://bucket/0.tar")
