@@ -274,7 +274,7 @@ def not_text_line(keys: list[str]) -> str:
 
 def _extra_sidecars(shards: list[Shard], folder: str) -> list[str]:
     """The sidecars in a folder that belong to none of the shards; none where the folder can't be listed."""
-    if not can_be_listed(folder):
+    if not can_be_listed(folder) or not (is_remote(folder) or os.path.isdir(folder)):
         return []
     names = {shard.name for shard in shards}
     return [join(folder, name) for name in sorted(list_names(folder)) if name.endswith(".tar") and name not in names]
