@@ -227,7 +227,7 @@ def test_a_wrong_parquet_is_refused(tmp_path, content, message):
 
 def test_real_shards_have_the_same_fields_in_json_and_parquet(shared, tmp_path):
     for shard in find_shards(shared / "data/fluent")[:3]:
-        by_parquet = read_fields(replace(shard, digest=scan_shard(shard.location).digest))
+        by_parquet = read_fields(replace(shard, digest=scan_shard(shard.location).digests["txt"]))
         alone = tmp_path / shard.name
         alone.write_bytes(Path(shard.location).read_bytes())
         by_json = read_fields(replace(shard, location=str(alone)))

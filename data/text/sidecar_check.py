@@ -1,5 +1,6 @@
 """Comparing sidecars with the captions of their shards; needs no encoder."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
