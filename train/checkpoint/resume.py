@@ -61,6 +61,8 @@ def check_same_everywhere(config: Config, datasets: list[Dataset]) -> None:
         what = f"data.shards={config.data.shards}"
     elif not all(is_remote(d.text) or os.path.isfile(join(d.text, EMPTY)) for d in datasets):
         what = f"data.text={config.data.text}"
+    elif not all(d.selection is None or d.selection.is_here() for d in datasets):
+        what = "selection beside the index of data.shards"
     raise_on_all(what and f"rank {rank} sees another {what} than rank 0: put it on storage that all nodes share")
 
 
