@@ -265,7 +265,7 @@ def test_a_list_drops_by_the_column_that_it_has(folder, tmp_path, name, rows, go
 
 def test_a_sample_without_the_field_of_a_list_stays_and_is_counted(own, capsys):
     write_shard(own / "00009.tar", [("x", {"jpg": picture(0), "txt": b"c", "json": b"{}"})])
-    drop = write_list(own / "d.csv", {"url": ["http://a/2"]})
+    drop = write_list(own / "d.parquet", {"url": ["http://a/2", ""]})
     index(Index(str(own), workers=1, drop=[drop]))
     told = capsys.readouterr().out
     assert "leaves out 2 (1 could not be compared, for they lack the field)" in told and "49 of 51 samples" in told

@@ -52,6 +52,7 @@ YES, NO, OPEN = True, False, None
         ("field('width') == 64", [YES, NO, NO, NO]),
         (f"{10**30} > width", [YES] * 4),
         ("1 == 1", [YES] * 4),
+        ("width < 250\n  and height > 70", [YES, NO, NO, NO]),
     ],
 )
 def test_an_expression_is_true_false_or_open(text, outcome):

@@ -87,7 +87,7 @@ class Plan:
 
     def texts(self) -> list[str]:
         """The rules in words, in the order in which they are applied."""
-        texts = [f"where {self.where.text}"] if self.where else []
+        texts = [f"where {' '.join(self.where.text.split())}"] if self.where else []
         texts += [f"drop {drop.name} by {drop.field}" for drop, _ in self.lists]
         return texts + ([f"validation share {self.share:g}"] if self.share else [])
 

@@ -7,6 +7,7 @@ own (a mark) each bitmap.
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.storage.locations import open_location, size_of, write_whole
+from data.storage.locations import is_remote, open_location, size_of, write_whole
 from data.storage.shards import Shard
 
 # Tensors of the file beside `rows` and `head`, the hash over them, with their types; a row for each shard.
@@ -166,6 +167,10 @@ class Selection:
     _starts: np.ndarray
     _sizes: np.ndarray
     _marks: np.ndarray
+
+    def is_here(self) -> bool:
+        """Whether this machine sees the file; behind a URL it is taken to."""
+        return is_remote(self.location) or os.path.isfile(self.location)
 
     def rows(self, shard: int, column: int) -> np.ndarray:
         """The rows in its tar of a shard's samples, ascending.  column: CHOSEN or HELD.

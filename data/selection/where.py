@@ -53,7 +53,9 @@ class Where:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that `is` stands beside a constant, which is refused below
-                self._tree = ast.parse(self.text, mode="eval").body
+                # Several lines, as a block of YAML has them, are one expression in brackets.
+                source = f"({self.text}\n)" if "\n" in self.text else self.text
+                self._tree = ast.parse(source, mode="eval").body
             self._check(self._tree)
         except SyntaxError as error:
             raise self._fault(f"{error.msg} at character {error.offset}") from None

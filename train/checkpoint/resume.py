@@ -61,6 +61,8 @@ def check_same_everywhere(config: Config, datasets: list[Dataset], held_out: lis
             what = what or f"{key}.shards={given.shards}"
         elif not all(is_remote(d.text) or os.path.isfile(join(d.text, EMPTY)) for d in found):
             what = what or f"{key}.text={given.text}"
+        elif not all(d.selection is None or d.selection.is_here() for d in found):
+            what = what or "selection beside the index of data.shards"
     raise_on_all(what and f"rank {rank} sees another {what} than rank 0: put it on storage that all nodes share")
 
 
