@@ -1,7 +1,7 @@
 """Do pictures have the colours that their captions name? Judged by pixels, for drawings on a white ground.
 
 python -m tests.benchmarks.colour_words run=runs/fluent shards=datasets/fluent/shards text=datasets/fluent/minilm \
-    grid=docs/images/fluent_colours.png
+    grid=FILE.png
 draws the captions that name one colour. A colour word stands for the median, over the real pictures with that word, of
 the mean colour of what is not ground. A picture is right if its own mean is nearest to its word's. White is left out:
 on a white ground it cannot be seen.
