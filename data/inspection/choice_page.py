@@ -12,7 +12,7 @@ from data.inspection.findings import Findings, Picture
 from data.selection.where import Threshold
 
 # Pictures on each side of a threshold; along a score without one.
-BESIDE, ALONG = 8, 12
+BESIDE, ALONG = 7, 14
 
 STYLE = (
     chart.STYLE

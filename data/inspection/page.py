@@ -44,6 +44,8 @@ figure { margin: 0; font-size: 12px; line-height: 1.35; }
 figure img { width: 128px; height: 128px; image-rendering: pixelated; display: block; }
 figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 6.75em; } figcaption.quiet { font-size: 10px; }
 .beside { display: flex; flex-wrap: wrap; gap: 2rem; } .beside > div { flex: 1 1 24rem; }
+.beside .sheet { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
+.beside img { width: 96px; height: 96px; }
 """
     + choice_page.STYLE
 )
