@@ -152,9 +152,8 @@ def _lines(summary: DatasetSummary, found: Findings) -> list[str]:
     counts = ", ".join(f"{number:,} {reason}" for reason, number in reasons) or "none"
     lines.append(f"bad samples: {counts}")
     more = sum(len(group) - 1 for group in found.duplicates)
-    lines.append(
-        f"near duplicates: {more:,} in {count(len(found.duplicates), 'group')}. {found.duplicate_list}".strip()
-    )
+    groups = f"{more:,} in {count(len(found.duplicates), 'group')}. {found.duplicate_list}" if more else "none"
+    lines.append(f"near duplicates: {groups}")
     lines += found.choice.lines() if found.choice else []
     return lines + [line for line in (summary.sidecar_fault,) if line]
 

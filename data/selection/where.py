@@ -107,13 +107,23 @@ class Where:
         return self._of_kind(table, NUMBER, pa.float64())
 
     def parts(self) -> list["Where"]:
-        """The conditions that `and` joins, each by itself."""
-        joined = isinstance(self._tree, ast.BoolOp) and isinstance(self._tree.op, ast.And)
-        return [Where(ast.unparse(part)) for part in self._tree.values] if joined else [self]  # type: ignore[attr-defined]
+        """The conditions that `and` joins, each by itself.  Raises: ValueError if they are nested too deeply."""
+        if not (isinstance(self._tree, ast.BoolOp) and isinstance(self._tree.op, ast.And)):
+            return [self]
+        try:
+            return [Where(ast.unparse(part)) for part in self._tree.values]
+        except RecursionError:
+            raise self._fault("it is nested too deeply") from None
 
     def thresholds(self) -> list[Threshold]:
-        """The comparisons with a number, in their order; those under a `not` turned round, which means the same."""
-        return list(dict.fromkeys(_thresholds(self._tree, False)))
+        """The comparisons with a number, in their order; those under a `not` turned round, which means the same.
+
+        Raises: ValueError if they are nested too deeply.
+        """
+        try:
+            return list(dict.fromkeys(_thresholds(self._tree, False)))
+        except RecursionError:
+            raise self._fault("it is nested too deeply") from None
 
     def _of_kind(self, table: "pa.Table", kind: str, type_: "pa.DataType") -> Any:
         """The column of a value that must be of this kind."""
