@@ -271,8 +271,8 @@ def test_what_near_duplicates_are():
     ("caption", "expected"),
     [
         ("a red circle", "Latin"), ("красный круг", "Cyrillic"), ("一个红圆 red", "Chinese characters"),
-        ("赤い丸", "Japanese (with kana)"), ("دائرة", "Arabic"), ("\uff32\uff25\uff24", "Latin"), ("12 34 !", "no letters"),
-        ("", "no letters"), ("\ue000\ud83d", "no letters"), ("빨간 원", "Hangul"),
+        ("赤い丸", "Japanese (with kana)"), ("دائرة", "Arabic"), ("12 34 !", "no letters"),
+        ("\uff32\uff25\uff24", "Latin"), ("", "no letters"), ("\ue000\ud83d", "no letters"), ("빨간 원", "Hangul"),
     ],
 )  # fmt: skip
 def test_script_of_a_caption(caption, expected):
