@@ -31,6 +31,7 @@ def ranking(title: str, counts: Iterable[tuple[str, int]], total: int = 0) -> st
 
 
 def table(title: str, rows: list[tuple[str, int]], total: int) -> str:
+    """Names with their counts, as shares of `total` and as bars.  title: safe already."""
     largest = max((count for _, count in rows), default=0) or 1
     lines = "".join(
         f'<tr><td class="k">{safe(name)}</td><td class="n">{count:,}</td>'
