@@ -50,14 +50,14 @@ class Values(NamedTuple):
 class Choice:
     """What the rules choose of the shards looked at.
 
-    problem: why the fields can't be read, or '' .  having: of how many of the samples in `values` each text is known.
+    problem: why the fields can't be read, or ''.  shards: how many were looked at.  receipt: of all their samples.
+    texts: of each label how many samples have which value.
     values: of up to MAX_ROWS samples.  looked_at: of the samples whose pictures are looked at, in their order.
     """
 
     rules: Rules
     problem: str = ""
     shards: int = 0
-    fields: Fields = field(default_factory=Fields)
     receipt: Receipt = field(default_factory=lambda: Receipt(0))
     parts: list[Part] = field(default_factory=list)
     thresholds: list[Threshold] = field(default_factory=list)
@@ -134,7 +134,7 @@ def look_at_choice(shards: Sequence[Shard], rows: Mapping[int, list[int]], rules
     where = plan.where.parts() if plan.where else []
     sums = np.sum([part.parts for part in found], 0).tolist()
     return Choice(
-        rules, "", len(chosen), fields, receipt,
+        rules, "", len(chosen), receipt,
         [Part(part.text, *numbers) for part, numbers in zip(where, sums, strict=True)],
         plan.where.thresholds() if plan.where else [], _joined([part.values for part in found]),
         _joined([part.looked_at for part in found]), _counted([part.texts for part in found]),
