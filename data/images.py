@@ -76,7 +76,11 @@ def preprocess(
     shift: as for shifted_center_box.
     Raises: BadImage.
     """
-    image = decode(data, rules)
+    return crop_and_resize(decode(data, rules), image_size, shift, rng)
+
+
+def crop_and_resize(image: Image.Image, image_size: int, shift: float, rng: np.random.Generator) -> np.ndarray:
+    """A decoded image to uint8 [3, image_size, image_size], as preprocess does."""
     # Cropped first, since with resize(box=...) the filter would reach beyond the crop.
     box = shifted_center_box(image.width, image.height, shift, rng)
     if box != (0, 0, *image.size):  # else crop() would copy the whole image

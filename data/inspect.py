@@ -1,17 +1,22 @@
 """Show what a dataset holds, before a training: `python -m data.inspect shards=DIR out=REPORT.html [text=DIR]`."""
 
 from collections import Counter
+from csv import writer
 from dataclasses import dataclass, field
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
 
-from data.checks import check_at_least
+from data.checks import check_at_least, count
 from data.cli import command, location
+from data.config import ValidationConfig, check_where
+from data.inspection.choice import look_at_choice
 from data.inspection.contact_sheet import contact_sheet
-from data.inspection.findings import FieldCaptions, Findings, TrainingView, inspect_samples
-from data.inspection.page import DatasetSummary, page
+from data.inspection.findings import FieldCaptions, Findings, TrainingView, choose_rows, inspect_samples
+from data.inspection.page import DatasetSummary, format_bytes, page
+from data.selection.drop import GROUP
+from data.selection.rules import Rules
 from data.storage.caption_fields import TXT, check_fields
 from data.storage.locations import write_whole
 from data.storage.shards import Shard, find_shards, shard_bytes
@@ -33,6 +38,10 @@ class Inspect:
     seed: as seed of the training.
     captions: the fields of the captions, as in data.captions of the training. Of several captions of a sample the
     embedding of the first is looked at; data.embed mode=check looks at all.
+    where: as data.where of a training: the report shows what it would choose.
+    drop: as data.drop of a training.
+    validation_share: as data.validation.share of a training.
+    workers: number of processes that read the fields.
     """
 
     shards: str = location()
@@ -43,6 +52,10 @@ class Inspect:
     crop_shift: float = 0.1
     seed: int = 0
     captions: list[str] = field(default_factory=lambda: [TXT])
+    where: str = ""
+    drop: list[str] = location([])
+    validation_share: float = 0.0
+    workers: int = 8
 
 
 def inspect(args: Inspect) -> Findings:
@@ -59,13 +72,20 @@ def inspect(args: Inspect) -> Findings:
     check_at_least("seed", args.seed, 0)
     check_at_least("crop_shift", args.crop_shift, 0)
     check_fields("captions", args.captions)
+    check_at_least("workers", args.workers, 1)
+    check_where(args.where)
+    rules = Rules(args.where, tuple(args.drop), ValidationConfig(share=args.validation_share).share)
     shards = find_shards(args.shards)
     meta = TextMeta.read(args.text) if args.text else None
     summary = DatasetSummary(
         args.shards, shards, _bytes(shards), args.text, meta, _sidecar_fault(shards, args.text, meta, args.captions)
     )
     view = TrainingView(args.image_size, args.crop_shift, args.seed)
-    found = inspect_samples(shards, args.samples, view, args.text, meta, args.captions)
+    rows = choose_rows([shard.count for shard in shards], args.samples)
+    choice = look_at_choice(shards, rows, rules, args.workers)
+    found = inspect_samples(shards, args.samples, view, args.text, meta, args.captions, choice)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found.duplicate_list = _write_duplicates(found, out, args.drop)
     for line in _lines(summary, found):
         print(line)
     if out.suffix.lower() == ".html":
@@ -74,10 +94,32 @@ def inspect(args: Inspect) -> Findings:
         picture = BytesIO()
         contact_sheet(found.tiles).save(picture, "PNG")
         report = picture.getvalue()
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(str(out), report)
-    print(f"written: {out}")
+    print(f"written: {out}, {format_bytes(len(report))}")
     return found
+
+
+def _write_duplicates(found: Findings, out: Path, drop: list[str]) -> str:
+    """Write the near duplicates as a list for data.drop, beside the report. Returns what is to be said of it."""
+    if not found.duplicates:
+        return ""
+    path = out.with_name(f"{out.stem}-near-duplicates.csv")
+    keys = Counter(picture.key for picture in found.pictures.values())
+    if keys.total() > len(keys):
+        return "There is no list for drop=, since keys of different samples are the same."
+    if str(path.resolve()) in (str(Path(name).resolve()) for name in drop):
+        return f"{path.name} is kept as it is, since it is one of the lists in drop=."
+    # A line break in a key would begin another row.
+    rows = [
+        (picture.key, str(number))
+        for number, group in enumerate(found.duplicates, 1)
+        for picture in group
+        if picture.key.splitlines() == [picture.key]
+    ]
+    text = StringIO()
+    writer(text, lineterminator="\n").writerows([("key", GROUP), *rows])
+    write_whole(str(path), text.getvalue().encode())
+    return f"{path} lists them: drop={path} keeps the first of each group, which has the most pixels."
 
 
 def _bytes(shards: list[Shard]) -> int:
@@ -107,8 +149,12 @@ def _lines(summary: DatasetSummary, found: Findings) -> list[str]:
     if summary.meta:
         lines.append(f"embeddings: {summary.meta.tokens} x {summary.meta.dim} {summary.meta.dtype}")
     reasons = Counter(reason for _, reason in found.bad).most_common()
-    counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "none"
+    counts = ", ".join(f"{number:,} {reason}" for reason, number in reasons) or "none"
     lines.append(f"bad samples: {counts}")
+    more = sum(len(group) - 1 for group in found.duplicates)
+    groups = f"{more:,} in {count(len(found.duplicates), 'group')}. {found.duplicate_list}" if more else "none"
+    lines.append(f"near duplicates: {groups}")
+    lines += found.choice.lines() if found.choice else []
     return lines + [line for line in (summary.sidecar_fault,) if line]
 
 

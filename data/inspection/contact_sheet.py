@@ -37,7 +37,7 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 
 def contact_sheet(tiles: list[Tile]) -> Image.Image:
-    """All tiles in rows, at twice their size, each above its caption.
+    """All tiles in rows, at twice their size, each above its caption; on the right, in red frames, what rules took.
 
     Raises: ValueError if there are none.
     """
@@ -49,15 +49,31 @@ def contact_sheet(tiles: list[Tile]) -> Image.Image:
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), LETTER)
     side = max(tiles[0].pixels.shape[-1] * SCALE, 96)
     width, height = side + MARGIN, side + LINES * LINE_HEIGHT + MARGIN + 4
-    rows = -(-len(tiles) // COLUMNS)
-    sheet = Image.new("RGB", (min(COLUMNS, len(tiles)) * width + MARGIN, rows * height + MARGIN), "white")
+    slots = _slots(tiles)
+    columns, rows = (max(place[axis] for place in slots) + 1 for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, tile in enumerate(tiles):
-        left, top = number % COLUMNS * width + MARGIN, number // COLUMNS * height + MARGIN
+    for (column, row), tile in zip(slots, tiles, strict=True):
+        left, top = column * width + MARGIN, row * height + MARGIN
+        if tile.taken:
+            pen.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), fill="red")
         sheet.paste(to_image(tile.pixels).resize((side, side), Image.Resampling.NEAREST), (left, top))
         for line, words in enumerate(_lines(_shown(tile.captions), font, side)):
             pen.text((left, top + side + 3 + line * LINE_HEIGHT), words, fill="black", font=font)
     return sheet
+
+
+def _slots(tiles: list[Tile]) -> list[tuple[int, int]]:
+    """The column and row of each tile; where rules took some, these are in the right half."""
+    taken = sum(tile.taken > 0 for tile in tiles)
+    if not taken:
+        return [(number % COLUMNS, number // COLUMNS) for number in range(len(tiles))]
+    half, used, slots = COLUMNS // 2, [0, 0], []
+    for tile in tiles:
+        right = tile.taken > 0
+        slots.append((right * half + used[right] % half, used[right] // half))
+        used[right] += 1
+    return slots
 
 
 def _shown(captions: dict[str, str]) -> str:

@@ -10,7 +10,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.config import CaptionConfig
-from data.images import BadImage, preprocess
+from data.images import BadImage, crop_and_resize, decode
+from data.inspection.choice import Choice
+from data.inspection.duplicates import Fingerprint, fingerprint, near_duplicates
 from data.loader.cursor import ENDED, TEXT_UNREADABLE, UNREADABLE, RawSample, ShardCursor
 from data.loader.draws import Draw, Draws
 from data.storage.caption_fields import TXT
@@ -23,15 +25,37 @@ from data.text.meta import TextMeta
 # To reach a sample, all headers before it are read, so a few samples from each of very many shards would take hours.
 MAX_SHARDS = 64
 MAX_TILES = 96
+# Small pictures that are kept, and their pixels, to show samples of which it is told only later that they matter.
+MAX_SMALL, SMALL = 20_000, 64
 
 
 @dataclass(slots=True)
 class Tile:
-    """One sample as the network sees it: its captions by field, and pixels uint8 [3, S, S]."""
+    """One sample as the network sees it: its captions by field, and pixels uint8 [3, S, S].
+
+    place: among the samples looked at.  taken: the number of the rule that took it, from 1, or 0.
+    """
 
     name: str
     captions: dict[str, str]
     pixels: np.ndarray
+    place: int = 0
+    taken: int = 0
+
+
+@dataclass(slots=True)
+class Picture:
+    """The picture of a sample that was looked at.
+
+    place: among the samples looked at.  pixels: width times height.  jpeg: a small one, b'' if it was not kept.
+    """
+
+    place: int
+    name: str
+    key: str
+    pixels: int
+    print: Fingerprint
+    jpeg: bytes
 
 
 @dataclass(slots=True)
@@ -60,6 +84,9 @@ class Findings:
     stored.  captions: by field.
     bad: (sample, reason), with the reasons under which the training counts them.
     damaged: (location, error) of each tar that could not be read to its end.
+    pictures: of the samples that have one, by place.  duplicates: groups of near duplicates among those that no rule
+    leaves out, the one with the most pixels first.
+    duplicate_list: what is said of the list of them.  choice: what the rules make of these samples.
     """
 
     inspected: int = 0
@@ -70,6 +97,10 @@ class Findings:
     bad: list[tuple[str, str]] = field(default_factory=list)
     damaged: list[tuple[str, str]] = field(default_factory=list)
     tiles: list[Tile] = field(default_factory=list)
+    pictures: dict[int, Picture] = field(default_factory=dict)
+    duplicates: list[list[Picture]] = field(default_factory=list)
+    duplicate_list: str = ""
+    choice: Choice | None = None
 
 
 class TrainingView:
@@ -78,13 +109,10 @@ class TrainingView:
     def __init__(self, image_size: int, crop_shift: float, seed: int) -> None:
         self.image_size, self.crop_shift, self.crops = image_size, crop_shift, Draws(seed, Draw.CROP)
 
-    def pixels(self, image: bytes, index: int) -> np.ndarray:
-        """uint8 [3, S, S] of the sample with this index in the dataset.
-
-        Raises: BadImage.
-        """
+    def pixels(self, image: Image.Image, index: int) -> np.ndarray:
+        """uint8 [3, S, S] of the decoded image of the sample with this index in the dataset."""
         # In epoch 0 a sample's visit, the key of its draws, is its index: data.loader.order.Order.visit.
-        return preprocess(image, self.image_size, self.crop_shift, self.crops.at(index))
+        return crop_and_resize(image, self.image_size, self.crop_shift, self.crops.at(index))
 
 
 def choose_rows(counts: list[int], samples: int) -> dict[int, list[int]]:
@@ -107,19 +135,21 @@ def choose_rows(counts: list[int], samples: int) -> dict[int, list[int]]:
 
 def inspect_samples(
     shards: list[Shard], samples: int, view: TrainingView, text: str, meta: TextMeta | None,
-    captions: Sequence[str] = (TXT,),
+    captions: Sequence[str] = (TXT,), choice: Choice | None = None,
 ) -> Findings:  # fmt: skip
     """Inspect some samples of the shards and, if there is a meta, their embeddings in the folder `text`.
 
     samples: at most so many; 0 for all.  captions: their fields. Of several captions of a sample the embedding of the
-    first is inspected.
+    first is inspected.  choice: what rules make of the same samples.
     """
     counts = [shard.count for shard in shards]
     starts = np.cumsum([0, *counts]).tolist()
     chosen = choose_rows(counts, samples)
     total = sum(map(len, chosen.values()))
-    tiles = {n * total // MAX_TILES for n in range(MAX_TILES)}
+    taken = choice.looked_at.taken if choice and len(choice.looked_at.taken) else np.zeros(total, np.int32)
+    tiles = choose_tiles(taken)
     findings = Findings(shards_inspected=len(chosen), captions={name: FieldCaptions() for name in captions})
+    findings.choice = choice
     with tqdm(total=total, desc="inspect", unit="img") as bar:
         for number, rows in chosen.items():
             cursor = ShardCursor(shards[number], text if meta else "", captions=list(map(CaptionConfig, captions)))
@@ -130,12 +160,31 @@ def inspect_samples(
                     findings.bad.append((raw.name, problem))
                 if pixels is not None and findings.inspected in tiles:
                     shown = {name: _as_text(_captions(raw).get(name, b""))[0] for name in captions}
-                    findings.tiles.append(Tile(raw.name, shown, pixels))
+                    place = findings.inspected
+                    findings.tiles.append(Tile(raw.name, shown, pixels, place, int(taken[place])))
                 findings.inspected += 1
                 bar.update()
             findings.damaged += cursor.damages()
             cursor.close()
+    out = choice.left_out(taken) if choice else np.zeros(total, bool)
+    left = [picture for picture in findings.pictures.values() if not out[picture.place]]
+    left.sort(key=lambda picture: (-picture.pixels, picture.place))
+    findings.duplicates = [[left[i] for i in group] for group in near_duplicates([p.print for p in left])]
     return findings
+
+
+def choose_tiles(taken: np.ndarray) -> set[int]:
+    """The places of the samples that are shown, spread evenly: half of what is chosen, half of what rules took.
+
+    taken: the number of the rule that took each, or 0. Each rule that took any has an equal part.
+    """
+    rules = [rule for rule in np.unique(taken).tolist() if rule]
+    parts = {0: MAX_TILES // 2 if rules else MAX_TILES} | {rule: MAX_TILES // 2 // len(rules) for rule in rules}
+    places: set[int] = set()
+    for rule, most in parts.items():
+        of_rule = np.flatnonzero(taken == rule)
+        places.update(of_rule[np.arange(max(most, 1)) * len(of_rule) // max(most, 1)].tolist() if len(of_rule) else [])
+    return places
 
 
 def _inspect_sample(
@@ -155,9 +204,13 @@ def _inspect_sample(
     if not raw.image:
         return None, raw.problem
     try:
-        pixels = view.pixels(raw.image, index)
+        image = decode(raw.image)
     except BadImage as problem:
         return None, raw.problem or str(problem)
+    pixels, place = view.pixels(image, index), findings.inspected
+    small = _small_jpeg(pixels) if len(findings.pictures) < MAX_SMALL else b""
+    key = raw.name.split(".tar:", 1)[-1]
+    findings.pictures[place] = Picture(place, raw.name, key, image.width * image.height, fingerprint(image), small)
     try:
         with Image.open(io.BytesIO(raw.image), formats=["JPEG", "PNG"]) as opened:
             findings.kinds[f"{opened.format} {opened.mode}"] += 1
@@ -173,6 +226,14 @@ def _inspect_sample(
             raise_if_machine(error, f"the embedding of {raw.name}")
             return pixels, TEXT_UNREADABLE
     return pixels, raw.problem
+
+
+def _small_jpeg(pixels: np.ndarray) -> bytes:
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    image.thumbnail((SMALL, SMALL))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    return data.getvalue()
 
 
 def _captions(raw: RawSample) -> dict[str, bytes]:

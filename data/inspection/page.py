@@ -1,30 +1,32 @@
 """The report of data.inspect: one HTML file without scripts that contains its pictures."""
 
-import base64
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from html import escape
 from io import BytesIO
-from itertools import pairwise
 
 import numpy as np
 
-from data.inspection.contact_sheet import printable, to_image
-from data.inspection.findings import FieldCaptions, Findings, Tile
+from data.inspection import choice_page
+from data.inspection.caption_facts import scripts, token_counts
+from data.inspection.choice_page import choice_section, scores_section
+from data.inspection.contact_sheet import to_image
+from data.inspection.elements import histogram, picture, ranking, safe
+from data.inspection.findings import FieldCaptions, Findings, Picture, Tile
 from data.storage.caption_fields import TXT
 from data.storage.shards import Shard
 from data.text.meta import TextMeta
 
-# Characters of a caption, and names of bad samples for a reason, that are shown.
-MAX_CAPTION, MAX_NAMES = 200, 20
+# Names of bad samples for a reason, groups of near duplicates, and pictures of each that are shown.
+MAX_NAMES, MAX_GROUPS, MAX_ALIKE = 20, 24, 8
 # Edges of the histograms' bins.
 SIDES = (64, 128, 256, 512, 1024, 2048)
 ASPECTS = (0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0)
 LETTERS = (20, 40, 80, 160, 320, 640)
 WORDS = (3, 6, 12, 24, 48, 96)
 
-STYLE = """
+STYLE = (
+    """
 :root { color-scheme: light dark; --line: #8885; --bar: #4a7fc1; --quiet: #777; }
 @media (prefers-color-scheme: dark) { :root { --bar: #6d9fdd; --quiet: #999; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
@@ -41,7 +43,12 @@ tr + tr > * { border-top: 1px solid var(--line); }
 figure { margin: 0; font-size: 12px; line-height: 1.35; }
 figure img { width: 128px; height: 128px; image-rendering: pixelated; display: block; }
 figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 6.75em; } figcaption.quiet { font-size: 10px; }
+.beside { display: flex; flex-wrap: wrap; gap: 2rem; } .beside > div { flex: 1 1 24rem; }
+.beside .sheet { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
+.beside img { width: 96px; height: 96px; }
 """
+    + choice_page.STYLE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +78,13 @@ class DatasetSummary:
 
     def share(self, findings: Findings) -> str:
         """How much of the dataset was inspected, in words."""
-        filled = sum(shard.count > 0 for shard in self.shards)
         part = "all" if findings.inspected == self.samples else f"{findings.inspected:,} of {self.samples:,}"
-        return f"{part} samples, from {findings.shards_inspected:,} of {filled:,} shards that hold any"
+        return f"{part} samples, from {findings.shards_inspected:,} of {self.filled:,} shards that hold any"
+
+    @property
+    def filled(self) -> int:
+        """How many shards hold samples."""
+        return sum(shard.count > 0 for shard in self.shards)
 
 
 def format_bytes(size: float) -> str:
@@ -86,7 +97,7 @@ def format_bytes(size: float) -> str:
 
 
 def page(summary: DatasetSummary, findings: Findings, image_size: int) -> str:
-    """The whole report. Every string that comes from the data is escaped in `_text`."""
+    """The whole report. Every string that comes from the data is escaped in `elements.text`."""
     counts = [shard.count for shard in summary.shards]
     facts = [
         (f"{summary.samples:,}", "samples"),
@@ -96,7 +107,7 @@ def page(summary: DatasetSummary, findings: Findings, image_size: int) -> str:
         (f"{len(findings.bad):,}", "of them bad"),
     ]
     head = "".join(f"<span><b>{number}</b>{what}</span>" for number, what in facts)
-    title = _text(summary.where)
+    title = safe(summary.where)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         # The browser loads and runs nothing, whatever a caption may contain.
@@ -108,9 +119,12 @@ def page(summary: DatasetSummary, findings: Findings, image_size: int) -> str:
         f'<p class="quiet">Below: {summary.share(findings)}, taken evenly.</p>\n'
         + "".join(
             (
-                _sheet(findings.tiles, image_size),
+                choice_section(findings.choice, summary.filled, summary.where) if findings.choice else "",
+                _sheet(findings, image_size),
+                scores_section(findings.choice, findings) if findings.choice else "",
                 _images(findings),
-                *(_captions(name, found) for name, found in findings.captions.items()),
+                *(_captions(name, found, summary.meta) for name, found in findings.captions.items()),
+                _duplicates(findings),
                 _bad(findings),
                 _embeddings(summary),
             )
@@ -119,26 +133,34 @@ def page(summary: DatasetSummary, findings: Findings, image_size: int) -> str:
     )
 
 
-def _sheet(tiles: list[Tile], image_size: int) -> str:
-    figures = []
-    for tile in tiles:
-        data = BytesIO()
-        to_image(tile.pixels).save(data, "PNG", optimize=True)
-        source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
-        captions = "".join(
-            f"<figcaption>{_named(name, tile.captions)}<bdi>{_text(caption)}</bdi></figcaption>"
-            if caption.strip()
-            else f"<figcaption>{_named(name, tile.captions)}<i>no caption</i></figcaption>"
-            for name, caption in tile.captions.items()
-        )
-        figures.append(
-            f'<figure><img src="{source}" alt="">{captions}'
-            f'<figcaption class="quiet">{_text(tile.name)}</figcaption></figure>'
-        )
-    return (
-        f"<h2>What the network sees: crops of {image_size} px, as drawn in the first epoch</h2>"
-        f'<div class="sheet">{"".join(figures)}</div>\n'
+def _sheet(findings: Findings, image_size: int) -> str:
+    """The tiles; where rules take some of the samples, those chosen beside those that each rule took."""
+    title = f"<h2>What the network sees: crops of {image_size} px, as drawn in the first epoch</h2>"
+    rules = findings.choice.receipt.rules if findings.choice else []
+    if not rules:
+        return f'{title}<div class="sheet">{"".join(map(_figure, findings.tiles))}</div>\n'
+    groups = [("chosen", [tile for tile in findings.tiles if not tile.taken])]
+    for number, rule in enumerate(rules, 1):
+        groups.append((rule.text, [tile for tile in findings.tiles if tile.taken == number]))
+    chosen, *taken = (
+        f'<h3>{safe(name)}</h3><div class="sheet">{"".join(map(_figure, tiles))}</div>'
+        for name, tiles in groups
+        if tiles
     )
+    return f'{title}<div class="beside"><div>{chosen}</div><div>{"".join(taken)}</div></div>\n'
+
+
+def _figure(tile: Tile) -> str:
+    data = BytesIO()
+    to_image(tile.pixels).save(data, "PNG", optimize=True)
+    captions = "".join(
+        f"<figcaption>{_named(name, tile.captions)}<bdi>{safe(caption)}</bdi></figcaption>"
+        if caption.strip()
+        else f"<figcaption>{_named(name, tile.captions)}<i>no caption</i></figcaption>"
+        for name, caption in tile.captions.items()
+    )
+    name = f'<figcaption class="quiet">{safe(tile.name)}</figcaption>'
+    return f"<figure>{picture(data.getvalue(), 'png')}{captions}{name}</figure>"
 
 
 def _images(findings: Findings) -> str:
@@ -149,19 +171,19 @@ def _images(findings: Findings) -> str:
     frequent = ((f"{width} x {height}", count) for (width, height), count in findings.sizes.items())
     return (
         f'<h2>Images</h2><p>The square crop leaves out {cut:.0%} of an image, in the mean.</p><div class="pair">'
-        + _histogram("Shorter side, px", [min(size) for size in sizes], SIDES)
-        + _histogram("Width / height", [width / height for width, height in sizes], ASPECTS)
-        + f"<div>{_ranking('Format and mode', findings.kinds.items())}</div>"
-        + f"<div>{_ranking('Commonest sizes', frequent)}</div></div>\n"
+        + histogram("Shorter side, px", [min(size) for size in sizes], SIDES)
+        + histogram("Width / height", [width / height for width, height in sizes], ASPECTS)
+        + f"<div>{ranking('Format and mode', findings.kinds.items())}</div>"
+        + f"<div>{ranking('Commonest sizes', frequent)}</div></div>\n"
     )
 
 
 def _named(name: str, captions: Collection[str]) -> str:
     """The field of a caption, where there are several."""
-    return f"<b>{_text(name)}</b> " if len(captions) > 1 else ""
+    return f"<b>{safe(name)}</b> " if len(captions) > 1 else ""
 
 
-def _captions(name: str, found: FieldCaptions) -> str:
+def _captions(name: str, found: FieldCaptions, meta: TextMeta | None) -> str:
     texts, repeats = found.texts, {text: count for text, count in Counter(found.texts).items() if count > 1}
     lines = [
         f"{found.missing:,} samples have no caption, or an empty one; "
@@ -171,12 +193,52 @@ def _captions(name: str, found: FieldCaptions) -> str:
         low, middle, high, most = np.quantile([len(text) for text in texts], [0, 0.5, 0.95, 1])
         lines.append(f"Characters: {low:.0f} to {most:.0f}, median {middle:.0f}, 95 % have at most {high:.0f}.")
     return (
-        f'<h2>Captions{"" if name == TXT else f": {_text(name)}"}</h2><p>{" ".join(lines)}</p><div class="pair">'
-        + _histogram("Characters", [len(text) for text in texts], LETTERS)
-        + _histogram("Words", [len(text.split()) for text in texts], WORDS)
-        + (f"<div>{_ranking('Most repeated', repeats.items(), len(texts))}</div>" if repeats else "")
+        f'<h2>Captions{"" if name == TXT else f": {safe(name)}"}</h2><p>{" ".join(lines)}</p><div class="pair">'
+        + histogram("Characters", [len(text) for text in texts], LETTERS)
+        + histogram("Words", [len(text.split()) for text in texts], WORDS)
+        + _tokens(texts, meta)
+        + f"<div>{ranking('Script of most letters', scripts(texts).items())}</div>"
+        + (f"<div>{ranking('Most repeated', repeats.items(), len(texts))}</div>" if repeats else "")
         + "</div>\n"
     )
+
+
+def _tokens(texts: list[str], meta: TextMeta | None) -> str:
+    """The lengths of captions in tokens, beside how many the embeddings hold."""
+    counts = token_counts(texts, meta)
+    if counts is None or meta is None:
+        return ""
+    most = meta.tokens
+    cut = sum(number > most for number in counts)
+    edges = sorted({max(most // 8, 1), max(most // 4, 1), max(most // 2, 1), most + 1, 2 * most})
+    return histogram(f"Tokens; {cut:,} captions are cut after {most}", counts, edges)
+
+
+def _duplicates(findings: Findings) -> str:
+    """The groups of near duplicates, the largest first."""
+    looked = f"{len(findings.pictures):,} pictures that were looked at"
+    if not findings.duplicates:
+        return f"<h2>Near duplicates</h2><p>None among the {looked}.</p>\n"
+    groups = sorted(findings.duplicates, key=len, reverse=True)
+    more = sum(len(group) - 1 for group in groups)
+    lines = [
+        f"{more:,} of the {looked} are near duplicates of another one, in {len(groups):,} groups. "
+        f"{findings.duplicate_list}"
+    ]
+    if findings.choice and (held := findings.choice.held):
+        taken = findings.choice.looked_at.taken
+        both = [group for group in groups if len({taken[p.place] == held for p in group}) > 1]
+        lines.append(f"In {len(both):,} groups some are held apart for validation and others are trained on.")
+    rows = "".join(
+        f'<div class="strip">{"".join(map(_alike, group[:MAX_ALIKE]))}<span class="side">{len(group):,}</span></div>'
+        for group in groups[:MAX_GROUPS]
+    )
+    return f"<h2>Near duplicates</h2><p>{' '.join(lines)}</p>{rows}\n"
+
+
+def _alike(one: Picture) -> str:
+    shown = picture(one.jpeg, "jpeg") if one.jpeg else ""
+    return f'<figure>{shown}<figcaption class="quiet">{safe(one.name, 60)}</figcaption></figure>'
 
 
 def _bad(findings: Findings) -> str:
@@ -186,10 +248,10 @@ def _bad(findings: Findings) -> str:
     for reason, count in Counter(reason for _, reason in findings.bad).most_common():
         names = [name for name, why in findings.bad if why == reason]
         more = f" and {count - MAX_NAMES:,} more" if count > MAX_NAMES else ""
-        listed = ", ".join(map(_text, names[:MAX_NAMES])) + more
-        rows.append(f'<tr><td>{_text(reason)}</td><td class="n">{count:,}</td><td>{listed}</td></tr>')
+        listed = ", ".join(map(safe, names[:MAX_NAMES])) + more
+        rows.append(f'<tr><td>{safe(reason)}</td><td class="n">{count:,}</td><td>{listed}</td></tr>')
     damaged = "".join(
-        f"<p>{_text(location)} can't be read to its end: {_text(error)}</p>"
+        f"<p>{safe(location)} can't be read to its end: {safe(error)}</p>"
         for location, error in findings.damaged[:MAX_NAMES]
     )
     return (
@@ -203,43 +265,10 @@ def _embeddings(summary: DatasetSummary) -> str:
         return '<h2>Embeddings</h2><p class="quiet">Not looked at: give text=FOLDER.</p>\n'
     meta = summary.meta
     rows = [(name, getattr(meta, name)) for name in TextMeta.__dataclass_fields__]
-    cells = "".join(f"<tr><td>{name}</td><td>{_text(str(value))}</td></tr>" for name, value in rows)
+    cells = "".join(f"<tr><td>{name}</td><td>{safe(str(value))}</td></tr>" for name, value in rows)
     size = meta.nbytes
-    fault = f"<p><b>{_text(summary.sidecar_fault, 1000)}</b></p>" if summary.sidecar_fault else ""
+    fault = f"<p><b>{safe(summary.sidecar_fault, 1000)}</b></p>" if summary.sidecar_fault else ""
     return (
-        f"<h2>Embeddings</h2>{fault}<p>{_text(summary.text)}: {format_bytes(size)} a caption, "
+        f"<h2>Embeddings</h2>{fault}<p>{safe(summary.text)}: {format_bytes(size)} a caption, "
         f"{format_bytes(size * summary.samples)} for all.</p><table>{cells}</table>\n"
     )
-
-
-def _histogram(title: str, values: Sequence[float], edges: Sequence[float]) -> str:
-    """Bars for the number of values below the first edge, between successive edges, and from the last edge on."""
-    names = [
-        f"below {edges[0]}",
-        *(f"{a} to {b - 1 if isinstance(b, int) else b}" for a, b in pairwise(edges)),
-        f"{edges[-1]} or more",
-    ]
-    counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(names)).tolist()
-    return f"<div>{_table(title, list(zip(names, counts, strict=True)), len(values))}</div>"
-
-
-def _ranking(title: str, counts: Iterable[tuple[str, int]], total: int = 0) -> str:
-    """The ten most frequent, as shares of `total`, or if that is 0 of the sum of all counts."""
-    ranked = sorted(counts, key=lambda pair: (-pair[1], pair[0]))
-    return _table(title, ranked[:10], total or sum(count for _, count in ranked))
-
-
-def _table(title: str, rows: list[tuple[str, int]], total: int) -> str:
-    largest = max((count for _, count in rows), default=0) or 1
-    lines = "".join(
-        f'<tr><td class="k">{_text(name)}</td><td class="n">{count:,}</td>'
-        f'<td class="n">{count / max(total, 1):.1%}</td>'
-        f'<td class="bar">{f"<div style=width:{count / largest:.1%}></div>" if count else ""}</td></tr>'
-        for name, count in rows
-    )
-    return f'<table><tr><th colspan="4">{title}</th></tr>{lines}</table>'
-
-
-def _text(text: str, max_length: int = MAX_CAPTION) -> str:
-    """A string from the data, made safe for any position in the page."""
-    return escape(printable(text, max_length), quote=True)

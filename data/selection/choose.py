@@ -148,30 +148,41 @@ def choose_all(
 
 
 def choose(plan: Plan, shard: Shard) -> Chosen:
-    """Apply the rules to a shard, one after the other, each to what those before have left."""
-    table = _with_kinds(read_fields(shard, plan.kinds), plan.kinds)
-    left = np.ones(table.num_rows, bool)
+    """Apply the rules to a shard."""
+    taken, took, missing = apply(plan, with_kinds(read_fields(shard, plan.kinds), plan.kinds))
+    held = taken == len(took) if plan.share else np.zeros(len(taken), bool)
+    return Chosen.of(taken == 0, held, took, missing)
+
+
+def apply(plan: Plan, table: "pa.Table") -> tuple[np.ndarray, list[int], list[int]]:
+    """Apply the rules, one after the other, each to what those before have left.
+
+    table: has the fields of the plan.
+    Returns: for each row the number of the rule that took it, from 1, or 0 if it is chosen; took and missing of Chosen.
+    """
+    taken = np.zeros(table.num_rows, np.int32)
     took, missing = list[int](), list[int]()
 
     def take(hit: np.ndarray, unknown: np.ndarray) -> None:
-        nonlocal left
+        left = taken == 0
         took.append(int((left & hit).sum()))
         missing.append(int((left & unknown).sum()))
-        left = left & ~hit
+        taken[left & hit] = len(took)
 
     if plan.where:
-        outcome = plan.where.evaluate(table)
-        true, unknown = (_mask(column) for column in (outcome.fill_null(False), outcome.is_null()))
-        take(~true, unknown)
+        take(*outcome(plan.where, table))
     for drop, name in plan.lists:
         unknown = _mask(table[name].is_null())
         take(drop.hits(row_hashes(table[name])) & ~unknown, unknown)
-    held = np.zeros_like(left)
     if plan.share:
-        apart = row_hashes(table[KEY], HELD_APART) / 2.0**64 < plan.share
-        held = left & apart
-        take(apart, np.zeros_like(left))
-    return Chosen.of(left, held, took, missing)
+        take(row_hashes(table[KEY], HELD_APART) / 2.0**64 < plan.share, np.zeros(len(taken), bool))
+    return taken, took, missing
+
+
+def outcome(where: Where, table: "pa.Table") -> tuple[np.ndarray, np.ndarray]:
+    """Which rows do not meet an expression, and of which of them a missing field decides: bool [n] each."""
+    found = where.evaluate(table)
+    return ~_mask(found.fill_null(False)), _mask(found.is_null())
 
 
 def _mask(column: "pa.Array | pa.ChunkedArray") -> np.ndarray:
@@ -182,7 +193,7 @@ def _mask(column: "pa.Array | pa.ChunkedArray") -> np.ndarray:
     return mask
 
 
-def _with_kinds(table: "pa.Table", kinds: dict[str, str]) -> "pa.Table":
+def with_kinds(table: "pa.Table", kinds: dict[str, str]) -> "pa.Table":
     """The table with these fields, each of its kind: one that is absent here, or of another kind, is missing."""
     import pyarrow as pa
 

@@ -9,7 +9,9 @@ there is no call but those of FUNCTIONS. A comparison with a missing value is ne
 
 import ast
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.checks import did_you_mean, one_line
@@ -23,6 +25,10 @@ COMPARISONS: dict[type, str] = {
     ast.Eq: "equal", ast.NotEq: "not_equal", ast.Lt: "less", ast.LtE: "less_equal", ast.Gt: "greater",
     ast.GtE: "greater_equal",
 }  # fmt: skip
+SIGNS: dict[type, str] = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+# The sign where the sides change places, and the one under a `not`.
+MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<"}
 ARITHMETIC: dict[type, str] = {ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "divide"}
 # A longer expression is not parsed.
 LONGEST = 4000
@@ -37,6 +43,14 @@ class Value(NamedTuple):
 
     kind: str
     column: Any
+
+
+class Threshold(NamedTuple):
+    """A comparison with a number.  of: what is compared, a field or an expression over fields.  op: <, <=, > or >=."""
+
+    of: str
+    op: str
+    number: float
 
 
 class Where:
@@ -83,17 +97,51 @@ class Where:
         """
         import pyarrow as pa
 
+        return self._of_kind(table, TRUTH, pa.bool_())
+
+    def numbers(self, table: "pa.Table") -> "pa.DoubleArray":
+        """For each row the number that an expression such as that of a Threshold gives, or null.
+
+        table: has all fields.  Raises: ValueError if it gives no number.
+        """
+        import pyarrow as pa
+
+        return self._of_kind(table, NUMBER, pa.float64())
+
+    def parts(self) -> list["Where"]:
+        """The conditions that `and` joins, each by itself.  Raises: ValueError if they are nested too deeply."""
+        if not (isinstance(self._tree, ast.BoolOp) and isinstance(self._tree.op, ast.And)):
+            return [self]
+        try:
+            return [Where(ast.unparse(part)) for part in self._tree.values]
+        except RecursionError:
+            raise self._fault("it is nested too deeply") from None
+
+    def thresholds(self) -> list[Threshold]:
+        """The comparisons with a number, in their order; those under a `not` turned round, which means the same.
+
+        Raises: ValueError if they are nested too deeply.
+        """
+        try:
+            return list(dict.fromkeys(_thresholds(self._tree, False)))
+        except RecursionError:
+            raise self._fault("it is nested too deeply") from None
+
+    def _of_kind(self, table: "pa.Table", kind: str, type_: "pa.DataType") -> Any:
+        """The column of a value that must be of this kind."""
+        import pyarrow as pa
+
         try:
             value = _Evaluation(table).of(self._tree)
-            if value.kind not in (TRUTH, ""):
-                raise _Refused(f"it gives a {value.kind}, not true or false")
+            if value.kind not in (kind, ""):
+                raise _Refused(f"it gives a {value.kind}, not {'a ' * (kind != TRUTH)}{kind}")
         except _Refused as error:
             raise self._fault(str(error)) from None
         except RecursionError:
             raise self._fault("it is nested too deeply") from None
-        column = value.column.cast(pa.bool_())
+        column = value.column.cast(type_)
         if isinstance(column, pa.Scalar):
-            column = pa.array([column.as_py()] * table.num_rows, pa.bool_())
+            column = pa.array([column.as_py()] * table.num_rows, type_)
         return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
     def _fault(self, what: str) -> ValueError:
@@ -280,6 +328,41 @@ class _Evaluation:
         """NaN, as of 0 / 0, is a missing value."""
         missing = self.pa.scalar(None, self.pa.float64())
         return self.pc.if_else(self.pc.is_nan(column), missing, column)
+
+
+def reference(field: str) -> str:
+    """How an expression names a field."""
+    return field if field.isidentifier() and not iskeyword(field) else f"field({field!r})"
+
+
+def _thresholds(node: ast.AST, negated: bool) -> Iterator[Threshold]:
+    if isinstance(node, ast.BoolOp):
+        for part in node.values:
+            yield from _thresholds(part, negated)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield from _thresholds(node.operand, not negated)
+    elif isinstance(node, ast.Compare):
+        sides: list[ast.AST] = [node.left, *node.comparators]
+        for op, (left, right) in zip(node.ops, pairwise(sides), strict=True):
+            sign, a, b = SIGNS.get(type(op)), _number(left), _number(right)
+            if sign and (a is None) != (b is None):
+                number, of = (b, left) if a is None else (a, right)
+                sign = sign if a is None else MIRRORED[sign]
+                yield Threshold(_name_of(of), NEGATED[sign] if negated else sign, number)  # type: ignore[arg-type]
+
+
+def _number(node: ast.AST) -> float | None:
+    """The number that is written, with its sign."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        number = _number(node.operand)
+        return -number if number is not None and isinstance(node.op, ast.USub) else number
+    return float(node.value) if isinstance(node, ast.Constant) and type(node.value) in (int, float) else None  # type: ignore[arg-type]
+
+
+def _name_of(node: ast.AST) -> str:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "field":
+        return reference(node.args[0].value)  # type: ignore[attr-defined]
+    return ast.unparse(node)
 
 
 def _is_none(node: ast.AST) -> bool:
