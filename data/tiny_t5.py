@@ -67,7 +67,7 @@ def train_tokenizer() -> "Tokenizer":
 
     Source: Sennrich et al. 2016, over bytes as in GPT-2.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.processors import TemplateProcessing
@@ -76,7 +76,7 @@ def train_tokenizer() -> "Tokenizer":
     from data.prepare.scenes import VOCABULARY
 
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(), decoders.ByteLevel()
     # The vocabulary is as large as it takes to merge every word.
     trainer = BpeTrainer(
         vocab_size=10_000, special_tokens=[PAD, END], initial_alphabet=ByteLevel.alphabet(), show_progress=False

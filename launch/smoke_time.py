@@ -1,10 +1,18 @@
 """How long the smoke run will take on this machine: `python -m launch.smoke_time`."""
 
 import time
+from dataclasses import dataclass
+
+from data.cli import command
 
 # Seconds of one pass below and of the whole smoke run, with nothing else running, on two cores of an Intel Xeon.
 PASS, SMOKE = 0.075, 110
 PASSES = 8
+
+
+@dataclass
+class SmokeTime:
+    """Prints how long the smoke run will take on this machine, from a few micro batches of its net."""
 
 
 def expected_seconds() -> float:
@@ -29,10 +37,15 @@ def expected_seconds() -> float:
     return SMOKE * min(seconds) / PASS
 
 
-def main() -> None:
+def tell(args: SmokeTime) -> None:
+    """Print it."""
     seconds = expected_seconds()
     told = f"{seconds:.0f} s" if seconds < 180 else f"{seconds / 60:.0f} minutes"
     print(f"The smoke run takes about {told} on this machine, as busy as it is now.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    command(tell, SmokeTime, argv)
 
 
 if __name__ == "__main__":

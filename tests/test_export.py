@@ -338,7 +338,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(base, foreign, monkeypatch, 
 def foreign(base) -> None:
     """Encoders and runs that an export must refuse."""
     BertModel(
-        BertConfig(vocab_size=300, hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+        BertConfig(vocab_size=400, hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     ).save_pretrained(base / "bert")
     AutoTokenizer.from_pretrained(base / "t5").save_pretrained(base / "bert")
     write_tiny_t5(TinyT5(out=str(base / "narrow"), dim=32))

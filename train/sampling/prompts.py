@@ -129,7 +129,7 @@ def warn_of_cut(encoder: TextEncoder, prompt: str) -> None:
     ids = encoder.tokenizer(encoder.clean(prompt), add_special_tokens=False, verbose=False).input_ids
     limit = encoder.tokens - encoder.tokenizer.num_special_tokens_to_add()
     if len(ids) > limit:
-        kept, cut = encoder.tokenizer.decode(ids[:limit]), encoder.tokenizer.decode(ids[limit:])
+        kept, cut = (encoder.tokenizer.decode(part).strip() for part in (ids[:limit], ids[limit:]))
         print(
             f"warning: the prompt has {len(ids)} tokens, of which the net takes {limit}; left out: {cut!r}; "
             f"kept: {kept!r}",
