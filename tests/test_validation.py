@@ -1,6 +1,7 @@
 """The validation loss: its samples, timesteps and noise, what is refused; by two ranks in a training: test_train.py."""
 
 import logging
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ from data import demo
 from data.config import DataConfig, ValidationConfig
 from data.embed import Embed, embed
 from data.images import preprocess
+from data.index import Index, index
 from data.loader import held_out
 from data.loader.cursor import ShardCursor
 from data.loader.dataset import Dataset
@@ -210,6 +212,30 @@ def test_what_cannot_be_validated_is_refused_before_the_start(data, tmp_path, ca
         found = find_inputs(validated(data))
     assert [d.samples for d in found.held_out] == [27]
     assert "3 of 3 shards of data.validation are shards of the training too (first: " in caplog.text
+
+
+def test_a_share_held_apart_is_validated_on_and_never_trained_on(data, tmp_path, caplog):
+    shutil.copytree(data / "shards", tmp_path / "shards")
+    trained = [f"data.shards={tmp_path / 'shards'}", f"data.text={data / 'text'}", "data.validation.share=0.3"]
+    config = compose_config([*SMALL, *trained, "validate_every=3", "data.validation.samples=100", "global_batch=8"])
+    with pytest.raises(ValueError, match=r"python -m data.index shards=.* validation_share=0.3"):
+        find_inputs(config)
+    index(Index(str(tmp_path / "shards"), workers=1, validation_share=0.3))
+    with caplog.at_level(logging.WARNING):
+        found = find_inputs(config)
+    assert not caplog.records
+    apart, kept = ([d.rows(i).tolist() for d in part for i in range(3)] for part in (found.held_out, found.datasets))
+    assert all(sorted([*a, *k]) == list(range(n)) for a, k, n in zip(apart, kept, (10, 10, 7), strict=True))
+    held = HeldOut(
+        config.data, found.held_out, found.meta, image_size=SIZE, samples=100, micro_batch=MICRO_BATCH
+    )  # fmt: skip
+    read = sum(int((batch.visit >= 0).sum()) for batch in held)
+    assert read == held.samples == sum(map(len, apart)) > 2
+    embeddings = torch.cat([batch.text_emb[batch.weight > 0] for batch in held])
+    cursors = [ShardCursor(shard, str(data / "text")) for shard in found.datasets[0].shards]
+    expected = [raw for cursor, rows in zip(cursors, apart, strict=True) for raw in map(cursor.read, rows)]
+    sound = [from_bytes(raw.embedding.read(), found.meta) for raw in expected if raw.image != b"no picture"]
+    assert np.array_equal(embeddings.numpy(), np.stack(sound))
 
 
 def test_shards_of_the_training_are_known_by_their_contents_too(data, tmp_path, caplog):
