@@ -80,7 +80,7 @@ class ValidationConfig:
         know it.
     shards: folder or URL of image shards that the training does not see.
     text: folder or URL of their text embeddings, of the training's encoder.
-    samples: how many of them, taken evenly from all. Of several captions the first is taken.
+    samples: how many of them, taken evenly from all. Of several captions the first is taken that a sample has.
     """
 
     share: float = 0.0

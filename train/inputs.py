@@ -159,15 +159,15 @@ def _find_held_out(config: Config, datasets: list[Dataset]) -> list[Dataset]:
     """The samples of the validation, none if there is none. Raises: ValueError if they are missing."""
     if not config.validate_every:
         return []
-    given, first = config.data.validation, config.data.captions[:1]
-    # Of several captions the first is taken, so that two validations are of the same.
+    given = config.data.validation
     if given.share:
-        held_out = [replace(dataset, captions=first) for dataset in validation_datasets(datasets)]
+        held_out = validation_datasets(datasets)
         if not held_out:
             raise ValueError(f"data.validation.share={given.share} holds no sample apart: raise it")
         return held_out
     try:
-        return [Dataset(find_shards(given.shards), given.text, captions=first)]
+        # Of several captions the first is enough, so the others need no embeddings here.
+        return [Dataset(find_shards(given.shards), given.text, captions=config.data.captions[:1])]
     except ValueError as error:
         raise ValueError(f"data.validation.shards: {error}") from None
 

@@ -13,7 +13,7 @@ class Batch:
 
     Shapes: pixels [N, 3, H, W] uint8; text_emb [N, L, D]; visit [N] int64; weight [N] float32.
     text_emb: where the encoder runs on the rank, token ids [N, L] int32 instead, -1 at the padding.
-    visit: epoch x samples in the dataset + the sample's index, the key of all its random draws.
+    visit: epoch x rows in all shards + the sample's row among them, the key of all its random draws.
     weight: 1, or 0 for a sample that could not be read: its pixels are zeros and it adds nothing to the loss.
     bad: (sample, reason) for each weight of 0.
     lacks: [1] int64, how many of the others had not all the captions among which one was drawn.

@@ -86,7 +86,10 @@ def find_selection(where: str, shards: list[Shard], rules: Rules) -> Selection:
 
     Raises: ValueError if there is none that fits them, or nothing is chosen; OSError.
     """
-    digest = rules.digest()
+    try:
+        digest = rules.digest()
+    except OSError as error:
+        raise ValueError(f"a list of data.drop cannot be read: {error}") from None
     selection = read_selection(selection_location(where, digest), digest, shards, rules.command(where))
     if not selection.receipt.chosen:
         raise ValueError(f"of '{where}' nothing is chosen: {'; '.join(selection.receipt.lines())}")

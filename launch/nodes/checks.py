@@ -15,7 +15,7 @@ import torch.distributed as dist
 from data.device import uses_gpu
 from data.storage.locations import open_location
 from data.storage.machine import check_open_files
-from data.text.meta import sidecar_location
+from data.text.meta import caption_folder, sidecar_location
 from launch.cost.traffic import checkpoint_bytes
 from train.compose import ROOT
 from train.config import Config
@@ -73,9 +73,10 @@ def read_rate(config: Config, needed: float) -> tuple[float, list[str]]:
     shards = [(shard, dataset) for dataset in inputs.datasets for shard in dataset.shards if shard.count]
     # Every node begins with another shard, so that they don't all measure one server's cache.
     first = dist.get_rank() * len(shards) // dist.get_world_size() if dist.is_initialized() else 0
-    start, read = time.perf_counter(), 0
+    start, read, online = time.perf_counter(), 0, config.text.mode == "online"
     for shard, dataset in shards[first:] + shards[:first]:
-        for location in (shard.location, sidecar_location(shard, dataset.text)):
+        folders = [] if online else [caption_folder(dataset.text, caption) for caption in dataset.fields]
+        for location in (shard.location, *(sidecar_location(shard, folder) for folder in folders)):
             try:
                 with open_location(location) as file:
                     while chunk := file.read(CHUNK):

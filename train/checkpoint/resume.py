@@ -20,7 +20,7 @@ from data.text.meta import EMPTY
 from train.checkpoint.changes import describe_changes, find_changes, rate_change
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import MANIFEST, CheckpointFailed, latest_checkpoint, step_folders
-from train.checkpoint.identity import DataIdentity, captions_of, check_same_run
+from train.checkpoint.identity import DataIdentity, check_same_run
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
 
@@ -185,7 +185,16 @@ def find_history(checkpoint: Checkpoint, config: Config, data: DataIdentity, ran
 def _comparable(config: dict, text: dict, ranks: int) -> dict:
     """What may change between two starts: the configuration, the embeddings and the number of ranks."""
     left_out = {"dry_run", "needs_gpu"} | (set() if config["lora"]["rank"] else {"init_from"})
-    kept = {key: value for key, value in config.items() if key not in left_out}
-    # What was no key yet is no change.
-    data = config["data"] | {"captions": captions_of(config)}
-    return kept | {"data": data, "ranks": ranks, "embeddings": text}
+    # What was no key yet has its default.
+    filled = _with_defaults(config, asdict(Config()))
+    kept = {key: value for key, value in filled.items() if key not in left_out}
+    return kept | {"ranks": ranks, "embeddings": text}
+
+
+def _with_defaults(config: dict, defaults: dict) -> dict:
+    """A configuration as plain dicts, with the defaults of the keys that it lacks."""
+    filled = defaults | config
+    for key, default in defaults.items():
+        if isinstance(default, dict) and default:  # a mixture has none
+            filled[key] = _with_defaults(filled[key], default)
+    return filled
