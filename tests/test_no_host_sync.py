@@ -66,6 +66,7 @@ def counted(repo, tmp_path_factory) -> dict[str, dict]:
 # What is on the host anyway: the draws of t and noise, and what the ranks answered one another.
 ON_HOST = {
     "read: train/noise.py draw_t_and_noise": ACCUMULATE * (1 + 2 * MICRO_BATCH),
+    "read: train/noise.py _send": ACCUMULATE,  # how many samples lack a caption
     "read: train/faults/preempt.py answer": 1,
 }
 # DeepSpeed looks for values that are not finite, then at the norm, and at the norm once more before it clips.

@@ -72,9 +72,10 @@ def join(folder: str | Path, name: str) -> str:
 
 
 def split(location: str) -> tuple[str, str]:
-    """The folder and the name of a location. The query of a URL is not part of the name."""
+    """The folder and the name of a location. The query of an http URL is not part of the name."""
     folder, _, name = location.rpartition("/")
-    return folder or ("/" if location.startswith("/") else "."), name.partition("?")[0] if is_remote(location) else name
+    has_query = location.startswith(("http://", "https://"))
+    return folder or ("/" if location.startswith("/") else "."), name.partition("?")[0] if has_query else name
 
 
 def open_location(location: str) -> BinaryIO:
