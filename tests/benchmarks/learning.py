@@ -1,9 +1,9 @@
 """What each choice is worth: trainings on the demo scenes at 16 px, several seeds of each, judged on held-out captions.
 
-python -m tests.benchmarks.learning arms=ablations picture=docs/images/ablations.png   [seeds=5 steps=1000 jobs=2]
+python -m tests.benchmarks.learning arms=ablations picture=FILE.png   [seeds=5 steps=1000 jobs=2]
 python -m tests.benchmarks.learning arms=dropout steps=3000
 python -m tests.benchmarks.learning arms=limits seeds=2   what limits it: groups, width, learning rate
-python -m tests.benchmarks.learning arms=sizes picture=docs/images/sizes.png   nets of three sizes at the same compute
+python -m tests.benchmarks.learning arms=sizes picture=FILE.png   nets of three sizes at the same compute
 trains what is missing, goes on where it was stopped, prints a table in Markdown and draws it. The data are those of
 +experiment=scenes, made as docs/measurements/results.md says.
 """
