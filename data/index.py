@@ -126,7 +126,7 @@ def select(shards: list[Shard], rules: Rules, index: str, workers: int) -> None:
     def save(done: dict[str, Chosen]) -> None:
         if done and not is_remote(out):
             known = [shard for shard in shards if shard.name in done]
-            write_selection(unfinished, digest, plan.texts(), known, [done[shard.name] for shard in known])
+            write_selection(unfinished, digest, plan.texts(), known, [done[shard.name] for shard in known], True)
 
     done = {} if is_remote(out) else read_chosen(unfinished, digest, shards)
     if done:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -381,6 +382,32 @@ def test_what_an_interrupted_run_has_done_is_not_done_again(own, monkeypatch, ca
     assert "goes on with an interrupted run: 2 shards are done" in capsys.readouterr().out
     assert looked[3:] == ["00002.tar", "00003.tar"]
     assert made.read_bytes() == expected and not list(own.glob("*.unfinished"))
+
+
+def test_what_an_interrupted_run_chose_by_scores_that_changed_since_is_chosen_again(own, monkeypatch):
+    def score(shard: str, value: float) -> None:
+        rows = [{"key": f"{n:09d}", "status": "success", "caption": f"c {n}", "score": value}
+                for n in range(int(shard) * PER_SHARD, min(SAMPLES, (int(shard) + 1) * PER_SHARD))]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), own / f"{shard}.parquet")
+
+    score("00001", 0.9)
+    real, looked = choose.choose, []
+
+    def dies_at_the_third(plan, shard):
+        looked.append(shard.name)
+        if len(looked) == 3:
+            # Written while the run is on, and as old as copies with their times are.
+            for name in ("00000", "00001"):
+                score(name, 0.1)
+                os.utime(own / f"{name}.parquet", (1, 1))
+            raise OSError("the disk is full")
+        return real(plan, shard)
+
+    monkeypatch.setattr(choose, "choose", dies_at_the_third)
+    with pytest.raises(OSError, match="disk"):
+        index(Index(str(own), workers=1, where="score > 0"))
+    index(Index(str(own), workers=1, where="score > 0"))
+    assert looked[3:] == ["00000.tar", "00001.tar", "00002.tar", "00003.tar"]
 
 
 def test_the_validation_share_depends_on_keys_alone(folder):

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import numpy as np
 from data.checks import count
 from data.processes import in_processes
 from data.selection.drop import DropList, read_list, row_hashes
-from data.selection.fields import KEY, NUMBER, TEXT, TRUTH, kind_of, read_fields, unknown_field
+from data.selection.fields import KEY, NUMBER, TEXT, TRUTH, kind_of, read_fields, state_of, unknown_field
 from data.selection.rules import Rules
 from data.selection.stored import Chosen
 from data.selection.where import Where
@@ -149,9 +149,10 @@ def choose_all(
 
 def choose(plan: Plan, shard: Shard) -> Chosen:
     """Apply the rules to a shard."""
+    state = state_of(shard)
     taken, took, missing = apply(plan, with_kinds(read_fields(shard, plan.kinds), plan.kinds))
     held = taken == len(took) if plan.share else np.zeros(len(taken), bool)
-    return Chosen.of(taken == 0, held, took, missing)
+    return replace(Chosen.of(taken == 0, held, took, missing), state=state)
 
 
 def apply(plan: Plan, table: "pa.Table") -> tuple[np.ndarray, list[int], list[int]]:

@@ -4,6 +4,7 @@ A field is a number, a text, or true or false. Lists, groups and pictures in a c
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable
 from itertools import islice
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.checks import did_you_mean, one_line
 from data.storage.digests import ShardDigest
-from data.storage.locations import open_location, split
+from data.storage.locations import is_remote, open_location, split
 from data.storage.shards import REINDEX, Shard
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, read_shard
@@ -46,6 +47,20 @@ def read_fields(shard: Shard, names: Collection[str] | None = None, most: int | 
             f"{shard.location} holds {table.num_rows} samples, its index says {shard.count}: {REINDEX.format(folder)}"
         )
     return table
+
+
+def state_of(shard: Shard) -> str:
+    """Sizes and times of the files that the fields of a local shard are read from; '' behind a URL."""
+    if is_remote(shard.location):
+        return ""
+    found = []
+    for location in (shard.location, _parquet_beside(shard)):
+        try:
+            stat = os.stat(location)
+        except FileNotFoundError:
+            continue
+        found.append(f"{split(location)[1]} {stat.st_size} {stat.st_mtime_ns}")
+    return ", ".join(found)
 
 
 def kind_of(type_: "pa.DataType") -> str:
@@ -136,11 +151,15 @@ def _without_nan(column: Any) -> Any:
     return pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
 
 
+def _parquet_beside(shard: Shard) -> str:
+    return shard.location.removesuffix(".tar") + ".parquet"
+
+
 def _from_parquet(shard: Shard, names: set[str] | None, most: int | None) -> "pa.Table | None":
     """The fields of the parquet beside the tar, without the rows of failed downloads; None if there is no such file."""
     import pyarrow as pa
 
-    location = shard.location.removesuffix(".tar") + ".parquet"
+    location = _parquet_beside(shard)
     try:
         rows = _successes(location, names)
         if rows is None:
