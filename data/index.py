@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.checks import check_at_least, count
+from data.checks import check_at_least, count, one_line
 from data.cli import command, location
 from data.config import ValidationConfig, check_where
 from data.processes import in_processes
@@ -121,6 +121,10 @@ def select(shards: list[Shard], rules: Rules, index: str, workers: int) -> None:
     fields = look_at_fields(shards, workers)
     print("\n".join(fields.lines()))
     plan = make_plan(rules, fields)
+    if unseen := [name for name, kind in plan.kinds.items() if not kind]:
+        print(f"no first sample has a value of {one_line(', '.join(unseen), 300)}: all samples are looked at")
+        fields.kinds |= look_at_fields(shards, workers, unseen).kinds
+        plan = make_plan(rules, fields)
     unfinished = f"{out}.unfinished"
 
     def save(done: dict[str, Chosen]) -> None:

@@ -24,9 +24,11 @@ from data.loader.dataset import Dataset, find_datasets, validation_datasets
 from data.loader.mixture import Mixture
 from data.loader.prompts import stored_prompts
 from data.loader.stream import MicroBatches, micro_batches
+from data.inspection.choice import look_at_choice
 from data.selection import choose
+from data.selection.rules import Rules
 from data.selection.stored import Chosen, SelectionChanged, read_selection, write_selection
-from data.storage.shards import Shard
+from data.storage.shards import Shard, read_index
 from data.storage.tars import write_shard
 from data.text.embeddings import to_bytes
 from data.text.meta import TextMeta
@@ -327,6 +329,22 @@ def test_shards_that_changed_since_are_refused_with_the_command(own):
         stats.write_text(json.dumps({"successes": json.loads(stats.read_text())["successes"]}))
     with pytest.raises(ValueError, match="or have no index: run `python"):
         find_datasets(config_of(own, where=WHERE))
+
+
+def test_a_field_that_only_later_samples_have_is_looked_at(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choose, "PEEK_SAMPLES", 2)
+    for name in ("0", "1"):
+        rows = [(f"{name}{n}", {"jpg": b"x", "txt": b"t", "json": json.dumps({"never": None, "p": p}).encode()})
+                for n, p in enumerate([None, None, 0.9, 0.1])]  # fmt: skip
+        write_shard(tmp_path / f"{name}.tar", rows)
+    where = "(p is None or p < 0.5) and never is None"
+    index(Index(str(tmp_path), workers=1))
+    with pytest.raises(ValueError, match="sample 02 has a number as p, which none of the first samples has"):
+        look_at_choice(read_index(str(tmp_path / "index.json")), {0: [0]}, Rules(where), 1)
+    index(Index(str(tmp_path), workers=1, where=where))
+    told = capsys.readouterr().out
+    assert "no first sample has a value of never, p: all samples are looked at" in told
+    assert "6 of 8 samples are chosen" in told
 
 
 def test_any_damaged_byte_is_found(own):
