@@ -470,6 +470,11 @@ def test_shards_behind_urls_have_their_selection_beside_the_index(folder, tmp_pa
     index(Index(where, out=str(listed), workers=1, where=WHERE))
     config = replace(config_of(folder, where=WHERE), shards=str(listed))
     assert chosen_keys(find_datasets(config)) == [n for n in range(50) if chosen_by_where(n)]
+    # An index of other shards in the same folder has a selection of its own.
+    other = tmp_path / "other.json"
+    index(Index(where.replace("3}", "1}"), out=str(other), workers=1, where=WHERE))
+    for one in (config, replace(config, shards=str(other))):
+        assert find_datasets(one)[0].selection
     # Further rules need no second count.
     index(Index(str(listed), workers=1, where="score < 0.3"))
-    assert len(list(tmp_path.glob("selection-*"))) == 2
+    assert len(list(tmp_path.glob("selection-there-*"))) == 2
