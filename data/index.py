@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from data.selection.rules import Rules, selection_location
 from data.selection.stored import Chosen, Receipt, read_chosen, write_selection
 from data.storage.caption_fields import TXT, check_fields
 from data.storage.locations import is_remote, join, split, write_whole
-from data.storage.shards import CAPTION_DIGESTS, INDEX, Shard, is_folder, locate, read_index, read_stats, shard_bytes
+from data.storage.shards import CAPTION_DIGESTS, INDEX, REINDEX, Shard, is_folder, locate, read_index, read_stats, shard_bytes
 from data.storage.tars import DIGEST, scan_shard
 
 # Shards named in a report of one kind of fault.
@@ -114,8 +116,14 @@ def index(args: Index) -> None:
 def select(shards: list[Shard], rules: Rules, index: str, workers: int) -> None:
     """Apply the rules to the shards of an index, print what each took, and write the selection beside the index.
 
-    Raises: ValueError if the rules name an unknown field, or choose nothing; OSError.
+    Raises: ValueError if a shard has no digest, or the rules name an unknown field, or choose nothing; OSError.
     """
+    if bare := [shard for shard in shards if not _has_digest(shard)]:
+        again = REINDEX.format(shlex.quote(split(bare[0].location)[0]))
+        raise ValueError(
+            f"{count(len(bare), 'shard')} of '{index}' (such as {bare[0].name}) have no digest, by which a selection "
+            f"knows its shards: {again}, for this file with out={shlex.quote(index)}"
+        )
     digest = rules.digest()
     out = selection_location(index, digest)
     fields = look_at_fields(shards, workers)
@@ -177,13 +185,17 @@ def _up_to_date(where: str, out: str) -> bool:
     """Whether an index is there, and was made of the shards as they are."""
     try:
         shards, locations = read_index(out), {split(location)[1]: location for location in locate(where)}
-        if {shard.name for shard in shards} != locations.keys() or not all(shard.digest for shard in shards):
+        if {shard.name for shard in shards} != locations.keys() or not all(map(_has_digest, shards)):
             return False
         made = None if is_remote(out) else os.stat(out).st_mtime_ns
         tars = [(shard, os.stat(locations[shard.name])) for shard in shards if not is_remote(shard.location)]
     except (FileNotFoundError, ValueError):
         return False
     return all(tar.st_size == shard.size and (made is None or tar.st_mtime_ns <= made) for shard, tar in tars)
+
+
+def _has_digest(shard: Shard) -> bool:
+    return re.fullmatch("[0-9a-f]{32}", str(shard.digest)) is not None
 
 
 def count_shard(location: str, check: bool, captions: list[str]) -> Entry:

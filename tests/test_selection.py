@@ -347,6 +347,22 @@ def test_a_field_that_only_later_samples_have_is_looked_at(tmp_path, monkeypatch
     assert "6 of 8 samples are chosen" in told
 
 
+@pytest.mark.parametrize("digest", ["", "0" * 30, "no digest"])
+def test_an_index_without_digests_is_refused_before_the_work(own, digest, capsys):
+    facts = json.loads((own / "index.json").read_text())
+    facts["shards"][1]["digest"] = digest
+    other = own / "other.json"
+    other.write_text(json.dumps(facts))
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"1 shard of '.*other\.json' \(such as 00001.tar\) .* no digest.*run `python"):
+        index(Index(str(other), workers=1, where=WHERE))
+    assert not capsys.readouterr().out
+    # Of shards that are given themselves the index is made again.
+    other.rename(own / "index.json")
+    index(Index(str(own), workers=1, where=WHERE))
+    assert find_datasets(config_of(own, where=WHERE))
+
+
 def test_any_damaged_byte_is_found(own):
     made = selection_of(own, where=WHERE)
     whole = made.read_bytes()
