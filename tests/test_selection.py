@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load, save
 
 from data.config import DataConfig, DatasetConfig, ValidationConfig
 from data.index import Index, index
@@ -25,7 +26,7 @@ from data.loader.mixture import Mixture
 from data.loader.prompts import stored_prompts
 from data.loader.stream import MicroBatches, micro_batches
 from data.inspection.choice import look_at_choice
-from data.selection import choose
+from data.selection import choose, stored
 from data.selection.rules import Rules
 from data.selection.stored import Chosen, SelectionChanged, read_selection, write_selection
 from data.storage.shards import Shard, read_index
@@ -233,6 +234,32 @@ def test_the_command_tells_fields_and_what_each_rule_took_and_a_training_finds_t
         find_datasets(config_of(own, where=WHERE, drop=[str(moved)], validation=ValidationConfig(0.2)))
 
 
+def test_shards_without_samples_are_refused(tmp_path):
+    write_shard(tmp_path / "0.tar", [])
+    for rules in ({"validation_share": 0.1}, {"where": "x > 1"}):
+        with pytest.raises(ValueError, match="the shards hold no samples"):
+            index(Index(str(tmp_path), workers=1, **rules))
+
+
+@pytest.mark.parametrize("rows", [
+    {"url": [["http://a/1"]]}, {"url": [{"a": "http://a/1"}]}, {"url": ["http://a/1"], "group": [[1]]},
+    {"key": [b"\xff"]},
+])  # fmt: skip
+def test_a_list_of_lists_or_bytes_is_refused_by_name(folder, tmp_path, rows):
+    drop = write_list(tmp_path / "odd.parquet", rows)
+    with pytest.raises(ValueError, match="the list '.*odd.parquet'") as error:
+        index(Index(str(folder), workers=1, drop=[drop]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_with_two_columns_of_a_name_is_refused(folder, tmp_path):
+    (tmp_path / "twice.csv").write_text("url,url\na,b\n")
+    pq.write_table(pa.table([["a"], ["b"]], names=["url", "url"]), tmp_path / "twice.parquet")
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match="the list '.*' has several columns url"):
+            index(Index(str(folder), workers=1, drop=[str(path)]))
+
+
 def write_list(path: Path, rows: dict[str, list]) -> str:
     if path.suffix == ".parquet":
         pq.write_table(pa.table(rows), path)
@@ -384,6 +411,16 @@ def test_any_damaged_byte_is_found(own):
         made.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="is no selection, or damaged"):
             find_datasets(config_of(own, where=WHERE))
+
+
+def test_a_selection_that_does_not_say_its_rules_is_refused(own):
+    made = selection_of(own, where=WHERE)
+    tensors = load(made.read_bytes())
+    about = json.dumps({"texts": ["where"], "shards": [f"{n:05d}.tar" for n in range(4)]})
+    tensors["head"] = np.frombuffer(stored._head_digest(about, tensors), "u1")
+    made.write_bytes(save(tensors, {"about": about}))
+    with pytest.raises(ValueError, match=r"is no selection, or damaged \('rules'\): run `python"):
+        find_datasets(config_of(own, where=WHERE))
 
 
 def test_a_selection_that_is_made_again_with_other_rows_ends_a_run_that_reads_it(own):

@@ -97,8 +97,11 @@ class Plan:
 def make_plan(rules: Rules, fields: Fields) -> Plan:
     """Read the lists, and check the rules against the fields that there are.
 
-    Raises: ValueError for a field that no sample has, or that is compared with a value of another kind; OSError.
+    Raises: ValueError if there is no sample, for a field that none has, or that is compared with a value of another
+    kind; OSError.
     """
+    if not fields.samples:
+        raise ValueError("the shards hold no samples, so there are none to choose from")
     where = Where(rules.where) if rules.where.strip() else None
     for name in sorted(where.fields) if where else ():
         if name not in fields.kinds:

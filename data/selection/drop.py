@@ -51,11 +51,11 @@ def read_list(location: str) -> DropList:
             field, values = _from_text(location)
         else:
             raise ValueError(f"drop={location} must end in .parquet, .csv or .txt")
+        return DropList(name, field, np.unique(row_hashes(values.drop_null())))
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None) or type(error).__module__.startswith("data."):  # the storage fails
             raise
         raise ValueError(f"the list '{location}' can't be read: {one_line(str(error))}") from None
-    return DropList(name, field, np.unique(row_hashes(values.drop_null())))
 
 
 def row_hashes(values: "pa.Array | pa.ChunkedArray", person: bytes = b"") -> np.ndarray:
@@ -72,11 +72,18 @@ def row_hashes(values: "pa.Array | pa.ChunkedArray", person: bytes = b"") -> np.
 
 
 def _from_parquet(location: str) -> tuple[str, Any]:
+    import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
     with open_location(location) as file:
         parquet = ParquetFile(file)
-        columns, field = _pick(location, parquet.schema_arrow.names)
+        schema = parquet.schema_arrow
+        columns, field = _pick(location, schema.names)
+        for column in columns:
+            if pa.types.is_nested(type_ := schema.field(column).type):
+                raise ValueError(
+                    f"the column {column} of the list '{location}' holds {one_line(str(type_), 100)}: give one value a row"
+                )
         return field, _without_first(parquet.read(columns=columns, use_threads=False), columns)
 
 
@@ -119,7 +126,10 @@ def _pick(location: str, names: list[str]) -> tuple[list[str], str]:
     by_lower = {name.lower(): name for name in reversed(names)}
     for field in COLUMNS:
         if field in by_lower:
-            return [by_lower[name] for name in (field, GROUP) if name in by_lower], field
+            columns = [by_lower[name] for name in (field, GROUP) if name in by_lower]
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise ValueError(f"the list '{location}' has several columns {twice[0]}: rename all but one")
+            return columns, field
     listed = one_line(", ".join(names), 300) or "none"
     raise ValueError(f"the list '{location}' has no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}: it has {listed}")
 

@@ -261,6 +261,8 @@ def _read_head(location: str) -> tuple[dict[str, Any], dict[str, np.ndarray], in
             raise ValueError("it has no header")
         header = json.loads(file.read(length))
         about, data = json.loads(header["__metadata__"]["about"]), 8 + length
+        if not isinstance(about["rules"], str):
+            raise ValueError("its rules are no text")
         n, rules = len(about["shards"]), len(about["texts"])
         if not all(isinstance(text, str) for text in (*about["shards"], *about["texts"])):
             raise ValueError("its names are no texts")
