@@ -293,6 +293,26 @@ def test_a_list_drops_by_the_column_that_it_has(folder, tmp_path, name, rows, go
     assert sorted(set(range(SAMPLES)) - set(kept)) == gone
 
 
+@pytest.mark.parametrize("parquet", [True, False])
+@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.parquet"])
+def test_hashes_are_compared_whole_in_any_case_and_after_a_byte_order_mark(tmp_path, name, parquet):
+    numbers = [2**63 + 1, 2**63 + 2, 5]
+    facts = [{"phash": number, "md5": f"{number:032x}"} for number in numbers]
+    write_shard(tmp_path / "0.tar", [(str(n), {"jpg": b"x", "txt": b"t", "json": json.dumps(f).encode()})
+                                     for n, f in enumerate(facts)])  # fmt: skip
+    if parquet:
+        columns = {"key": ["0", "1", "2"], "phash": pa.array(numbers, pa.uint64()), "md5": [f["md5"] for f in facts]}
+        pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    rows = {"md5": [f"{numbers[1]:032X}"]} if name == "a.txt" else {"phash": pa.array([numbers[1]], pa.uint64())}
+    drop = Path(write_list(tmp_path / name, rows))
+    if drop.suffix != ".parquet":
+        drop.write_bytes(b"\xef\xbb\xbf" + drop.read_bytes())
+    where = "phash > 6 or phash < 5.5"
+    index(Index(str(tmp_path), workers=1, drop=[str(drop)], where=where))
+    config = DataConfig(shards=str(tmp_path), text="t", drop=[str(drop)], where=where)
+    assert find_datasets(config)[0].rows(0).tolist() == [0, 2]
+
+
 def test_a_sample_without_the_field_of_a_list_stays_and_is_counted(own, capsys):
     write_shard(own / "00009.tar", [("x", {"jpg": picture(0), "txt": b"c", "json": b"{}"})])
     drop = write_list(own / "d.parquet", {"url": ["http://a/2", ""]})

@@ -179,7 +179,7 @@ def apply(plan: Plan, table: "pa.Table") -> tuple[np.ndarray, list[int], list[in
         take(*outcome(plan.where, table))
     for drop, name in plan.lists:
         unknown = _mask(table[name].is_null())
-        take(drop.hits(row_hashes(table[name])) & ~unknown, unknown)
+        take(drop.hits(table[name]) & ~unknown, unknown)
     if plan.share:
         take(row_hashes(table[KEY], HELD_APART) / 2.0**64 < plan.share, np.zeros(len(taken), bool))
     return taken, took, missing

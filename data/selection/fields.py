@@ -30,7 +30,7 @@ LARGEST_JSON = 1 << 24
 def read_fields(shard: Shard, names: Collection[str] | None = None, most: int | None = None) -> "pa.Table":
     """The fields of a shard: a row for each sample in the order of the tar, `key` first, null where one is missing.
 
-    The columns are of int64, double, string, bool, or null where no sample has a value. Where samples have values of
+    The columns are of int64, uint64, double, string, bool, or null where no sample has a value. Where samples have values of
     several kinds, those of the commonest kind are kept. A sample without a row in the parquet, or whose KEY.json can't
     be read, has no fields but its key.
     names: fields to read; those that the shard does not have are left out. None: all.  most: read the first samples.
@@ -124,8 +124,12 @@ def _column(values: list[Any]) -> "pa.Array | None":
         return pa.array([None if value is None else _utf8(value) for value in kept], pa.string())
     if kind == TRUTH:
         return pa.array(kept, pa.bool_())
-    if all(value is None or (type(value) is int and abs(value) < 2**63) for value in kept):
-        return pa.array(kept, pa.int64())
+    whole = [value for value in kept if type(value) is int]
+    if len(whole) == len(kept) - kept.count(None):
+        if all(abs(value) < 2**63 for value in whole):
+            return pa.array(kept, pa.int64())
+        if all(0 <= value < 2**64 for value in whole):  # such as a hash of 64 bits
+            return pa.array(kept, pa.uint64())
     return _without_nan(pa.array([None if value is None else _float(value) for value in kept], pa.float64()))
 
 
@@ -216,7 +220,7 @@ def _target(type_: "pa.DataType") -> "pa.DataType | None":
     if is_.is_dictionary(type_):
         return _target(type_.value_type)
     if is_.is_integer(type_):
-        return pa.float64() if type_ == pa.uint64() else pa.int64()
+        return type_ if type_ == pa.uint64() else pa.int64()
     if is_.is_floating(type_) or is_.is_decimal(type_):
         return pa.float64()
     if is_.is_string(type_) or is_.is_large_string(type_) or is_.is_string_view(type_):

@@ -313,6 +313,8 @@ class _Evaluation:
 
     def _field(self, name: str) -> Value:
         column = self.table[name]
+        if column.type == self.pa.uint64():  # beside int64 neither could hold both
+            column = self._floating(column)
         return Value(kind_of(column.type), column)
 
     def _as(self, kind: str, node: ast.AST) -> Any:
