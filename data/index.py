@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,8 @@ class Index:
 
     They are those of the stats file if our commands wrote it. The headers and captions of other shards are read. The
     fields of the samples are listed. With rules (where, drop, validation_share) a selection by them is written beside
-    the index, for a training with the same rules; an index that is up to date is kept then.
+    the index, for a training with the same rules; an index that is up to date is kept then, and another is made again
+    with the captions that it has.
 
     shards: the shards, as data.shards of a training; with rules also an index of them.
     out: the .json to write; default: index.json in the folder of the shards. Required where shards is not a folder.
@@ -99,7 +100,10 @@ def index(args: Index) -> None:
         and (args.shards.endswith(".json") or _up_to_date(args.shards, out))
     )
     if not kept:
-        write_index(args, out)
+        captions = args.captions or (_captions_of(out) if rules else [])
+        if captions != args.captions:
+            print(f"{out} is made again, as before with the captions {', '.join(captions)}")
+        write_index(replace(args, captions=captions), out)
     shards = read_index(out)
     if rules:
         select(shards, rules, out, args.workers)
@@ -192,6 +196,16 @@ def _up_to_date(where: str, out: str) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     return all(tar.st_size == shard.size and (made is None or tar.st_mtime_ns <= made) for shard, tar in tars)
+
+
+def _captions_of(index: str) -> list[str]:
+    """The fields of the captions that an index has beside txt; none if there is no index."""
+    try:
+        names = list(dict.fromkeys(name for shard in read_index(index) for name in shard.caption_digests))
+        check_fields("captions", [TXT, *names])
+        return names
+    except (FileNotFoundError, ValueError):
+        return []
 
 
 def _has_digest(shard: Shard) -> bool:

@@ -410,6 +410,21 @@ def test_an_index_without_digests_is_refused_before_the_work(own, digest, capsys
     assert find_datasets(config_of(own, where=WHERE))
 
 
+def test_an_index_that_is_made_again_for_rules_keeps_its_captions(own, capsys):
+    index(Index(str(own), workers=1, captions=["url"]))
+    before = [shard.caption_digests for shard in read_index(str(own / "index.json"))]
+    assert all(before)
+    capsys.readouterr()
+    write_shard(own / "00004.tar", [("x", {"jpg": picture(1), "txt": b"c", "json": json.dumps(facts(1)).encode()})])
+    index(Index(str(own), workers=1, where=WHERE))
+    assert "is made again, as before with the captions url" in capsys.readouterr().out
+    after = [shard.caption_digests for shard in read_index(str(own / "index.json"))]
+    assert after[:4] == before and set(after[4]) == {"url"}
+    # By the plain command it has those that are given.
+    index(Index(str(own), workers=1))
+    assert not any(shard.caption_digests for shard in read_index(str(own / "index.json")))
+
+
 def test_any_damaged_byte_is_found(own):
     made = selection_of(own, where=WHERE)
     whole = made.read_bytes()
