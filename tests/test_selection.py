@@ -29,6 +29,7 @@ from data.inspection.choice import look_at_choice
 from data.selection import choose, stored
 from data.selection.rules import Rules
 from data.selection.stored import Chosen, SelectionChanged, read_selection, write_selection
+from data.selection.where import Where
 from data.storage.shards import Shard, read_index
 from data.storage.tars import write_shard
 from data.text.embeddings import to_bytes
@@ -541,6 +542,9 @@ def test_rules_of_a_mixture_are_those_for_all_and_the_dataset_s_own(folder):
     assert [(d.where, d.drop) for d in given.datasets()] == [
         ("(y < 2 or z) and (x > 1)", ["all.csv", "a.txt"]), ("y < 2 or z", ["all.csv"]),
     ]  # fmt: skip
+    commented = DataConfig(mixture={"a": DatasetConfig("a", "t", where="x > 1  # large")}, where="y < 2 # small")
+    values = pa.table({"x": [2, 2, 1], "y": [1, 2, 1]})
+    assert Where(commented.datasets()[0].where).evaluate(values).to_pylist() == [True, False, False]
     index(Index(str(folder), workers=1, where=WHERE))
     one = DatasetConfig(str(folder), str(folder / "text"), where=WHERE)
     mixed = find_datasets(DataConfig(mixture={"some": one, "all": replace(one, where="")}))
