@@ -19,7 +19,17 @@ from data.selection.rules import Rules, selection_location
 from data.selection.stored import Chosen, Receipt, read_chosen, write_selection
 from data.storage.caption_fields import TXT, check_fields
 from data.storage.locations import is_remote, join, split, write_whole
-from data.storage.shards import CAPTION_DIGESTS, INDEX, REINDEX, Shard, is_folder, locate, read_index, read_stats, shard_bytes
+from data.storage.shards import (
+    CAPTION_DIGESTS,
+    INDEX,
+    REINDEX,
+    Shard,
+    is_folder,
+    locate,
+    read_index,
+    read_stats,
+    shard_bytes,
+)
 from data.storage.tars import DIGEST, scan_shard
 
 # Shards named in a report of one kind of fault.

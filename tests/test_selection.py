@@ -21,11 +21,11 @@ from safetensors.numpy import load, save
 
 from data.config import DataConfig, DatasetConfig, ValidationConfig
 from data.index import Index, index
+from data.inspection.choice import look_at_choice
 from data.loader.dataset import Dataset, find_datasets, validation_datasets
 from data.loader.mixture import Mixture
 from data.loader.prompts import stored_prompts
 from data.loader.stream import MicroBatches, micro_batches
-from data.inspection.choice import look_at_choice
 from data.selection import choose, stored
 from data.selection.rules import Rules
 from data.selection.stored import Chosen, SelectionChanged, read_selection, write_selection
@@ -248,7 +248,7 @@ def test_shards_without_samples_are_refused(tmp_path):
 ])  # fmt: skip
 def test_a_list_of_lists_or_bytes_is_refused_by_name(folder, tmp_path, rows):
     drop = write_list(tmp_path / "odd.parquet", rows)
-    with pytest.raises(ValueError, match="the list '.*odd.parquet'") as error:
+    with pytest.raises(ValueError, match=r"the list '.*odd\.parquet'") as error:
         index(Index(str(folder), workers=1, drop=[drop]))
     assert "\n" not in str(error.value)
 
@@ -257,7 +257,7 @@ def test_a_list_with_two_columns_of_a_name_is_refused(folder, tmp_path):
     (tmp_path / "twice.csv").write_text("url,url\na,b\n")
     pq.write_table(pa.table([["a"], ["b"]], names=["url", "url"]), tmp_path / "twice.parquet")
     for path in tmp_path.iterdir():
-        with pytest.raises(ValueError, match="the list '.*' has several columns url"):
+        with pytest.raises(ValueError, match=r"the list '.*' has several columns url"):
             index(Index(str(folder), workers=1, drop=[str(path)]))
 
 

@@ -25,7 +25,10 @@ ANY_CASE = ("md5", "sha256", "sha512", "phash")
 
 @dataclass(slots=True)
 class DropList:
-    """The values of a list.  name: of its file.  field: which of COLUMNS.  hashes: of the values, sorted, uint64 [n]."""
+    """The values of a list.
+
+    name: of its file.  field: which of COLUMNS.  hashes: _comparable of the values, sorted, uint64 [n].
+    """
 
     name: str
     field: str
@@ -92,10 +95,9 @@ def _from_parquet(location: str) -> tuple[str, Any]:
         schema = parquet.schema_arrow
         columns, field = _pick(location, schema.names)
         for column in columns:
-            if pa.types.is_nested(type_ := schema.field(column).type):
-                raise ValueError(
-                    f"the column {column} of the list '{location}' holds {one_line(str(type_), 100)}: give one value a row"
-                )
+            if pa.types.is_nested(schema.field(column).type):
+                held = one_line(str(schema.field(column).type), 100)
+                raise ValueError(f"the column {column} of the list '{location}' holds {held}: give one value a row")
         return field, _without_first(parquet.read(columns=columns, use_threads=False), columns)
 
 

@@ -30,9 +30,9 @@ LARGEST_JSON = 1 << 24
 def read_fields(shard: Shard, names: Collection[str] | None = None, most: int | None = None) -> "pa.Table":
     """The fields of a shard: a row for each sample in the order of the tar, `key` first, null where one is missing.
 
-    The columns are of int64, uint64, double, string, bool, or null where no sample has a value. Where samples have values of
-    several kinds, those of the commonest kind are kept. A sample without a row in the parquet, or whose KEY.json can't
-    be read, has no fields but its key.
+    The columns are of int64, uint64, double, string, bool, or null where no sample has a value. Where samples have
+    values of several kinds, those of the commonest kind are kept. A sample without a row in the parquet, or whose
+    KEY.json can't be read, has no fields but its key.
     names: fields to read; those that the shard does not have are left out. None: all.  most: read the first samples.
     Raises: ValueError if the parquet can't be read, or the tar has another number of samples than the shard; OSError.
     """

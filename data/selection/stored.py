@@ -138,7 +138,8 @@ def write_selection(
 def read_chosen(location: str, rules: str, shards: Sequence[Shard]) -> dict[str, Chosen]:
     """What an interrupted run has chosen of these shards by the same rules, by their names.
 
-    Without the shards whose tar or parquet was written again since it was read. Nothing if there is no such file, or it is damaged.  Raises: OSError.
+    Without the shards whose tar or parquet was written again since it was read. Nothing if there is no such file, or
+    it is damaged.  Raises: OSError.
     """
     try:
         about, tensors, start = _read_head(location)
