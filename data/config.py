@@ -192,4 +192,7 @@ def check_where(where: str) -> None:
 
 
 def _both(first: str, second: str) -> str:
-    return f"({first}) and ({second})" if first.strip() and second.strip() else first or second
+    if not first.strip() or not second.strip():
+        return first if first.strip() else second
+    # A comment would reach over the bracket.
+    return " and ".join(f"({text}\n)" if "#" in text else f"({text})" for text in (first, second))

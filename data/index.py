@@ -2,12 +2,14 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+import re
+import shlex
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.checks import check_at_least, count
+from data.checks import check_at_least, count, one_line
 from data.cli import command, location
 from data.config import ValidationConfig, check_where
 from data.processes import in_processes
@@ -17,7 +19,17 @@ from data.selection.rules import Rules, selection_location
 from data.selection.stored import Chosen, Receipt, read_chosen, write_selection
 from data.storage.caption_fields import TXT, check_fields
 from data.storage.locations import is_remote, join, split, write_whole
-from data.storage.shards import CAPTION_DIGESTS, INDEX, Shard, is_folder, locate, read_index, read_stats, shard_bytes
+from data.storage.shards import (
+    CAPTION_DIGESTS,
+    INDEX,
+    REINDEX,
+    Shard,
+    is_folder,
+    locate,
+    read_index,
+    read_stats,
+    shard_bytes,
+)
 from data.storage.tars import DIGEST, scan_shard
 
 # Shards named in a report of one kind of fault.
@@ -30,7 +42,8 @@ class Index:
 
     They are those of the stats file if our commands wrote it. The headers and captions of other shards are read. The
     fields of the samples are listed. With rules (where, drop, validation_share) a selection by them is written beside
-    the index, for a training with the same rules; an index that is up to date is kept then.
+    the index, for a training with the same rules; an index that is up to date is kept then, and another is made again
+    with the captions that it has.
 
     shards: the shards, as data.shards of a training; with rules also an index of them.
     out: the .json to write; default: index.json in the folder of the shards. Required where shards is not a folder.
@@ -97,7 +110,10 @@ def index(args: Index) -> None:
         and (args.shards.endswith(".json") or _up_to_date(args.shards, out))
     )
     if not kept:
-        write_index(args, out)
+        captions = args.captions or (_captions_of(out) if rules else [])
+        if captions != args.captions:
+            print(f"{out} is made again, as before with the captions {', '.join(captions)}")
+        write_index(replace(args, captions=captions), out)
     shards = read_index(out)
     if rules:
         select(shards, rules, out, args.workers)
@@ -114,19 +130,29 @@ def index(args: Index) -> None:
 def select(shards: list[Shard], rules: Rules, index: str, workers: int) -> None:
     """Apply the rules to the shards of an index, print what each took, and write the selection beside the index.
 
-    Raises: ValueError if the rules name an unknown field, or choose nothing; OSError.
+    Raises: ValueError if a shard has no digest, or the rules name an unknown field, or choose nothing; OSError.
     """
+    if bare := [shard for shard in shards if not _has_digest(shard)]:
+        again = REINDEX.format(shlex.quote(split(bare[0].location)[0]))
+        raise ValueError(
+            f"{count(len(bare), 'shard')} of '{index}' (such as {bare[0].name}) have no digest, by which a selection "
+            f"knows its shards: {again}, for this file with out={shlex.quote(index)}"
+        )
     digest = rules.digest()
     out = selection_location(index, digest)
     fields = look_at_fields(shards, workers)
     print("\n".join(fields.lines()))
     plan = make_plan(rules, fields)
+    if unseen := [name for name, kind in plan.kinds.items() if not kind]:
+        print(f"no first sample has a value of {one_line(', '.join(unseen), 300)}: all samples are looked at")
+        fields.kinds |= look_at_fields(shards, workers, unseen).kinds
+        plan = make_plan(rules, fields)
     unfinished = f"{out}.unfinished"
 
     def save(done: dict[str, Chosen]) -> None:
         if done and not is_remote(out):
             known = [shard for shard in shards if shard.name in done]
-            write_selection(unfinished, digest, plan.texts(), known, [done[shard.name] for shard in known])
+            write_selection(unfinished, digest, plan.texts(), known, [done[shard.name] for shard in known], True)
 
     done = {} if is_remote(out) else read_chosen(unfinished, digest, shards)
     if done:
@@ -173,13 +199,27 @@ def _up_to_date(where: str, out: str) -> bool:
     """Whether an index is there, and was made of the shards as they are."""
     try:
         shards, locations = read_index(out), {split(location)[1]: location for location in locate(where)}
-        if {shard.name for shard in shards} != locations.keys() or not all(shard.digest for shard in shards):
+        if {shard.name for shard in shards} != locations.keys() or not all(map(_has_digest, shards)):
             return False
         made = None if is_remote(out) else os.stat(out).st_mtime_ns
         tars = [(shard, os.stat(locations[shard.name])) for shard in shards if not is_remote(shard.location)]
     except (FileNotFoundError, ValueError):
         return False
     return all(tar.st_size == shard.size and (made is None or tar.st_mtime_ns <= made) for shard, tar in tars)
+
+
+def _captions_of(index: str) -> list[str]:
+    """The fields of the captions that an index has beside txt; none if there is no index."""
+    try:
+        names = list(dict.fromkeys(name for shard in read_index(index) for name in shard.caption_digests))
+        check_fields("captions", [TXT, *names])
+        return names
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def _has_digest(shard: Shard) -> bool:
+    return re.fullmatch("[0-9a-f]{32}", str(shard.digest)) is not None
 
 
 def count_shard(location: str, check: bool, captions: list[str]) -> Entry:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -16,16 +17,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load, save
 
 from data.config import DataConfig, DatasetConfig, ValidationConfig
 from data.index import Index, index
+from data.inspection.choice import look_at_choice
 from data.loader.dataset import Dataset, find_datasets, validation_datasets
 from data.loader.mixture import Mixture
 from data.loader.prompts import stored_prompts
 from data.loader.stream import MicroBatches, micro_batches
-from data.selection import choose
+from data.selection import choose, stored
+from data.selection.rules import Rules
 from data.selection.stored import Chosen, SelectionChanged, read_selection, write_selection
-from data.storage.shards import Shard
+from data.selection.where import Where
+from data.storage.shards import Shard, read_index
 from data.storage.tars import write_shard
 from data.text.embeddings import to_bytes
 from data.text.meta import TextMeta
@@ -230,6 +235,32 @@ def test_the_command_tells_fields_and_what_each_rule_took_and_a_training_finds_t
         find_datasets(config_of(own, where=WHERE, drop=[str(moved)], validation=ValidationConfig(0.2)))
 
 
+def test_shards_without_samples_are_refused(tmp_path):
+    write_shard(tmp_path / "0.tar", [])
+    for rules in ({"validation_share": 0.1}, {"where": "x > 1"}):
+        with pytest.raises(ValueError, match="the shards hold no samples"):
+            index(Index(str(tmp_path), workers=1, **rules))
+
+
+@pytest.mark.parametrize("rows", [
+    {"url": [["http://a/1"]]}, {"url": [{"a": "http://a/1"}]}, {"url": ["http://a/1"], "group": [[1]]},
+    {"key": [b"\xff"]},
+])  # fmt: skip
+def test_a_list_of_lists_or_bytes_is_refused_by_name(folder, tmp_path, rows):
+    drop = write_list(tmp_path / "odd.parquet", rows)
+    with pytest.raises(ValueError, match=r"the list '.*odd\.parquet'") as error:
+        index(Index(str(folder), workers=1, drop=[drop]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_with_two_columns_of_a_name_is_refused(folder, tmp_path):
+    (tmp_path / "twice.csv").write_text("url,url\na,b\n")
+    pq.write_table(pa.table([["a"], ["b"]], names=["url", "url"]), tmp_path / "twice.parquet")
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=r"the list '.*' has several columns url"):
+            index(Index(str(folder), workers=1, drop=[str(path)]))
+
+
 def write_list(path: Path, rows: dict[str, list]) -> str:
     if path.suffix == ".parquet":
         pq.write_table(pa.table(rows), path)
@@ -261,6 +292,26 @@ def test_a_list_drops_by_the_column_that_it_has(folder, tmp_path, name, rows, go
     index(Index(str(folder), workers=1, drop=[drop]))
     kept = chosen_keys(find_datasets(config_of(folder, drop=[drop])))
     assert sorted(set(range(SAMPLES)) - set(kept)) == gone
+
+
+@pytest.mark.parametrize("parquet", [True, False])
+@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.parquet"])
+def test_hashes_are_compared_whole_in_any_case_and_after_a_byte_order_mark(tmp_path, name, parquet):
+    numbers = [2**63 + 1, 2**63 + 2, 5]
+    facts = [{"phash": number, "md5": f"{number:032x}"} for number in numbers]
+    write_shard(tmp_path / "0.tar", [(str(n), {"jpg": b"x", "txt": b"t", "json": json.dumps(f).encode()})
+                                     for n, f in enumerate(facts)])  # fmt: skip
+    if parquet:
+        columns = {"key": ["0", "1", "2"], "phash": pa.array(numbers, pa.uint64()), "md5": [f["md5"] for f in facts]}
+        pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    rows = {"md5": [f"{numbers[1]:032X}"]} if name == "a.txt" else {"phash": pa.array([numbers[1]], pa.uint64())}
+    drop = Path(write_list(tmp_path / name, rows))
+    if drop.suffix != ".parquet":
+        drop.write_bytes(b"\xef\xbb\xbf" + drop.read_bytes())
+    where = "phash > 6 or phash < 5.5"
+    index(Index(str(tmp_path), workers=1, drop=[str(drop)], where=where))
+    config = DataConfig(shards=str(tmp_path), text="t", drop=[str(drop)], where=where)
+    assert find_datasets(config)[0].rows(0).tolist() == [0, 2]
 
 
 def test_a_sample_without_the_field_of_a_list_stays_and_is_counted(own, capsys):
@@ -328,6 +379,53 @@ def test_shards_that_changed_since_are_refused_with_the_command(own):
         find_datasets(config_of(own, where=WHERE))
 
 
+def test_a_field_that_only_later_samples_have_is_looked_at(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choose, "PEEK_SAMPLES", 2)
+    for name in ("0", "1"):
+        rows = [(f"{name}{n}", {"jpg": b"x", "txt": b"t", "json": json.dumps({"never": None, "p": p}).encode()})
+                for n, p in enumerate([None, None, 0.9, 0.1])]  # fmt: skip
+        write_shard(tmp_path / f"{name}.tar", rows)
+    where = "(p is None or p < 0.5) and never is None"
+    index(Index(str(tmp_path), workers=1))
+    with pytest.raises(ValueError, match="sample 02 has a number as p, which none of the first samples has"):
+        look_at_choice(read_index(str(tmp_path / "index.json")), {0: [0]}, Rules(where), 1)
+    index(Index(str(tmp_path), workers=1, where=where))
+    told = capsys.readouterr().out
+    assert "no first sample has a value of never, p: all samples are looked at" in told
+    assert "6 of 8 samples are chosen" in told
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 30, "no digest"])
+def test_an_index_without_digests_is_refused_before_the_work(own, digest, capsys):
+    facts = json.loads((own / "index.json").read_text())
+    facts["shards"][1]["digest"] = digest
+    other = own / "other.json"
+    other.write_text(json.dumps(facts))
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"1 shard of '.*other\.json' \(such as 00001.tar\) .* no digest.*run `python"):
+        index(Index(str(other), workers=1, where=WHERE))
+    assert not capsys.readouterr().out
+    # Of shards that are given themselves the index is made again.
+    other.rename(own / "index.json")
+    index(Index(str(own), workers=1, where=WHERE))
+    assert find_datasets(config_of(own, where=WHERE))
+
+
+def test_an_index_that_is_made_again_for_rules_keeps_its_captions(own, capsys):
+    index(Index(str(own), workers=1, captions=["url"]))
+    before = [shard.caption_digests for shard in read_index(str(own / "index.json"))]
+    assert all(before)
+    capsys.readouterr()
+    write_shard(own / "00004.tar", [("x", {"jpg": picture(1), "txt": b"c", "json": json.dumps(facts(1)).encode()})])
+    index(Index(str(own), workers=1, where=WHERE))
+    assert "is made again, as before with the captions url" in capsys.readouterr().out
+    after = [shard.caption_digests for shard in read_index(str(own / "index.json"))]
+    assert after[:4] == before and set(after[4]) == {"url"}
+    # By the plain command it has those that are given.
+    index(Index(str(own), workers=1))
+    assert not any(shard.caption_digests for shard in read_index(str(own / "index.json")))
+
+
 def test_any_damaged_byte_is_found(own):
     made = selection_of(own, where=WHERE)
     whole = made.read_bytes()
@@ -349,6 +447,16 @@ def test_any_damaged_byte_is_found(own):
         made.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="is no selection, or damaged"):
             find_datasets(config_of(own, where=WHERE))
+
+
+def test_a_selection_that_does_not_say_its_rules_is_refused(own):
+    made = selection_of(own, where=WHERE)
+    tensors = load(made.read_bytes())
+    about = json.dumps({"texts": ["where"], "shards": [f"{n:05d}.tar" for n in range(4)]})
+    tensors["head"] = np.frombuffer(stored._head_digest(about, tensors), "u1")
+    made.write_bytes(save(tensors, {"about": about}))
+    with pytest.raises(ValueError, match=r"is no selection, or damaged \('rules'\): run `python"):
+        find_datasets(config_of(own, where=WHERE))
 
 
 def test_a_selection_that_is_made_again_with_other_rows_ends_a_run_that_reads_it(own):
@@ -383,6 +491,32 @@ def test_what_an_interrupted_run_has_done_is_not_done_again(own, monkeypatch, ca
     assert made.read_bytes() == expected and not list(own.glob("*.unfinished"))
 
 
+def test_what_an_interrupted_run_chose_by_scores_that_changed_since_is_chosen_again(own, monkeypatch):
+    def score(shard: str, value: float) -> None:
+        rows = [{"key": f"{n:09d}", "status": "success", "caption": f"c {n}", "score": value}
+                for n in range(int(shard) * PER_SHARD, min(SAMPLES, (int(shard) + 1) * PER_SHARD))]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), own / f"{shard}.parquet")
+
+    score("00001", 0.9)
+    real, looked = choose.choose, []
+
+    def dies_at_the_third(plan, shard):
+        looked.append(shard.name)
+        if len(looked) == 3:
+            # Written while the run is on, and as old as copies with their times are.
+            for name in ("00000", "00001"):
+                score(name, 0.1)
+                os.utime(own / f"{name}.parquet", (1, 1))
+            raise OSError("the disk is full")
+        return real(plan, shard)
+
+    monkeypatch.setattr(choose, "choose", dies_at_the_third)
+    with pytest.raises(OSError, match="disk"):
+        index(Index(str(own), workers=1, where="score > 0"))
+    index(Index(str(own), workers=1, where="score > 0"))
+    assert looked[3:] == ["00000.tar", "00001.tar", "00002.tar", "00003.tar"]
+
+
 def test_the_validation_share_depends_on_keys_alone(folder):
     def held(share: float, **rules) -> set[int]:
         index(Index(str(folder), workers=1, validation_share=share, **rules))
@@ -408,6 +542,9 @@ def test_rules_of_a_mixture_are_those_for_all_and_the_dataset_s_own(folder):
     assert [(d.where, d.drop) for d in given.datasets()] == [
         ("(y < 2 or z) and (x > 1)", ["all.csv", "a.txt"]), ("y < 2 or z", ["all.csv"]),
     ]  # fmt: skip
+    commented = DataConfig(mixture={"a": DatasetConfig("a", "t", where="x > 1  # large")}, where="y < 2 # small")
+    values = pa.table({"x": [2, 2, 1], "y": [1, 2, 1]})
+    assert Where(commented.datasets()[0].where).evaluate(values).to_pylist() == [True, False, False]
     index(Index(str(folder), workers=1, where=WHERE))
     one = DatasetConfig(str(folder), str(folder / "text"), where=WHERE)
     mixed = find_datasets(DataConfig(mixture={"some": one, "all": replace(one, where="")}))
@@ -425,6 +562,11 @@ def test_shards_behind_urls_have_their_selection_beside_the_index(folder, tmp_pa
     index(Index(where, out=str(listed), workers=1, where=WHERE))
     config = replace(config_of(folder, where=WHERE), shards=str(listed))
     assert chosen_keys(find_datasets(config)) == [n for n in range(50) if chosen_by_where(n)]
+    # An index of other shards in the same folder has a selection of its own.
+    other = tmp_path / "other.json"
+    index(Index(where.replace("3}", "1}"), out=str(other), workers=1, where=WHERE))
+    for one in (config, replace(config, shards=str(other))):
+        assert find_datasets(one)[0].selection
     # Further rules need no second count.
     index(Index(str(listed), workers=1, where="score < 0.3"))
-    assert len(list(tmp_path.glob("selection-*"))) == 2
+    assert len(list(tmp_path.glob("selection-there-*"))) == 2

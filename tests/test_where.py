@@ -61,6 +61,20 @@ def test_an_expression_is_true_false_or_open(text, outcome):
                              "ok": "true or false", "never": ""})  # fmt: skip
 
 
+def test_whole_numbers_that_floating_point_does_not_hold_are_compared():
+    table = pa.table({"id": [2**53 + 1, 3, None], "x": [0.5, 4.0, 1.0]})
+    for text, outcome in {
+        "id > 0.5": [YES, YES, OPEN],
+        "x < id": [YES, NO, OPEN],
+        "id in (0.5, 3)": [NO, YES, OPEN],
+        "x in (4, 9007199254740993)": [NO, YES, NO],
+        "max(id, x, 3.5) > 4": [YES, NO, OPEN],
+        f"id == {2**53 + 1} and id != {2**53}": [YES, NO, OPEN],
+    }.items():
+        assert Where(text).evaluate(table).to_pylist() == outcome, text
+    assert Where("id").numbers(table).to_pylist() == [2.0**53, 3.0, None]
+
+
 numbers = st.one_of(st.none(), st.floats(-5, 5, width=16))
 either = st.sampled_from(["and", "or"])
 comparison = st.builds("{} {} {}".format, st.sampled_from("ab"), st.sampled_from(["<", ">=", "==", "!="]),

@@ -3,16 +3,16 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.checks import count
+from data.checks import count, one_line
 from data.processes import in_processes
 from data.selection.drop import DropList, read_list, row_hashes
-from data.selection.fields import KEY, NUMBER, TEXT, TRUTH, kind_of, read_fields, unknown_field
+from data.selection.fields import KEY, NUMBER, TEXT, TRUTH, kind_of, read_fields, state_of, unknown_field
 from data.selection.rules import Rules
 from data.selection.stored import Chosen
 from data.selection.where import Where
@@ -47,15 +47,17 @@ class Fields:
         ]
 
 
-def look_at_fields(shards: Sequence[Shard], workers: int) -> Fields:
+def look_at_fields(shards: Sequence[Shard], workers: int, names: Sequence[str] | None = None) -> Fields:
     """The fields of the first samples of some shards, spread evenly.
 
+    names: look at these fields alone, in all samples of all shards.
     Raises: ValueError if a shard's fields can't be read; OSError.
     """
     filled = [shard for shard in shards if shard.count]
-    chosen = [filled[i] for i in np.unique(np.arange(PEEK_SHARDS) * len(filled) // PEEK_SHARDS)] if filled else []
-    found, votes = Fields(shards=len(chosen)), dict[str, Counter[str]]()
-    for samples, counts in in_processes(_peek, chosen, workers, "shard", "fields"):
+    if names is None and filled:
+        filled = [filled[i] for i in np.unique(np.arange(PEEK_SHARDS) * len(filled) // PEEK_SHARDS)]
+    found, votes = Fields(shards=len(filled)), dict[str, Counter[str]]()
+    for samples, counts in in_processes(partial(_peek, names), filled, workers, "shard", "fields"):
         found.samples += samples
         for name, (kind, having) in counts.items():
             votes.setdefault(name, Counter())[kind] += having
@@ -66,8 +68,8 @@ def look_at_fields(shards: Sequence[Shard], workers: int) -> Fields:
     return found
 
 
-def _peek(shard: Shard) -> tuple[int, dict[str, tuple[str, int]]]:
-    table = read_fields(shard, most=PEEK_SAMPLES)
+def _peek(names: Sequence[str] | None, shard: Shard) -> tuple[int, dict[str, tuple[str, int]]]:
+    table = read_fields(shard, names, PEEK_SAMPLES if names is None else None)
     return table.num_rows, {
         name: (kind_of(table[name].type), table.num_rows - table[name].null_count) for name in table.column_names
     }
@@ -95,8 +97,11 @@ class Plan:
 def make_plan(rules: Rules, fields: Fields) -> Plan:
     """Read the lists, and check the rules against the fields that there are.
 
-    Raises: ValueError for a field that no sample has, or that is compared with a value of another kind; OSError.
+    Raises: ValueError if there is no sample, for a field that none has, or that is compared with a value of another
+    kind; OSError.
     """
+    if not fields.samples:
+        raise ValueError("the shards hold no samples, so there are none to choose from")
     where = Where(rules.where) if rules.where.strip() else None
     for name in sorted(where.fields) if where else ():
         if name not in fields.kinds:
@@ -112,7 +117,7 @@ def make_plan(rules: Rules, fields: Fields) -> Plan:
             raise ValueError(f"drop={location} lists values of {drop.field}, but {_in_those(fields)}: {unknown}")
         lists.append((drop, by_lower[drop.field]))
     names = {KEY, *(where.fields if where else ()), *(name for _, name in lists)}
-    return Plan(where, lists, rules.share, {name: fields.kinds[name] for name in names})
+    return Plan(where, lists, rules.share, {name: fields.kinds[name] for name in sorted(names)})
 
 
 def _in_those(fields: Fields) -> str:
@@ -149,9 +154,10 @@ def choose_all(
 
 def choose(plan: Plan, shard: Shard) -> Chosen:
     """Apply the rules to a shard."""
+    state = state_of(shard)
     taken, took, missing = apply(plan, with_kinds(read_fields(shard, plan.kinds), plan.kinds))
     held = taken == len(took) if plan.share else np.zeros(len(taken), bool)
-    return Chosen.of(taken == 0, held, took, missing)
+    return replace(Chosen.of(taken == 0, held, took, missing), state=state)
 
 
 def apply(plan: Plan, table: "pa.Table") -> tuple[np.ndarray, list[int], list[int]]:
@@ -173,7 +179,7 @@ def apply(plan: Plan, table: "pa.Table") -> tuple[np.ndarray, list[int], list[in
         take(*outcome(plan.where, table))
     for drop, name in plan.lists:
         unknown = _mask(table[name].is_null())
-        take(drop.hits(row_hashes(table[name])) & ~unknown, unknown)
+        take(drop.hits(table[name]) & ~unknown, unknown)
     if plan.share:
         take(row_hashes(table[KEY], HELD_APART) / 2.0**64 < plan.share, np.zeros(len(taken), bool))
     return taken, took, missing
@@ -194,13 +200,22 @@ def _mask(column: "pa.Array | pa.ChunkedArray") -> np.ndarray:
 
 
 def with_kinds(table: "pa.Table", kinds: dict[str, str]) -> "pa.Table":
-    """The table with these fields, each of its kind: one that is absent here, or of another kind, is missing."""
+    """The table with these fields, each of its kind: one that is absent here, or of another kind, is missing.
+
+    Raises: ValueError if a field that was taken to have no values has some.
+    """
     import pyarrow as pa
 
     types = {NUMBER: pa.float64(), TEXT: pa.string(), TRUTH: pa.bool_(), "": pa.null()}
     columns = {}
     for name, kind in kinds.items():
         here = table[name] if name in table.column_names else None
+        if here is not None and not kind and (found := kind_of(here.type)):
+            key = table[KEY][int(_mask(here.is_valid()).argmax())]
+            raise ValueError(
+                f"sample {one_line(str(key))} has a {found} as {one_line(name)}, which none of the first samples has: "
+                "choose by `python -m data.index`, which looks at all samples then"
+            )
         fits = here is not None and kind_of(here.type) == kind
         columns[name] = here if fits else pa.nulls(table.num_rows, types[kind])
     return pa.table(columns)

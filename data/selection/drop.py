@@ -19,20 +19,26 @@ COLUMNS = ("url", "sha256", "sha512", "md5", "hash", "phash", "key")
 # A list with this column names duplicates: the first row of each group is kept.
 GROUP = "group"
 HEX = {32: "md5", 64: "sha256", 128: "sha512"}
+# Hashes in hexadecimal, which some tools write in capitals.
+ANY_CASE = ("md5", "sha256", "sha512", "phash")
 
 
 @dataclass(slots=True)
 class DropList:
-    """The values of a list.  name: of its file.  field: which of COLUMNS.  hashes: row_hashes, sorted, uint64 [n]."""
+    """The values of a list.
+
+    name: of its file.  field: which of COLUMNS.  hashes: _comparable of the values, sorted, uint64 [n].
+    """
 
     name: str
     field: str
     hashes: np.ndarray
 
-    def hits(self, hashes: np.ndarray) -> np.ndarray:
-        """Which values, given by their row_hashes, are in the list: bool [n]."""
+    def hits(self, values: "pa.Array | pa.ChunkedArray") -> np.ndarray:
+        """Which values of the field are in the list: bool [n]."""
         if not len(self.hashes):
-            return np.zeros(len(hashes), bool)
+            return np.zeros(len(values), bool)
+        hashes = _comparable(self.field, values)
         at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
         return self.hashes[at] == hashes
 
@@ -51,11 +57,11 @@ def read_list(location: str) -> DropList:
             field, values = _from_text(location)
         else:
             raise ValueError(f"drop={location} must end in .parquet, .csv or .txt")
+        return DropList(name, field, np.unique(_comparable(field, values.drop_null())))
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None) or type(error).__module__.startswith("data."):  # the storage fails
             raise
         raise ValueError(f"the list '{location}' can't be read: {one_line(str(error))}") from None
-    return DropList(name, field, np.unique(row_hashes(values.drop_null())))
 
 
 def row_hashes(values: "pa.Array | pa.ChunkedArray", person: bytes = b"") -> np.ndarray:
@@ -71,12 +77,27 @@ def row_hashes(values: "pa.Array | pa.ChunkedArray", person: bytes = b"") -> np.
     return np.frombuffer(joined, "<u8")
 
 
+def _comparable(field: str, values: "pa.Array | pa.ChunkedArray") -> np.ndarray:
+    """The row_hashes of values of a field, the same for a hash in capitals."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    texts = values.cast(pa.string())
+    return row_hashes(pc.utf8_lower(texts) if field in ANY_CASE else texts)
+
+
 def _from_parquet(location: str) -> tuple[str, Any]:
+    import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
     with open_location(location) as file:
         parquet = ParquetFile(file)
-        columns, field = _pick(location, parquet.schema_arrow.names)
+        schema = parquet.schema_arrow
+        columns, field = _pick(location, schema.names)
+        for column in columns:
+            if pa.types.is_nested(schema.field(column).type):
+                held = one_line(str(schema.field(column).type), 100)
+                raise ValueError(f"the column {column} of the list '{location}' holds {held}: give one value a row")
         return field, _without_first(parquet.read(columns=columns, use_threads=False), columns)
 
 
@@ -97,7 +118,7 @@ def _from_csv(location: str) -> tuple[str, Any]:
 def _from_text(location: str) -> tuple[str, Any]:
     import pyarrow as pa
 
-    lines = [line.strip() for line in read_bytes(location).decode("utf-8", "replace").splitlines()]
+    lines = [line.strip() for line in read_bytes(location).decode("utf-8-sig", "replace").splitlines()]
     lines = [line for line in lines if line]
     fields = {_field_of(line) for line in lines}
     if len(fields) > 1:
@@ -119,7 +140,10 @@ def _pick(location: str, names: list[str]) -> tuple[list[str], str]:
     by_lower = {name.lower(): name for name in reversed(names)}
     for field in COLUMNS:
         if field in by_lower:
-            return [by_lower[name] for name in (field, GROUP) if name in by_lower], field
+            columns = [by_lower[name] for name in (field, GROUP) if name in by_lower]
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise ValueError(f"the list '{location}' has several columns {twice[0]}: rename all but one")
+            return columns, field
     listed = one_line(", ".join(names), 300) or "none"
     raise ValueError(f"the list '{location}' has no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}: it has {listed}")
 

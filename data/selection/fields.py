@@ -4,6 +4,7 @@ A field is a number, a text, or true or false. Lists, groups and pictures in a c
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable
 from itertools import islice
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.checks import did_you_mean, one_line
 from data.storage.digests import ShardDigest
-from data.storage.locations import open_location, split
+from data.storage.locations import is_remote, open_location, split
 from data.storage.shards import REINDEX, Shard
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, read_shard
@@ -29,9 +30,9 @@ LARGEST_JSON = 1 << 24
 def read_fields(shard: Shard, names: Collection[str] | None = None, most: int | None = None) -> "pa.Table":
     """The fields of a shard: a row for each sample in the order of the tar, `key` first, null where one is missing.
 
-    The columns are of int64, double, string, bool, or null where no sample has a value. Where samples have values of
-    several kinds, those of the commonest kind are kept. A sample without a row in the parquet, or whose KEY.json can't
-    be read, has no fields but its key.
+    The columns are of int64, uint64, double, string, bool, or null where no sample has a value. Where samples have
+    values of several kinds, those of the commonest kind are kept. A sample without a row in the parquet, or whose
+    KEY.json can't be read, has no fields but its key.
     names: fields to read; those that the shard does not have are left out. None: all.  most: read the first samples.
     Raises: ValueError if the parquet can't be read, or the tar has another number of samples than the shard; OSError.
     """
@@ -46,6 +47,20 @@ def read_fields(shard: Shard, names: Collection[str] | None = None, most: int | 
             f"{shard.location} holds {table.num_rows} samples, its index says {shard.count}: {REINDEX.format(folder)}"
         )
     return table
+
+
+def state_of(shard: Shard) -> str:
+    """Sizes and times of the files that the fields of a local shard are read from; '' behind a URL."""
+    if is_remote(shard.location):
+        return ""
+    found = []
+    for location in (shard.location, _parquet_beside(shard)):
+        try:
+            stat = os.stat(location)
+        except FileNotFoundError:
+            continue
+        found.append(f"{split(location)[1]} {stat.st_size} {stat.st_mtime_ns}")
+    return ", ".join(found)
 
 
 def kind_of(type_: "pa.DataType") -> str:
@@ -109,8 +124,12 @@ def _column(values: list[Any]) -> "pa.Array | None":
         return pa.array([None if value is None else _utf8(value) for value in kept], pa.string())
     if kind == TRUTH:
         return pa.array(kept, pa.bool_())
-    if all(value is None or (type(value) is int and abs(value) < 2**63) for value in kept):
-        return pa.array(kept, pa.int64())
+    whole = [value for value in kept if type(value) is int]
+    if len(whole) == len(kept) - kept.count(None):
+        if all(abs(value) < 2**63 for value in whole):
+            return pa.array(kept, pa.int64())
+        if all(0 <= value < 2**64 for value in whole):  # such as a hash of 64 bits
+            return pa.array(kept, pa.uint64())
     return _without_nan(pa.array([None if value is None else _float(value) for value in kept], pa.float64()))
 
 
@@ -136,11 +155,15 @@ def _without_nan(column: Any) -> Any:
     return pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
 
 
+def _parquet_beside(shard: Shard) -> str:
+    return shard.location.removesuffix(".tar") + ".parquet"
+
+
 def _from_parquet(shard: Shard, names: set[str] | None, most: int | None) -> "pa.Table | None":
     """The fields of the parquet beside the tar, without the rows of failed downloads; None if there is no such file."""
     import pyarrow as pa
 
-    location = shard.location.removesuffix(".tar") + ".parquet"
+    location = _parquet_beside(shard)
     try:
         rows = _successes(location, names)
         if rows is None:
@@ -197,7 +220,7 @@ def _target(type_: "pa.DataType") -> "pa.DataType | None":
     if is_.is_dictionary(type_):
         return _target(type_.value_type)
     if is_.is_integer(type_):
-        return pa.float64() if type_ == pa.uint64() else pa.int64()
+        return type_ if type_ == pa.uint64() else pa.int64()
     if is_.is_floating(type_) or is_.is_decimal(type_):
         return pa.float64()
     if is_.is_string(type_) or is_.is_large_string(type_) or is_.is_string_view(type_):

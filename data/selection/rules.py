@@ -6,9 +6,10 @@ import shlex
 from dataclasses import dataclass
 
 from data.storage.locations import join, open_location, split
+from data.storage.shards import INDEX
 
 # Enters the digest: a change of what the rules mean makes new selections.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,17 @@ class Rules:
 def selection_location(shards: str, digest: str) -> str:
     """Where the selection of some rules lies: beside the index of the shards, a folder or the .json of an index.
 
+    The name of an index that is not index.json is part of it, for several may lie in one folder.
     Raises: ValueError if the shards are given in another way.
     """
-    folder = split(shards)[0] if shards.endswith(".json") else shards
+    folder, name = split(shards) if shards.endswith(".json") else (shards, INDEX)
     if folder.endswith((".tar", ".txt")) or "{" in folder:
         raise ValueError(
             f"'{shards}': samples are chosen where shards are given as a folder or an index: run "
             f"`python -m data.index shards={shlex.quote(shards)} out=FILE.json`, then give data.shards=FILE.json"
         )
-    return join(folder, f"selection-{digest[:16]}.safetensors")
+    of = "" if name == INDEX else f"{name.removesuffix('.json')}-"
+    return join(folder, f"selection-{of}{digest[:16]}.safetensors")
 
 
 def _contents(location: str) -> str:

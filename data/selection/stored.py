@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.selection.fields import state_of
 from data.storage.locations import is_remote, open_location, size_of, write_whole
 from data.storage.shards import Shard
 
@@ -39,6 +40,7 @@ class Chosen:
 
     bitmaps: packed, of the chosen and of the held rows.  took, missing: for each rule the rows that it took, and those
     of them that a missing field decided (of a list: those that could not be compared, which it did not take).
+    state: of the files that were read, before they were (state_of); a finished selection does not hold it.
     """
 
     samples: int
@@ -47,6 +49,7 @@ class Chosen:
     marks: tuple[int, int]
     took: list[int]
     missing: list[int]
+    state: str = ""
 
     @staticmethod
     def of(chosen: np.ndarray, held: np.ndarray, took: list[int], missing: list[int]) -> "Chosen":
@@ -97,11 +100,16 @@ class Receipt:
 
 
 def write_selection(
-    location: str, rules: str, texts: Sequence[str], shards: Sequence[Shard], chosen: Sequence[Chosen]
+    location: str,
+    rules: str,
+    texts: Sequence[str],
+    shards: Sequence[Shard],
+    chosen: Sequence[Chosen],
+    unfinished: bool = False,
 ) -> int:
     """Write a selection; it appears whole or not at all. Returns its bytes.
 
-    rules: the digest of Rules.  texts: each of them in words.
+    rules: the digest of Rules.  texts: each of them in words.  unfinished: it is for read_chosen.
     Raises: OSError.
     """
     from safetensors.numpy import save
@@ -117,7 +125,8 @@ def write_selection(
         "marks": [c.marks for c in chosen],
     }
     tensors = {name: np.array(value, TENSORS[name]).reshape(n, -1) for name, value in arrays.items()}
-    about = json.dumps({"rules": rules, "texts": list(texts), "shards": [shard.name for shard in shards]})
+    facts = {"rules": rules, "texts": list(texts), "shards": [shard.name for shard in shards]}
+    about = json.dumps(facts | ({"states": [c.state for c in chosen]} if unfinished else {}))
     tensors["head"] = np.frombuffer(_head_digest(about, tensors), "u1")
     tensors["rows"] = np.frombuffer(b"".join(b for c in chosen for b in c.bitmaps), "u1")
     # With a second entry of text the order of the two, and so the file, would be another each time.
@@ -129,12 +138,14 @@ def write_selection(
 def read_chosen(location: str, rules: str, shards: Sequence[Shard]) -> dict[str, Chosen]:
     """What an interrupted run has chosen of these shards by the same rules, by their names.
 
-    Nothing if there is no such file, or it is damaged.  Raises: OSError.
+    Without the shards whose tar or parquet was written again since it was read. Nothing if there is no such file, or
+    it is damaged.  Raises: OSError.
     """
     try:
         about, tensors, start = _read_head(location)
         if about["rules"] != rules:
             return {}
+        names, states = about["shards"], about["states"]
         with open_location(location) as file:
             file.seek(start)
             rows = file.read()
@@ -142,13 +153,14 @@ def read_chosen(location: str, rules: str, shards: Sequence[Shard]) -> dict[str,
         return {}
     by_name = {shard.name: shard for shard in shards}
     ends, found = np.cumsum(tensors["sizes"].ravel(), dtype=np.int64).reshape(-1, 2).tolist(), {}
-    for i, name in enumerate(about["shards"]):
+    for i, (name, state) in enumerate(zip(names, states, strict=True)):
         shard, samples = by_name.get(name), int(tensors["samples"][i, 0])
-        if shard and (shard.digest, shard.count) == (tensors["digests"][i].tobytes().hex(), samples):
+        known = tensors["digests"][i].tobytes().hex(), samples, state
+        if shard and (shard.digest, shard.count, state_of(shard)) == known:
             lists = [tensors[name][i].tolist() for name in ("counts", "sizes", "marks", "took", "missing")]
             counts, sizes, marks, took, missing = lists
             one, other = (rows[end - size : end] for end, size in zip(ends[i], sizes, strict=True))
-            found[name] = Chosen(samples, tuple(counts), (one, other), tuple(marks), took, missing)
+            found[name] = Chosen(samples, tuple(counts), (one, other), tuple(marks), took, missing, state)
     return found
 
 
@@ -250,6 +262,8 @@ def _read_head(location: str) -> tuple[dict[str, Any], dict[str, np.ndarray], in
             raise ValueError("it has no header")
         header = json.loads(file.read(length))
         about, data = json.loads(header["__metadata__"]["about"]), 8 + length
+        if not isinstance(about["rules"], str):
+            raise ValueError("its rules are no text")
         n, rules = len(about["shards"]), len(about["texts"])
         if not all(isinstance(text, str) for text in (*about["shards"], *about["texts"])):
             raise ValueError("its names are no texts")

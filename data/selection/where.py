@@ -139,7 +139,7 @@ class Where:
             raise self._fault(str(error)) from None
         except RecursionError:
             raise self._fault("it is nested too deeply") from None
-        column = value.column.cast(type_)
+        column = value.column.cast(type_, safe=False)
         if isinstance(column, pa.Scalar):
             column = pa.array([column.as_py()] * table.num_rows, type_)
         return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -245,7 +245,7 @@ class _Evaluation:
 
     def _binop(self, node: ast.BinOp) -> Value:
         # As floating point: whole numbers could overflow.
-        left, right = (self._as(NUMBER, part).cast(self.pa.float64(), safe=False) for part in (node.left, node.right))
+        left, right = (self._floating(self._as(NUMBER, part)) for part in (node.left, node.right))
         return Value(NUMBER, self._known(getattr(self.pc, ARITHMETIC[type(node.op)])(left, right)))
 
     def _compare(self, node: ast.Compare) -> Value:
@@ -267,7 +267,7 @@ class _Evaluation:
             raise _Refused(f"`{_source(node)}` compares a {a} with a {b}")
         if not a or not b:  # no sample has a value
             return self._unknown()
-        return getattr(self.pc, COMPARISONS[type(op)])(x, y)
+        return getattr(self.pc, COMPARISONS[type(op)])(*self._alike(x, y))
 
     def _is_in(self, node: ast.Compare, left: ast.expr, right: ast.expr) -> Any:
         """Whether a value is one of a list, or a text is part of another."""
@@ -276,7 +276,8 @@ class _Evaluation:
             values = [self.of(element) for element in right.elts]
             if any(value.kind != kind for value in values) and kind:
                 raise _Refused(f"`{_source(node)}` looks for a {kind} among others")
-            hits = [self.pc.equal(column, value.column) for value in values] if kind else [self._unknown()]
+            hits = [self.pc.equal(*self._alike(column, value.column)) for value in values] if kind else []
+            hits = hits or [self._unknown()]
             found = hits[0]
             for hit in hits[1:]:
                 found = self.pc.or_kleene(found, hit)
@@ -307,10 +308,13 @@ class _Evaluation:
         if name == "abs":
             return Value(NUMBER, self.pc.abs(self._as(NUMBER, node.args[0])))
         element_wise = self.pc.min_element_wise if name == "min" else self.pc.max_element_wise
-        return Value(NUMBER, element_wise(*(self._as(NUMBER, part) for part in node.args), skip_nulls=False))
+        numbers = self._alike(*(self._as(NUMBER, part) for part in node.args))
+        return Value(NUMBER, element_wise(*numbers, skip_nulls=False))
 
     def _field(self, name: str) -> Value:
         column = self.table[name]
+        if column.type == self.pa.uint64():  # beside int64 neither could hold both
+            column = self._floating(column)
         return Value(kind_of(column.type), column)
 
     def _as(self, kind: str, node: ast.AST) -> Any:
@@ -320,6 +324,15 @@ class _Evaluation:
             raise _Refused(f"`{_source(node)}` is a {value.kind}, where a {kind} is needed")
         types = {NUMBER: self.pa.float64(), TEXT: self.pa.string(), TRUTH: self.pa.bool_()}
         return value.column if value.kind else value.column.cast(types[kind])
+
+    def _alike(self, *columns: Any) -> list[Any]:
+        """Floating point where one is: Arrow alone refuses whole numbers beside it that are not exact in it."""
+        if not any(self.pa.types.is_floating(column.type) for column in columns):
+            return list(columns)
+        return [self._floating(c) if self.pa.types.is_integer(c.type) else c for c in columns]
+
+    def _floating(self, column: Any) -> Any:
+        return column.cast(self.pa.float64(), safe=False)
 
     def _unknown(self) -> Any:
         return self.pa.nulls(self.table.num_rows, self.pa.bool_())
