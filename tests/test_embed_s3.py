@@ -15,6 +15,7 @@ from data.storage.claims import STALE_AFTER
 from data.storage.locations import exists, file_size, list_names, read_bytes, whole_file, write_whole
 from data.storage.object_claims import claim_object
 from data.storage.s3_objects import facts, put_if, remove
+from data.text import embedding_job
 from data.text.meta import check_sidecars
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from tests.test_embed import contents, start, write_shards
@@ -117,6 +118,14 @@ def test_what_cannot_be_written_is_one_line_and_nothing_is_half_there(t5, tmp_pa
     s3_server.read_only = ""
     embed.main(arguments(shards, out, t5))
     embed.main(arguments(shards, out, t5, mode="check"))
+
+
+def test_a_bucket_that_does_not_exist_is_one_line(t5, tmp_path, s3_server, monkeypatch, capsys):
+    monkeypatch.setattr(embedding_job, "POLL_SECONDS", -1.0)  # nothing is waited for
+    with pytest.raises(SystemExit):
+        embed.main(arguments(write_shards(tmp_path / "shards", 1, 2), "s3://no-such-bucket/text", t5))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: s3://") and "bucket does not exist" in error
 
 
 def test_a_large_object_comes_in_parts_and_a_failed_one_not_at_all(s3_server):

@@ -11,8 +11,9 @@ from data.storage.clients import S3_TRIES, s3_client, s3_reason, split_s3
 logger = logging.getLogger(__name__)
 
 NOT_THERE, NOT_IMPLEMENTED = (404,), (501,)
-# The answers to a conditional write whose condition does not hold; 404 if the object is gone.
-REFUSED = (404, 409, 412)
+# The answers to a conditional write whose condition does not hold. With an ETag also 404, since the object may be gone;
+# without one that means that there is no such bucket.
+REFUSED = (409, 412)
 
 
 class Facts(NamedTuple):
@@ -54,9 +55,9 @@ def put_if(location: str, data: bytes, etag: str = "") -> str:
     Returns: the new ETag, '' if the condition did not hold.
     Raises: OSError.
     """
-    condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+    condition, refused = ({"IfMatch": etag}, REFUSED + NOT_THERE) if etag else ({"IfNoneMatch": "*"}, REFUSED)
     try:
-        return _call(location, "put_object", REFUSED, Body=data, **condition).get("ETag", "")
+        return _call(location, "put_object", refused, Body=data, **condition).get("ETag", "")
     except NotImplementedError:
         logger.warning("%s: this storage has no conditional writes: let one process at a time write here", location)
         return _call(location, "put_object", Body=data)["ETag"]
@@ -87,7 +88,7 @@ def _call(location: str, name: str, ignored: tuple[int, ...] = (), **arguments: 
         if status in NOT_IMPLEMENTED:
             raise NotImplementedError from None
         if status in NOT_THERE:
-            raise FileNotFoundError(f"{location} is not there (status {status})") from None
+            raise FileNotFoundError(f"{location} is not there: {s3_reason(error)}") from None
         raise OSError(f"{location}: {s3_reason(error)}") from None
     except BotoCoreError as error:
         raise OSError(f"{location}: {s3_reason(error)}") from None
