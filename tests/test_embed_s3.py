@@ -107,6 +107,31 @@ def test_an_answer_that_came_too_late_leaves_no_claim_of_nobody(s3_server, monke
         assert held.is_held()
 
 
+def test_a_renewal_whose_answer_was_lost_is_still_of_its_holder(s3_server, monkeypatch):
+    lose: list[str] = []
+
+    class Losing(s3_server.RequestHandlerClass):
+        def do_PUT(self):
+            status, headers, body = self.hand_on()
+            self.answer(int(lose.pop()) if lose else status, headers, body)
+
+    s3_server.RequestHandlerClass = Losing
+    monkeypatch.setattr(object_claims, "RENEW_EVERY", 0.0)
+    where, file = f"{s3_server.where}/0.tar", f"{s3_server.where}/0.tar.claim"
+    with claim_object(where) as held:
+        lose.append("500")
+        held.renew()  # written, answered 500, sent again, refused
+        assert not lose and read_bytes(file).endswith(b" 1")
+        held.renew()
+        assert read_bytes(file).endswith(b" 2")
+    monkeypatch.setattr(object_claims, "STALE_AFTER", -1.0)
+    write_whole(file, b"elsewhere-1-abc")
+    put_if_there = object_claims.put_if
+    monkeypatch.setattr(object_claims, "put_if", lambda *a: lose.extend(["500"] * (len(a) > 2)) or put_if_there(*a))
+    with claim_object(where) as heir:
+        assert heir.is_held(), "it took the claim over, though the answer was lost"
+
+
 def test_what_cannot_be_written_is_one_line_and_nothing_is_half_there(t5, tmp_path, s3_server, capsys):
     shards, out = write_shards(tmp_path / "shards", 2, 9), f"{s3_server.where}/text"
     s3_server.read_only = "00001.tar"
