@@ -339,6 +339,16 @@ def test_pictures_on_the_right_of_a_sheet_are_those_that_rules_took(folder, tmp_
     assert (shown == taken.pixels.transpose(1, 2, 0).repeat(2, 0).repeat(2, 1)).all()
 
 
+def test_rules_where_no_picture_can_be_shown(tmp_path):
+    rows = [(f"{n}", {"jpg": b"no picture", "txt": b"c", "json": json.dumps(facts(n)).encode()}) for n in range(5)]
+    write_shard(tmp_path / "shards" / "00000.tar", rows)
+    for where in ("score > 0.02", "score > 2"):
+        inspect(Inspect(str(tmp_path / "shards"), str(tmp_path / "r.html"), where=where, workers=1))
+        page = Page((tmp_path / "r.html").read_text())
+        assert "What the network sees" in page.words and "5 of 5" in page.words
+        assert "img" not in {tag for tag, _ in page.tags}
+
+
 def test_real_pictures_of_which_many_are_alike(shared, tmp_path):
     """Fluent's people: a man and a person of one trade, drawn alike."""
     (tmp_path / "shards").mkdir()
