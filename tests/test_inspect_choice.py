@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -347,6 +348,15 @@ def test_rules_where_no_picture_can_be_shown(tmp_path):
         page = Page((tmp_path / "r.html").read_text())
         assert "What the network sees" in page.words and "5 of 5" in page.words
         assert "img" not in {tag for tag, _ in page.tags}
+
+
+def test_the_list_of_near_duplicates_is_named_safely_for_a_page_and_a_shell(folder, tmp_path, capsys):
+    out = tmp_path / "<b onclick=x>'a & b" / "r.html"
+    inspect(Inspect(str(folder), str(out), samples=0, workers=1))
+    page, named = Page(out.read_text()), str(out.with_name("r-near-duplicates.csv"))
+    assert "b" not in {tag for tag, attributes in page.tags if attributes} and f"{named} lists them" in page.words
+    said = capsys.readouterr().out.split("lists them: ")[1].split(" keeps the first")[0]
+    assert shlex.split(said) == [f"drop={named}"]
 
 
 def test_real_pictures_of_which_many_are_alike(shared, tmp_path):

@@ -223,7 +223,7 @@ def _duplicates(findings: Findings) -> str:
     more = sum(len(group) - 1 for group in groups)
     lines = [
         f"{more:,} of the {looked} are near duplicates of another one, in {len(groups):,} groups. "
-        f"{findings.duplicate_list}"
+        f"{safe(findings.duplicate_list, 4000)}"
     ]
     if findings.choice and (held := findings.choice.held):
         taken = findings.choice.looked_at.taken
