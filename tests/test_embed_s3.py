@@ -79,10 +79,10 @@ def test_processes_share_the_shards_of_a_bucket_and_outlive_a_killed_one(t5, tmp
     assert objects(out) == contents(tmp_path / "alone")
 
 
-def test_a_claim_is_of_one_and_passes_on_when_its_holder_is_gone(s3_server, monkeypatch):
+def test_a_claim_is_of_one_and_passes_on_when_its_holder_is_gone(s3_server, monkeypatch, caplog):
     where, file = f"{s3_server.where}/0.tar", f"{s3_server.where}/0.tar.claim"
     with claim_object(where) as held:
-        assert held.is_held() and claim_object(where) is None
+        assert held.is_held() and claim_object(where) is None and not caplog.records
         before = facts(file).etag
         held.renew()
         assert facts(file).etag == before, "no request more often than needed"
@@ -130,6 +130,26 @@ def test_a_renewal_whose_answer_was_lost_is_still_of_its_holder(s3_server, monke
     monkeypatch.setattr(object_claims, "put_if", lambda *a: lose.extend(["500"] * (len(a) > 2)) or put_if_there(*a))
     with claim_object(where) as heir:
         assert heir.is_held(), "it took the claim over, though the answer was lost"
+
+
+@pytest.mark.parametrize("status", [0, 501])
+def test_a_storage_without_conditional_writes_is_named_once(s3_server, caplog, status):
+    asked: list[str] = []
+
+    class Unconditional(s3_server.RequestHandlerClass):
+        def do_PUT(self):
+            asked.append(self.headers.get("If-None-Match", ""))
+            if asked[-1]:
+                del self.headers["If-None-Match"]
+            status_, headers, body = self.hand_on()
+            self.answer(*((status, {}, b"") if asked[-1] and status else (status_, headers, body)))
+
+    s3_server.RequestHandlerClass = Unconditional
+    for number in range(2):
+        with claim_object(f"{s3_server.where}/{number}.tar") as held:
+            assert held.is_held()
+    assert caplog.text.count("no conditional writes: let one process at a time write") == 1
+    assert asked == (["*", "", "*", ""] if status else ["*"] * 3)
 
 
 def test_what_cannot_be_written_is_one_line_and_nothing_is_half_there(t5, tmp_path, s3_server, capsys):
