@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -130,6 +132,24 @@ def test_a_renewal_whose_answer_was_lost_is_still_of_its_holder(s3_server, monke
     monkeypatch.setattr(object_claims, "put_if", lambda *a: lose.extend(["500"] * (len(a) > 2)) or put_if_there(*a))
     with claim_object(where) as heir:
         assert heir.is_held(), "it took the claim over, though the answer was lost"
+
+
+DIES = """
+import os, sys
+from data.storage.object_claims import claim_object
+held = claim_object(sys.argv[1])
+held.aside.write_bytes(b"half")
+print(held.aside, flush=True)
+os._exit(1)
+"""
+
+
+def test_what_a_killed_process_left_in_tmpdir_is_removed_by_its_heir(s3_server):
+    where = f"{s3_server.where}/0.tar"
+    part = Path(subprocess.run([sys.executable, "-c", DIES, where], stdout=subprocess.PIPE, text=True).stdout.strip())
+    assert part.read_bytes() == b"half"
+    with claim_object(where) as heir:
+        assert heir.is_held() and not part.exists() and heir.aside.parent == part.parent
 
 
 @pytest.mark.parametrize("status", [0, 501])

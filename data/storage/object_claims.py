@@ -22,7 +22,7 @@ class ObjectClaim:
     def __init__(self, location: str, holder: str, etag: str) -> None:
         self._object, self._holder, self._etag, self._times = _claim_of(location), holder, etag, 0
         self._renewed = time.monotonic()
-        self.aside = Path(tempfile.gettempdir()) / f"{split(location)[1]}.{holder}.part"
+        self.aside = _aside(location, holder)
 
     def __enter__(self) -> "ObjectClaim":
         return self
@@ -74,6 +74,8 @@ def claim_object(location: str) -> ObjectClaim | None:
         return None
     # Of several processes that find it stale one succeeds: then it has another ETag.
     etag = _replace(where, holder, holder, found.etag)
+    if etag and is_dead(before):
+        _aside(location, before).unlink(missing_ok=True)
     return ObjectClaim(location, holder, etag) if etag else None
 
 
@@ -90,6 +92,10 @@ def _replace(where: str, holder: str, content: str, etag: str) -> str:
 
 def _claim_of(location: str) -> str:
     return f"{location}.claim"
+
+
+def _aside(location: str, holder: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"{split(location)[1]}.{holder}.part"
 
 
 def _holder(where: str) -> str:
