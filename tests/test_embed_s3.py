@@ -13,7 +13,7 @@ import pytest
 from data import embed
 from data.index import Index, index
 from data.storage import clients, object_claims
-from data.storage.claims import STALE_AFTER
+from data.storage.claims import STALE_AFTER, is_dead, new_holder
 from data.storage.locations import exists, file_size, list_names, read_bytes, whole_file, write_whole
 from data.storage.object_claims import claim_object
 from data.storage.s3_objects import facts, put_if, remove
@@ -22,6 +22,7 @@ from data.text.meta import check_sidecars
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from tests.test_embed import contents, start, write_shards
 
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 pytest_plugins = ["tests.support.faulty_server"]
 
 
@@ -150,6 +151,16 @@ def test_what_a_killed_process_left_in_tmpdir_is_removed_by_its_heir(s3_server):
     assert part.read_bytes() == b"half"
     with claim_object(where) as heir:
         assert heir.is_held() and not part.exists() and heir.aside.parent == part.parent
+
+
+@pytest.mark.skipif(not BOOT.exists(), reason="needs Linux")
+def test_only_a_process_of_this_boot_and_container_is_known_to_be_dead():
+    name = [sys.executable, "-c", "from data.storage.claims import new_holder; print(new_holder())"]
+    dead = subprocess.run(name, stdout=subprocess.PIPE, text=True).stdout.strip()
+    assert is_dead(dead) and not is_dead(new_holder())
+    boot, container = BOOT.read_text()[:8], str(os.stat("/proc/self/ns/pid").st_ino)
+    for other in (dead.replace(boot, "0badb007"), dead.replace(container, "1"), f"{dead}/../x", "", "\0"):
+        assert other != dead and not is_dead(other), other
 
 
 @pytest.mark.parametrize("status", [0, 501])
