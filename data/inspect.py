@@ -5,6 +5,7 @@ from csv import writer
 from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def _write_duplicates(found: Findings, out: Path, drop: list[str]) -> str:
     text = StringIO()
     writer(text, lineterminator="\n").writerows([("key", GROUP), *rows])
     write_whole(str(path), text.getvalue().encode())
-    return f"{path} lists them: drop={path} keeps the first of each group, which has the most pixels."
+    return f"{path} lists them: {quote(f'drop={path}')} keeps the first of each group, which has the most pixels."
 
 
 def _bytes(shards: list[Shard]) -> int:

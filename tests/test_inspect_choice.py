@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -337,6 +338,25 @@ def test_pictures_on_the_right_of_a_sheet_are_those_that_rules_took(folder, tmp_
     taken = next(tile for tile in found.tiles if tile.taken)
     shown = sheet[10:138, 10 + 4 * step :][:, :128]
     assert (shown == taken.pixels.transpose(1, 2, 0).repeat(2, 0).repeat(2, 1)).all()
+
+
+def test_rules_where_no_picture_can_be_shown(tmp_path):
+    rows = [(f"{n}", {"jpg": b"no picture", "txt": b"c", "json": json.dumps(facts(n)).encode()}) for n in range(5)]
+    write_shard(tmp_path / "shards" / "00000.tar", rows)
+    for where in ("score > 0.02", "score > 2"):
+        inspect(Inspect(str(tmp_path / "shards"), str(tmp_path / "r.html"), where=where, workers=1))
+        page = Page((tmp_path / "r.html").read_text())
+        assert "What the network sees" in page.words and "5 of 5" in page.words
+        assert "img" not in {tag for tag, _ in page.tags}
+
+
+def test_the_list_of_near_duplicates_is_named_safely_for_a_page_and_a_shell(folder, tmp_path, capsys):
+    out = tmp_path / "<b onclick=x>'a & b" / "r.html"
+    inspect(Inspect(str(folder), str(out), samples=0, workers=1))
+    page, named = Page(out.read_text()), str(out.with_name("r-near-duplicates.csv"))
+    assert "b" not in {tag for tag, attributes in page.tags if attributes} and f"{named} lists them" in page.words
+    said = capsys.readouterr().out.split("lists them: ")[1].split(" keeps the first")[0]
+    assert shlex.split(said) == [f"drop={named}"]
 
 
 def test_real_pictures_of_which_many_are_alike(shared, tmp_path):

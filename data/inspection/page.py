@@ -142,12 +142,12 @@ def _sheet(findings: Findings, image_size: int) -> str:
     groups = [("chosen", [tile for tile in findings.tiles if not tile.taken])]
     for number, rule in enumerate(rules, 1):
         groups.append((rule.text, [tile for tile in findings.tiles if tile.taken == number]))
-    chosen, *taken = (
+    sheets = [
         f'<h3>{safe(name)}</h3><div class="sheet">{"".join(map(_figure, tiles))}</div>'
         for name, tiles in groups
         if tiles
-    )
-    return f'{title}<div class="beside"><div>{chosen}</div><div>{"".join(taken)}</div></div>\n'
+    ]
+    return f'{title}<div class="beside"><div>{"".join(sheets[:1])}</div><div>{"".join(sheets[1:])}</div></div>\n'
 
 
 def _figure(tile: Tile) -> str:
@@ -223,7 +223,7 @@ def _duplicates(findings: Findings) -> str:
     more = sum(len(group) - 1 for group in groups)
     lines = [
         f"{more:,} of the {looked} are near duplicates of another one, in {len(groups):,} groups. "
-        f"{findings.duplicate_list}"
+        f"{safe(findings.duplicate_list, 4000)}"
     ]
     if findings.choice and (held := findings.choice.held):
         taken = findings.choice.looked_at.taken

@@ -2,9 +2,11 @@
 
 import glob
 import os
+import re
 import socket
 import uuid
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 # Seconds without renewal after which a claim is taken for that of a dead process. On the same machine a dead process
@@ -60,13 +62,26 @@ def claim(path: Path) -> Claim | None:
 
 def new_holder() -> str:
     """A name for this process as the holder of one claim, which no other has."""
-    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return f"{_processes()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def is_dead(holder: str) -> bool:
     """Whether a holder was a process of this machine that is there no more."""
-    host, _, pid = holder.rpartition("-")[0].rpartition("-")
-    return host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid))
+    pid = re.fullmatch(re.escape(_processes()) + r"-([0-9]{1,9})-[0-9a-f]{8}", holder)
+    return pid is not None and not _is_alive(int(pid[1]))
+
+
+@cache
+def _processes() -> str:
+    """Where the id of a process means the same process: the host, its present boot, and the container.
+
+    The name of the host does not tell, since containers on several machines often have one name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        return f"{socket.gethostname()}-{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return socket.gethostname()
 
 
 def _claim_file(path: Path) -> Path:

@@ -22,7 +22,7 @@ class ObjectClaim:
     def __init__(self, location: str, holder: str, etag: str) -> None:
         self._object, self._holder, self._etag, self._times = _claim_of(location), holder, etag, 0
         self._renewed = time.monotonic()
-        self.aside = Path(tempfile.gettempdir()) / f"{split(location)[1]}.{holder}.part"
+        self.aside = _aside(location, holder)
 
     def __enter__(self) -> "ObjectClaim":
         return self
@@ -45,7 +45,7 @@ class ObjectClaim:
             return
         # Another content each time, so that who takes it for stale at this moment does not get it.
         self._times, self._renewed = self._times + 1, time.monotonic()
-        self._etag = put_if(self._object, f"{self._holder} {self._times}".encode(), self._etag or "lost")
+        self._etag = _replace(self._object, self._holder, f"{self._holder} {self._times}", self._etag or "lost")
 
 
 def claim_location(location: str) -> "Claim | ObjectClaim | None":
@@ -73,12 +73,29 @@ def claim_object(location: str) -> ObjectClaim | None:
     if not is_dead(before) and found.age <= STALE_AFTER:
         return None
     # Of several processes that find it stale one succeeds: then it has another ETag.
-    etag = put_if(where, holder.encode(), found.etag)
+    etag = _replace(where, holder, holder, found.etag)
+    if etag and is_dead(before):
+        _aside(location, before).unlink(missing_ok=True)
     return ObjectClaim(location, holder, etag) if etag else None
+
+
+def _replace(where: str, holder: str, content: str, etag: str) -> str:
+    """Write this holder's claim if the one there has this ETag. Returns: the new ETag, '' if another holds it."""
+    if new := put_if(where, content.encode(), etag):
+        return new
+    try:  # if the answer was lost, the request was sent again, and refused because of the first
+        found = facts(where)
+        return found.etag if _holder(where) == holder else ""
+    except FileNotFoundError:
+        return ""
 
 
 def _claim_of(location: str) -> str:
     return f"{location}.claim"
+
+
+def _aside(location: str, holder: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"{split(location)[1]}.{holder}.part"
 
 
 def _holder(where: str) -> str:

@@ -3,6 +3,7 @@
 import logging
 import os
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,11 @@ from data.storage.clients import S3_TRIES, s3_client, s3_reason, split_s3
 logger = logging.getLogger(__name__)
 
 NOT_THERE, NOT_IMPLEMENTED = (404,), (501,)
-# The answers to a conditional write whose condition does not hold; 404 if the object is gone.
-REFUSED = (404, 409, 412)
+# The answers to a conditional write whose condition does not hold. With an ETag also 404, since the object may be gone;
+# without one that means that there is no such bucket.
+REFUSED = (409, 412)
+# Buckets in which this process has seen what a condition does.
+_tried: set[str] = set()
 
 
 class Facts(NamedTuple):
@@ -51,15 +55,25 @@ def upload(file: Path, location: str) -> None:
 def put_if(location: str, data: bytes, etag: str = "") -> str:
     """Store an object if there is none, or if the one there has this ETag.
 
+    A storage that knows no conditions is named in a warning, once. The first object that is new in a bucket is put
+    twice, which tells those that ignore a condition.
     Returns: the new ETag, '' if the condition did not hold.
     Raises: OSError.
     """
-    condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+    bucket = split_s3(location)[0]
     try:
-        return _call(location, "put_object", REFUSED, Body=data, **condition).get("ETag", "")
+        if etag:
+            return _put(location, data, REFUSED + NOT_THERE, IfMatch=etag)
+        new = _put(location, data, REFUSED, IfNoneMatch="*")
+        if not new or bucket in _tried:
+            return new
+        _tried.add(bucket)
+        if again := _put(location, data, REFUSED, IfNoneMatch="*"):
+            _warn_of_no_conditions(bucket)
+        return again or new
     except NotImplementedError:
-        logger.warning("%s: this storage has no conditional writes: let one process at a time write here", location)
-        return _call(location, "put_object", Body=data)["ETag"]
+        _warn_of_no_conditions(bucket)
+        return _put(location, data, ())
 
 
 def remove(location: str) -> None:
@@ -68,6 +82,15 @@ def remove(location: str) -> None:
     Raises: OSError.
     """
     _call(location, "delete_object", NOT_THERE)
+
+
+def _put(location: str, data: bytes, refused: tuple[int, ...], **condition: str) -> str:
+    return _call(location, "put_object", refused, Body=data, **condition).get("ETag", "")
+
+
+@cache
+def _warn_of_no_conditions(bucket: str) -> None:
+    logger.warning("s3://%s: this storage has no conditional writes: let one process at a time write here", bucket)
 
 
 def _call(location: str, name: str, ignored: tuple[int, ...] = (), **arguments: Any) -> dict[str, Any]:
@@ -87,7 +110,7 @@ def _call(location: str, name: str, ignored: tuple[int, ...] = (), **arguments: 
         if status in NOT_IMPLEMENTED:
             raise NotImplementedError from None
         if status in NOT_THERE:
-            raise FileNotFoundError(f"{location} is not there (status {status})") from None
+            raise FileNotFoundError(f"{location} is not there: {s3_reason(error)}") from None
         raise OSError(f"{location}: {s3_reason(error)}") from None
     except BotoCoreError as error:
         raise OSError(f"{location}: {s3_reason(error)}") from None
