@@ -36,15 +36,19 @@ def parquet(path: Path, table: dict[str, list], group: int = 3) -> Path:
     return path
 
 
-def saved(folder: Path, *tables: dict[str, list], batch: int = 3) -> Path:
-    """A dataset in the form of save_to_disk: streams of batches, and a state.json that names them."""
-    folder.mkdir(parents=True)
-    names = [f"data-{i:05d}-of-{len(tables):05d}.arrow" for i in range(len(tables))]
+def saved(folder: Path, *tables: dict[str, list], batch: int = 3, first: int = 0) -> Path:
+    """A dataset in the form of save_to_disk: streams of batches, and a state.json that names them.
+
+    first: how many files there are before these.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"data-{first + i:05d}.arrow" for i in range(len(tables))]
     for name, table in zip(names, tables, strict=True):
         made = pa.table(table)
         with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, made.schema) as stream:
             stream.write_table(made, max_chunksize=batch)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    listed = [{"filename": path.name} for path in sorted(folder.glob("*.arrow"))]
+    (folder / "state.json").write_text(json.dumps({"_data_files": listed}))
     (folder / "dataset_info.json").write_text("{}")
     return folder
 
@@ -88,6 +92,27 @@ def test_a_folder_of_parquet_is_one_dataset_and_a_pattern_takes_some(tmp_path: P
     assert "neither a folder nor" in refused(hub / "data/valid-*.parquet", tmp_path / "none", capsys)
 
 
+def test_another_file_leaves_the_rows_of_the_first(tmp_path: Path, capsys: Capture) -> None:
+    def grow(source: Path, out: Path) -> None:
+        run(source, out, 4)
+        before = times(out)
+        capsys.readouterr()
+        parquet(tmp_path / "hub/b.parquet", rows(4, 4))
+        if source.name == "saved":
+            saved(source, rows(4, 4), first=1)
+        run(source, out, 4)
+        assert "4 pictures added: shard 00001 new" in capsys.readouterr().out
+        assert times(out)["00000.tar"] == before["00000.tar"]
+
+    parquet(tmp_path / "hub/a.parquet", rows(0, 4))
+    grow(tmp_path / "hub", tmp_path / "folder")
+    (tmp_path / "hub/b.parquet").unlink()
+    grow(tmp_path / "hub/*.parquet", tmp_path / "pattern")
+    grow(saved(tmp_path / "saved", rows(0, 4)), tmp_path / "arrow")
+    run(tmp_path / "hub/a.parquet", tmp_path / "one")
+    assert [fact["url"] for fact in facts(tmp_path / "one")] == [f"row {i}" for i in range(4)]
+
+
 def test_pictures_and_shards_are_not_taken_for_a_folder_of_parquet(tmp_path: Path, capsys: Capture) -> None:
     put(tmp_path / "mixed", "a.jpg", picture("red"), "by its file")
     parquet(tmp_path / "mixed/t.parquet", rows(0, 2))
@@ -107,7 +132,7 @@ def test_what_save_to_disk_wrote(tmp_path: Path, capsys: Capture) -> None:
     assert captions(out) == [f"caption {i}" for i in range(12)]
     assert [fact["score"] for fact in facts(out)] == [i / 8 for i in range(12)]
     assert samples(out)[7][1]["jpg"] == picture("yellow", size=(47, 30))
-    assert facts(out)[8]["url"] == "data-00001-of-00002.arrow row 1"
+    assert facts(out)[8]["url"] == "data-00001.arrow row 1"
     before = times(out)
     run(source, out, 5)
     assert all(times(out)[name] == before[name] for name in before if name.endswith(".tar"))
@@ -122,7 +147,7 @@ def test_what_save_to_disk_wrote(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_damage_in_what_save_to_disk_wrote_is_one_line(tmp_path: Path, capsys: Capture) -> None:
-    file = saved(tmp_path / "saved", rows(0, 9)) / "data-00000-of-00001.arrow"
+    file = saved(tmp_path / "saved", rows(0, 9)) / "data-00000.arrow"
     data = file.read_bytes()
     where_captions_end = struct.pack("<4i", 0, 9, 18, 27)
     assert data.count(where_captions_end) == 3

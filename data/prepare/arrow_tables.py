@@ -20,8 +20,10 @@ STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 GROUPS = 2
 
 
-def list_parquet(files: Sequence[Path], folder: Path, rules: ImageRules, columns: Columns) -> list[Row]:
-    """The rows of .parquet files in their order. folder: by the paths from it rows of many files get their names.
+def list_parquet(files: Sequence[Path], folder: Path | None, rules: ImageRules, columns: Columns) -> list[Row]:
+    """The rows of .parquet files in their order.
+
+    folder: a row without a path is named by its file's path from here, and its number; None: by its number alone.
 
     Raises: ValueError if a file cannot be read or lacks a column; OSError.
     """
@@ -58,14 +60,15 @@ def is_saved(folder: Path) -> bool:
 
 
 def _list(
-    files: Sequence[Path], folder: Path, open_table: Callable[[Path], "_Table"], form: str, columns: Columns
+    files: Sequence[Path], folder: Path | None, open_table: Callable[[Path], "_Table"], form: str, columns: Columns
 ) -> list[Row]:
     # Imported here: it takes a while, and few sources need it.
     import pyarrow as pa
 
     rows: list[Row] = []
     for file in tqdm(files, desc="listing", unit="file", disable=len(files) < 2):
-        before = f"{file.relative_to(folder)} " if len(files) > 1 else ""
+        # Also where there is one file: another one may be added, and the rows of this one keep their names.
+        before = f"{file.relative_to(folder)} " if folder else ""
         try:
             rows += _rows(open_table(file), file, before, columns)
         except (pa.ArrowException, OSError) as error:
