@@ -72,7 +72,7 @@ class _Cells:
         cell = fields[self._place]
         if not self._numbers:
             return cell
-        return json.loads(cell) if cell.strip() else None
+        return json.loads(cell.strip()) if cell.strip() else None
 
 
 def _csv_fields(table: Path) -> Iterator[tuple[int, list[str], str]]:
