@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,15 +37,19 @@ def parquet(path: Path, table: dict[str, list], group: int = 3) -> Path:
     return path
 
 
-def saved(folder: Path, *tables: dict[str, list], batch: int = 3) -> Path:
-    """A dataset in the form of save_to_disk: streams of batches, and a state.json that names them."""
-    folder.mkdir(parents=True)
-    names = [f"data-{i:05d}-of-{len(tables):05d}.arrow" for i in range(len(tables))]
+def saved(folder: Path, *tables: dict[str, list], batch: int = 3, first: int = 0) -> Path:
+    """A dataset in the form of save_to_disk: streams of batches, and a state.json that names them.
+
+    first: how many files there are before these.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"data-{first + i:05d}.arrow" for i in range(len(tables))]
     for name, table in zip(names, tables, strict=True):
         made = pa.table(table)
         with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, made.schema) as stream:
             stream.write_table(made, max_chunksize=batch)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    listed = [{"filename": path.name} for path in sorted(folder.glob("*.arrow"))]
+    (folder / "state.json").write_text(json.dumps({"_data_files": listed}))
     (folder / "dataset_info.json").write_text("{}")
     return folder
 
@@ -88,6 +93,27 @@ def test_a_folder_of_parquet_is_one_dataset_and_a_pattern_takes_some(tmp_path: P
     assert "neither a folder nor" in refused(hub / "data/valid-*.parquet", tmp_path / "none", capsys)
 
 
+def test_another_file_leaves_the_rows_of_the_first(tmp_path: Path, capsys: Capture) -> None:
+    def grow(source: Path, out: Path) -> None:
+        run(source, out, 4)
+        before = times(out)
+        capsys.readouterr()
+        parquet(tmp_path / "hub/b.parquet", rows(4, 4))
+        if source.name == "saved":
+            saved(source, rows(4, 4), first=1)
+        run(source, out, 4)
+        assert "4 pictures added: shard 00001 new" in capsys.readouterr().out
+        assert times(out)["00000.tar"] == before["00000.tar"]
+
+    parquet(tmp_path / "hub/a.parquet", rows(0, 4))
+    grow(tmp_path / "hub", tmp_path / "folder")
+    (tmp_path / "hub/b.parquet").unlink()
+    grow(tmp_path / "hub/*.parquet", tmp_path / "pattern")
+    grow(saved(tmp_path / "saved", rows(0, 4)), tmp_path / "arrow")
+    run(tmp_path / "hub/a.parquet", tmp_path / "one")
+    assert [fact["url"] for fact in facts(tmp_path / "one")] == [f"row {i}" for i in range(4)]
+
+
 def test_pictures_and_shards_are_not_taken_for_a_folder_of_parquet(tmp_path: Path, capsys: Capture) -> None:
     put(tmp_path / "mixed", "a.jpg", picture("red"), "by its file")
     parquet(tmp_path / "mixed/t.parquet", rows(0, 2))
@@ -107,7 +133,7 @@ def test_what_save_to_disk_wrote(tmp_path: Path, capsys: Capture) -> None:
     assert captions(out) == [f"caption {i}" for i in range(12)]
     assert [fact["score"] for fact in facts(out)] == [i / 8 for i in range(12)]
     assert samples(out)[7][1]["jpg"] == picture("yellow", size=(47, 30))
-    assert facts(out)[8]["url"] == "data-00001-of-00002.arrow row 1"
+    assert facts(out)[8]["url"] == "data-00001.arrow row 1"
     before = times(out)
     run(source, out, 5)
     assert all(times(out)[name] == before[name] for name in before if name.endswith(".tar"))
@@ -117,12 +143,15 @@ def test_what_save_to_disk_wrote(tmp_path: Path, capsys: Capture) -> None:
     state = json.loads((source / "state.json").read_text())
     (source / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
     assert "save it again after flatten_indices()" in refused(source, tmp_path / "none", capsys)
-    (source / "state.json").write_text("[1]")
-    assert "is none of Hugging Face's datasets" in refused(source, tmp_path / "none", capsys)
+    for damaged in ("[1]", "[" * 100_000):
+        (source / "state.json").write_text(damaged)
+        assert "is none of Hugging Face's datasets" in refused(source, tmp_path / "none", capsys)
+    (source / "dataset_dict.json").write_text("[" * 100_000)
+    assert "holds splits (none that can be read)" in refused(source, tmp_path / "none", capsys)
 
 
 def test_damage_in_what_save_to_disk_wrote_is_one_line(tmp_path: Path, capsys: Capture) -> None:
-    file = saved(tmp_path / "saved", rows(0, 9)) / "data-00000-of-00001.arrow"
+    file = saved(tmp_path / "saved", rows(0, 9)) / "data-00000.arrow"
     data = file.read_bytes()
     where_captions_end = struct.pack("<4i", 0, 9, 18, 27)
     assert data.count(where_captions_end) == 3
@@ -163,6 +192,71 @@ def test_further_columns_go_into_key_json(tmp_path: Path, capsys: Capture) -> No
     assert [fact["similarity"] for fact in facts(tmp_path / "some")] == [0.4, 0.2]
 
 
+def bad_texts(*values: bytes) -> pa.Array:
+    """A column of texts with these bytes, UTF-8 or not."""
+    return pa.array(list(values), pa.binary()).view(pa.string())
+
+
+def odd() -> dict[str, pa.Array]:
+    """Columns of two rows whose first value Python cannot hold."""
+    return {
+        "note": bad_texts(b"fr\xfch", b"fine"),
+        "when": pa.array([1, 0], pa.timestamp("ns")),
+        "took": pa.array([1, 0], pa.duration("ns")),
+        "day": pa.array([10**8, 1], pa.int32()).cast(pa.date32()),
+        "far": pa.array([10**14, 0], pa.timestamp("s")),
+        "zone": pa.array([1, None], pa.timestamp("s", "Mars/Phobos")),
+    }
+
+
+@pytest.mark.parametrize("form", [parquet, saved])
+def test_a_value_that_cannot_be_read_is_its_own_fault_alone(
+    tmp_path: Path, capsys: Capture, form: Callable[[Path, dict], Path]
+) -> None:
+    texts = bad_texts(b"caf\xe9", b"caption 1", b"caption 2")
+    paths = pa.StructArray.from_arrays(
+        [pa.array([picture("red")] * 3, pa.binary()), bad_texts(b"a.jpg", b"b.jpg", b"\xff.jpg")], ["bytes", "path"]
+    )
+    run(form(tmp_path / "texts.parquet", {"image": paths, "text": texts}), tmp_path / "texts")
+    assert captions(tmp_path / "texts") == ["caption 1"]
+    said = capsys.readouterr().out
+    assert "1 skipped, caption is not UTF-8: a.jpg" in said and "1 skipped, path is not UTF-8: " in said
+    run(form(tmp_path / "odd.parquet", rows(0, 2) | odd()), tmp_path / "odd")
+    first, second = facts(tmp_path / "odd")
+    assert all(first[name] is None for name in odd())
+    assert (second["note"], second["day"], second["zone"]) == ("fine", "1970-01-02", None)
+    assert (second["when"], second["far"]) == ("1970-01-01T00:00:00",) * 2
+    assert "not taken into KEY.json: note, when, took, day, far, zone" in capsys.readouterr().out
+
+
+def test_names_of_columns(tmp_path: Path, capsys: Capture) -> None:
+    table = pa.table(rows(0, 2)).append_column("score", pa.array([1, 2]))
+    pq.write_table(table, tmp_path / "two.parquet")
+    assert "has 2 columns 'score': rename them, or name" in refused(tmp_path / "two.parquet", tmp_path / "none", capsys)
+    pq.write_table(table.append_column("n", pa.array([1, 2])), tmp_path / "two.parquet")
+    run(tmp_path / "two.parquet", tmp_path / "chosen", columns="n")
+    assert [fact["n"] for fact in facts(tmp_path / "chosen")] == [1, 2]
+    put(tmp_path, "a.jpg", picture("red"))
+    (tmp_path / "t.csv").write_bytes(b"path,text,,gr\xf6\xdfe\na.jpg,one,0,5\n")
+    run(tmp_path / "t.csv", tmp_path / "csv")
+    assert facts(tmp_path / "csv")[0]["gr??e"] == 5 and "" not in facts(tmp_path / "csv")[0]
+    assert "not taken into KEY.json: a column without a name" in capsys.readouterr().out
+    (tmp_path / "t.jsonl").write_text('{"path": "a.jpg", "text": "one", "a\\ud800": 1}')
+    run(tmp_path / "t.jsonl", tmp_path / "jsonl")
+    assert facts(tmp_path / "jsonl")[0]["a?"] == 1
+
+
+def test_a_group_of_values_is_a_picture_only_if_its_bytes_are_bytes(tmp_path: Path, capsys: Capture) -> None:
+    for i, wrong in enumerate(("text", ["list"])):
+        table = {"image": [{"bytes": wrong, "path": "a.jpg"}], "path": ["a.jpg"], "text": ["one"]}
+        put(tmp_path, "a.jpg", picture("red"))
+        run(parquet(tmp_path / f"{i}.parquet", table), tmp_path / f"{i}", image_column="path")
+        assert captions(tmp_path / f"{i}") == ["one"]
+        assert "none of 1 picture is usable" in refused(
+            tmp_path / f"{i}.parquet", tmp_path / "none", capsys, image_column="image"
+        )
+
+
 def test_further_columns_of_texts(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg", picture("red"))
     (tmp_path / "t.csv").write_text(
@@ -175,6 +269,9 @@ def test_further_columns_of_texts(tmp_path: Path) -> None:
     (tmp_path / "long.csv").write_text(f"path,text,n\na.jpg,one,{'9' * 5000}\n")
     run(tmp_path / "long.csv", tmp_path / "long")
     assert facts(tmp_path / "long")[0]["n"] == "9" * 5000, "more digits than Python reads as a number"
+    (tmp_path / "blank.csv").write_text("path,text,n\na.jpg,one,\xa05\na.jpg,two,7 \n")
+    run(tmp_path / "blank.csv", tmp_path / "blank")
+    assert [fact["n"] for fact in facts(tmp_path / "blank")] == [5, 7]
     lines = [{"path": "a.jpg", "text": "one", "score": 0.5, "deep": {"a": 1}}, {"path": "a.jpg", "text": "two"}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run(tmp_path / "t.jsonl", tmp_path / "jsonl")

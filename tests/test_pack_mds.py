@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.albums import captions, picture, run, samples, times
+from tests.support.albums import captions, picture, put, run, samples, times
 
 COLUMNS = {"caption": "str", "image": "jpeg", "score": "float64", "n": "int", "extra": "json", "blob": "pkl"}
 SIZES = {"score": 8, "n": 8}
@@ -88,6 +88,38 @@ def test_what_is_no_whole_mds_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "is compressed: write the dataset again with compression=None" in refused()
     (source / "index.json").write_text(listed.replace("column_sizes", "sizes"))
     assert "is no index of MDS shards" in refused()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"samples": -2}, {"samples": 10**12}, {"samples": 10**30}, {"samples": "2"}, {"samples": 1.5},
+        {"column_sizes": [None, None, "8", "8", None, None]}, {"column_sizes": [None, None, -8, 8, None, None]},
+        {"column_sizes": ["", None, 8, 8, None, None]},
+        {"column_sizes": "no list"}, {"column_encodings": [["str"], "jpeg", "float64", "int", "json", "pkl"]},
+        {"column_names": [1, 2, 3, 4, 5, 6]}, {"column_names": [None, "image", "score", "n", "extra", "blob"]},
+        {"raw_data": {"basename": ["a"]}},
+    ],
+)  # fmt: skip
+def test_an_index_with_values_of_other_kinds_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], entry: dict
+) -> None:
+    source = mds(tmp_path / "mds", [row(0), row(1)])
+    index = json.loads((source / "index.json").read_text())
+    index["shards"][0] |= entry
+    (source / "index.json").write_text(json.dumps(index))
+    with pytest.raises(SystemExit):
+        run(source, tmp_path / "out")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "is no index of MDS shards (" in error or f"is cut, or no MDS shard of {entry.get('samples')} " in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_deep_index_json_beside_pictures_is_none_of_mds(tmp_path: Path) -> None:
+    put(tmp_path / "plain", "a.jpg", picture("red"), "one")
+    (tmp_path / "plain/index.json").write_text("[" * 100_000)
+    run(tmp_path / "plain", tmp_path / "out")
+    assert captions(tmp_path / "out") == ["one"]
 
 
 @pytest.mark.slow

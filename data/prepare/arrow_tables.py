@@ -18,10 +18,14 @@ from data.prepare.rows import Row, Unusable, file_version, read_image_file
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 # Groups of rows in memory: threads that read ahead are in two at a time.
 GROUPS = 2
+# What pyarrow raises for a value that Python cannot hold; KeyError is for an unknown time zone.
+CONVERSION = (ValueError, OverflowError, KeyError)
 
 
-def list_parquet(files: Sequence[Path], folder: Path, rules: ImageRules, columns: Columns) -> list[Row]:
-    """The rows of .parquet files in their order. folder: by the paths from it rows of many files get their names.
+def list_parquet(files: Sequence[Path], folder: Path | None, rules: ImageRules, columns: Columns) -> list[Row]:
+    """The rows of .parquet files in their order.
+
+    folder: a row without a path is named by its file's path from here, and its number; None: by its number alone.
 
     Raises: ValueError if a file cannot be read or lacks a column; OSError.
     """
@@ -36,7 +40,7 @@ def list_saved(folder: Path, rules: ImageRules, columns: Columns) -> list[Row]:
     if (folder / SPLITS).exists():
         try:
             splits = [str(name) for name in json.loads((folder / SPLITS).read_text(encoding="utf-8"))["splits"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             splits = []
         listed = one_line(", ".join(splits), 200) or "none that can be read"
         raise ValueError(f"'{folder.absolute()}' holds splits ({listed}): give one, source={folder / 'SPLIT'}")
@@ -45,7 +49,7 @@ def list_saved(folder: Path, rules: ImageRules, columns: Columns) -> list[Row]:
         # The name alone: it lies in this folder.
         files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
         reordered = state.get("_indices_data_files") or state.get("_indices_files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{(folder / STATE).absolute()}' is none of Hugging Face's datasets ({error!r})") from None
     if reordered:
         raise ValueError(f"'{folder.absolute()}' is a reordered dataset: save it again after flatten_indices()")
@@ -58,17 +62,18 @@ def is_saved(folder: Path) -> bool:
 
 
 def _list(
-    files: Sequence[Path], folder: Path, open_table: Callable[[Path], "_Table"], form: str, columns: Columns
+    files: Sequence[Path], folder: Path | None, open_table: Callable[[Path], "_Table"], form: str, columns: Columns
 ) -> list[Row]:
     # Imported here: it takes a while, and few sources need it.
     import pyarrow as pa
 
     rows: list[Row] = []
     for file in tqdm(files, desc="listing", unit="file", disable=len(files) < 2):
-        before = f"{file.relative_to(folder)} " if len(files) > 1 else ""
+        # Also where there is one file: another one may be added, and the rows of this one keep their names.
+        before = f"{file.relative_to(folder)} " if folder else ""
         try:
             rows += _rows(open_table(file), file, before, columns)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:  # UnicodeError: of a column's name
             if getattr(error, "errno", None):  # a failing disk; what is wrong in the file has no number
                 raise
             raise ValueError(f"'{file.absolute()}' is not a readable {form} file: {one_line(str(error))}") from None
@@ -84,7 +89,7 @@ def _rows(table: "_Table", file: Path, before: str, columns: Columns) -> Iterato
     version, number = file_version(str(file)), 0
     for group in range(table.groups):
         held = table.read(group, texts)
-        values = {name: held[name].to_pylist() for name in texts}
+        values = {name: _values(held[name]) for name in texts}
         paths = table.paths(group, image)
         for i, path in enumerate(paths):
             further = {entry: values[column][i] for entry, column in more.items()}
@@ -96,6 +101,23 @@ def _rows(table: "_Table", file: Path, before: str, columns: Columns) -> Iterato
             number += 1
 
 
+def _values(column: Any) -> list[Any]:
+    """The values of a column; an Unusable in the place of each that Python cannot hold, such as a date after 9999."""
+    try:
+        return column.to_pylist()
+    except CONVERSION:
+        return [_value(value) for value in column]
+
+
+def _value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return Unusable("is not UTF-8")
+    except CONVERSION:
+        return Unusable("can't be read")
+
+
 class _Table:
     """The columns of a table whose rows come in groups, and the pictures in one of them: bytes, or {bytes, path}."""
 
@@ -104,11 +126,10 @@ class _Table:
     def __init__(self, schema: Any, rules: ImageRules) -> None:
         import pyarrow as pa
 
-        kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
         self.names: list[str] = schema.names
-        self._structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+        self._structs = [f.name for f in schema if pa.types.is_struct(f.type) and _has_bytes(f.type)]
         self._with_path = [f.name for f in schema if f.name in self._structs and f.type.get_field_index("path") >= 0]
-        plain = [f.name for f in schema if any(is_kind(f.type) for is_kind in kinds)]
+        plain = [f.name for f in schema if _is_bytes(f.type)]
         self.with_bytes = self._structs + plain
         # Never read whole for KEY.json, which would not take them.
         self.nested = {f.name for f in schema if pa.types.is_nested(f.type)} | set(plain)
@@ -122,7 +143,7 @@ class _Table:
     def paths(self, group: int, image: str) -> list[Any]:
         """The paths of the pictures of a group, None for those that have none beside their bytes."""
         if image not in self.with_bytes:
-            return self.read(group, [image])[image].to_pylist()
+            return _values(self.read(group, [image])[image])
         if image in self._with_path:
             return self._struct_paths(group, image)
         return [None] * self._count(group)
@@ -131,9 +152,7 @@ class _Table:
         """A function that gives the bytes of a row's picture. path: its file, if the table holds no bytes of it."""
 
         def read() -> bytes:
-            value = self._value(image, group, row)
-            data = value.get("bytes") if isinstance(value, dict) else value
-            if data:
+            if data := self._bytes(image, group, row):
                 return data
             if not path:
                 raise Unusable("no bytes of a picture")
@@ -147,13 +166,15 @@ class _Table:
     def _struct_paths(self, group: int, image: str) -> list[Any]:
         raise NotImplementedError
 
-    def _value(self, image: str, group: int, row: int) -> Any:
+    def _bytes(self, image: str, group: int, row: int) -> bytes | None:
+        import pyarrow.compute as pc
         from pyarrow import ArrowException
 
         try:
             with self._lock:
                 if (image, group) not in self._held:
-                    self._held[image, group] = self.read(group, [image])[image]
+                    held = self.read(group, [image])[image]
+                    self._held[image, group] = pc.struct_field(held, "bytes") if image in self._structs else held
                     while len(self._held) > GROUPS:
                         self._held.popitem(last=False)
                 held = self._held[image, group]
@@ -162,6 +183,32 @@ class _Table:
             if getattr(error, "errno", None):
                 raise
             raise Unusable(f"can't be read ({one_line(str(error), 60)})") from None
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _has_bytes(struct: Any) -> bool:
+    at = struct.get_field_index("bytes")
+    return at >= 0 and _is_bytes(struct.field(at).type)
+
+
+def _as_bytes(kind: Any) -> Any:
+    """The type of a column with bytes in the place of texts."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _as_bytes(field.type)) for field in kind])
+    return {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(kind, kind)
+
+
+def _paths(structs: Any) -> list[Any]:
+    import pyarrow.compute as pc
+
+    return _values(pc.struct_field(structs, "path"))
 
 
 class _Parquet(_Table):
@@ -182,8 +229,7 @@ class _Parquet(_Table):
 
     def _struct_paths(self, group: int, image: str) -> list[Any]:
         # The path alone is read, not the bytes beside it.
-        values = self._file.read_row_group(group, columns=[f"{image}.path"])[image].to_pylist()
-        return [value and value["path"] for value in values]
+        return _paths(self._file.read_row_group(group, columns=[f"{image}.path"])[image])
 
 
 class _Saved(_Table):
@@ -201,13 +247,12 @@ class _Saved(_Table):
         import pyarrow as pa
 
         table = pa.Table.from_batches([self._batches[group]]).select(columns)
-        table.validate(full=True)  # offsets that lead beyond the file would end the process
+        # Offsets that lead beyond the file would end the process. A text that is not UTF-8 is its row's fault alone.
+        table.cast(pa.schema([(field.name, _as_bytes(field.type)) for field in table.schema])).validate(full=True)
         return table
 
     def _count(self, group: int) -> int:
         return self._batches[group].num_rows
 
     def _struct_paths(self, group: int, image: str) -> list[Any]:
-        import pyarrow.compute as pc
-
-        return pc.struct_field(self.read(group, [image])[image], "path").to_pylist()
+        return _paths(self.read(group, [image])[image])

@@ -56,13 +56,22 @@ class Columns:
         others = [name for name in names if name not in (image, caption)]
         own = {name for name in others if name in OWN}
         self.left_out |= dict.fromkeys(own if not chosen else ())
-        more = chosen or [name for name in others if name not in own]
-        return Found(image, caption, {ADDRESS if name.lower() == ADDRESS else name: name for name in more})
+        nameless = [name for name in others if not name.strip()]  # such as the index of a table of pandas
+        self.left_out |= dict.fromkeys(["a column without a name"] if nameless and not chosen else ())
+        more = chosen or [name for name in others if name not in own and name not in nameless]
+        for name in (image, caption, *more):
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"'{table.absolute()}' has {names.count(name)} columns '{one_line(name)}': "
+                    "rename them, or name those that go into KEY.json by columns="
+                )
+        return Found(image, caption, {ADDRESS if name.lower() == ADDRESS else _utf8(name): name for name in more})
 
     def row(self, table: Path, name: Any, caption: Any, more: Mapping[str, Any], problem: str = "") -> Row:
         """A row whose picture is a file, at a path from the table's folder. A missing value becomes an empty one.
 
         more: the values of the further columns, by the entry of KEY.json.
+        A value may be an Unusable that says why there is none: of the path or the caption it becomes the row's problem.
         """
         try:
             path, text = _text(name, "path"), _text(caption, "caption")
@@ -77,6 +86,8 @@ class Columns:
         for name, value in more.items():
             try:
                 kept[name] = _plain(value)
+            except Unusable:
+                kept[name] = self.left_out[name] = None
             except TypeError:
                 self.left_out[name] = None
         return json.dumps(kept, ensure_ascii=False, separators=(",", ":")) if kept else ""
@@ -97,6 +108,8 @@ def _pick(table: Path, option: str, wanted: Sequence[str], names: Sequence[str],
 
 def _text(value: Any, what: str) -> str:
     """A cell as text. NaN is what pandas leaves for a missing one. Raises: Unusable for what is no text."""
+    if isinstance(value, Unusable):
+        raise Unusable(f"{what} {value}")
     if value is None or value != value:
         return ""
     if isinstance(value, bytes):
@@ -107,7 +120,12 @@ def _text(value: Any, what: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A cell as JSON has it; null for a number that is none. Raises: TypeError for what is no single value."""
+    """A cell as JSON has it; null for a number that is none.
+
+    Raises: TypeError for what is no single value; Unusable for one that could not be read.
+    """
+    if isinstance(value, Unusable):
+        raise value
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, decimal.Decimal):
@@ -115,7 +133,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return _utf8(value)
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     raise TypeError
+
+
+def _utf8(text: str) -> str:
+    """A text with '?' for each character that UTF-8 does not have."""
+    return text.encode("utf-8", "replace").decode()

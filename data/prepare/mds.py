@@ -51,7 +51,7 @@ def is_mds(folder: Path) -> bool:
     try:
         shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
         return bool(shards) and shards[0].get("format") == "mds"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -65,13 +65,23 @@ def list_mds(folder: Path, columns: Columns) -> list[Row]:
         try:
             file = folder / Path(entry["raw_data"]["basename"]).name
             names = zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True)
-            described, samples = [_Column(*column) for column in names], int(entry["samples"])
+            described, samples = [_Column(*column) for column in names], _size(entry["samples"])
+            for column in described:
+                if not isinstance(column.name, str) or not isinstance(column.encoding, str):
+                    raise TypeError("a column's name or encoding is no text")
+                _size(0 if column.size is None else column.size)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"'{(folder / INDEX).absolute()}' is no index of MDS shards ({error!r})") from None
         if not file.exists() and entry.get("zip_data"):
             raise ValueError(f"'{file.absolute()}' is compressed: write the dataset again with compression=None")
         rows += _rows(file, described, samples, columns)
     return rows
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{one_line(repr(value))} is no size")
+    return value
 
 
 def _rows(file: Path, described: list[_Column], samples: int, columns: Columns) -> list[Row]:
@@ -86,9 +96,10 @@ def _rows(file: Path, described: list[_Column], samples: int, columns: Columns) 
         raise ValueError(f"'{file.absolute()}': pictures are taken from {', '.join(BYTES)}, captions from str; {kinds}")
     rows, version = [], file_version(str(file))
     with open(file, "rb") as opened:
-        head = opened.read(4 * (samples + 2))
+        size = os.fstat(opened.fileno()).st_size
+        head = opened.read(4 * (min(samples, size // 4) + 2))
         offsets = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
-        if len(offsets) != samples + 2 or offsets[0] != samples or offsets[-1] > os.fstat(opened.fileno()).st_size:
+        if len(offsets) != samples + 2 or offsets[0] != samples or offsets[-1] > size:
             raise ValueError(f"'{file.absolute()}' is cut, or no MDS shard of {samples} samples")
         for i, (begin, end) in enumerate(zip(offsets[1:-1].tolist(), offsets[2:].tolist(), strict=True)):
             name = f"{file.name} row {i}"

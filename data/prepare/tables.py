@@ -28,7 +28,7 @@ def list_table(table: Path, rules: ImageRules, columns: Columns) -> list[Row]:
     reader: dict[str, Callable[[], list[Row]]] = {
         ".csv": lambda: _csv_rows(table, columns),
         ".jsonl": lambda: _json_rows(table, columns),
-        ".parquet": lambda: list_parquet([table], table.parent, rules, columns),
+        ".parquet": lambda: list_parquet([table], None, rules, columns),
     }
     if not (rows := reader[table.suffix.lower()]()):
         raise ValueError(f"'{table.absolute()}' has no rows")
@@ -72,7 +72,7 @@ class _Cells:
         cell = fields[self._place]
         if not self._numbers:
             return cell
-        return json.loads(cell) if cell.strip() else None
+        return json.loads(cell.strip()) if cell.strip() else None
 
 
 def _csv_fields(table: Path) -> Iterator[tuple[int, list[str], str]]:
