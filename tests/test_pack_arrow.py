@@ -292,6 +292,34 @@ def test_threads_write_what_one_writes_and_take_webp_by_choice(tmp_path: Path) -
     assert len(captions(tmp_path / "8")) == 38
 
 
+def test_two_groups_of_pictures_are_in_memory_and_no_file_stays_open(tmp_path: Path) -> None:
+    size = 200_000
+    for i in range(5):
+        bits = [picture("red") + os.urandom(size) for _ in range(6)]
+        images = {"image": [{"bytes": data, "path": None} for data in bits], "plain": bits}
+        parquet(tmp_path / f"hub/{i}.parquet", images | {"text": ["one"] * 6}, group=2)
+    files, before = sorted((tmp_path / "hub").glob("*")), pa.total_allocated_bytes()
+    for image in ("image", "plain"):
+        found = list_parquet(files, tmp_path, ImageRules(), Columns(image, "text"))
+        held = []
+        for row in found:
+            assert callable(row.image) and len(row.image()) > size
+            held.append((pa.total_allocated_bytes() - before) / size)
+        assert len(found) == 30 and 3.9 < max(held) < 4.5, "two groups of two pictures"
+        opened = [os.path.realpath(number) for number in Path("/proc/self/fd").glob("*")]
+        assert not [name for name in opened if name.endswith(".parquet")]
+
+
+def test_a_file_that_is_gone_costs_its_rows(tmp_path: Path) -> None:
+    files = [parquet(tmp_path / f"{i}.parquet", rows(0, 2)) for i in range(2)]
+    found = list_parquet(files, tmp_path, ImageRules(), Columns())
+    changes = find_changes(found, tmp_path / "out", ImageRules())
+    files[0].unlink()
+    write_changes(changes, tmp_path / "out", 10, ImageRules())
+    assert [fact["url"] for fact in facts(tmp_path / "out")] == ["1.parquet row 0", "1.parquet row 1"]
+    assert "can't be read (No such file" in (tmp_path / "out/skipped.tsv").read_text()
+
+
 def test_a_failing_disk_is_no_bad_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = parquet(tmp_path / "t.parquet", rows(0, 6))
     found = list_parquet([source], tmp_path, ImageRules(), Columns())

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data.checks import one_line
 from data.config import ImageRules
 from data.prepare.columns import Columns
-from data.prepare.rows import Row, Unusable, file_version, read_image_file
+from data.prepare.rows import Row, Unusable, file_version, read_image_file, unusable
 
 # What save_to_disk of Hugging Face's datasets writes beside the .arrow files of a dataset, and of several splits.
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -29,7 +29,8 @@ def list_parquet(files: Sequence[Path], folder: Path | None, rules: ImageRules, 
 
     Raises: ValueError if a file cannot be read or lacks a column; OSError.
     """
-    return _list(files, folder, lambda file: _Parquet(file, rules), "parquet", columns)
+    groups = _Groups()
+    return _list(files, folder, lambda file: _Parquet(file, rules, groups), "parquet", columns)
 
 
 def list_saved(folder: Path, rules: ImageRules, columns: Columns) -> list[Row]:
@@ -53,7 +54,8 @@ def list_saved(folder: Path, rules: ImageRules, columns: Columns) -> list[Row]:
         raise ValueError(f"'{(folder / STATE).absolute()}' is none of Hugging Face's datasets ({error!r})") from None
     if reordered:
         raise ValueError(f"'{folder.absolute()}' is a reordered dataset: save it again after flatten_indices()")
-    return _list(files, folder, lambda file: _Saved(file, rules), "arrow", columns)
+    groups = _Groups()
+    return _list(files, folder, lambda file: _Saved(file, rules, groups), "arrow", columns)
 
 
 def is_saved(folder: Path) -> bool:
@@ -118,12 +120,34 @@ def _value(value: Any) -> Any:
         return Unusable("can't be read")
 
 
+class _Groups:
+    """The pictures of the groups of rows that were used last, of all tables together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: OrderedDict[tuple[Path, str, int], Any] = OrderedDict()
+
+    def get(self, file: Path, image: str, group: int, read: Callable[[], Any]) -> Any:
+        """A column of pictures of a group, which is read if it is not there. One thread reads at a time."""
+        key = (file, image, group)
+        with self._lock:
+            if key not in self._held:
+                while len(self._held) >= GROUPS:
+                    self._held.popitem(last=False)
+                self._held[key] = read()
+            self._held.move_to_end(key)
+            return self._held[key]
+
+
 class _Table:
-    """The columns of a table whose rows come in groups, and the pictures in one of them: bytes, or {bytes, path}."""
+    """The columns of a table whose rows come in groups, and the pictures in one of them: bytes, or {bytes, path}.
+
+    Each row's reader keeps its table, so a table keeps no rows.
+    """
 
     groups: int
 
-    def __init__(self, schema: Any, rules: ImageRules) -> None:
+    def __init__(self, file: Path, schema: Any, rules: ImageRules, held: _Groups) -> None:
         import pyarrow as pa
 
         self.names: list[str] = schema.names
@@ -133,8 +157,7 @@ class _Table:
         self.with_bytes = self._structs + plain
         # Never read whole for KEY.json, which would not take them.
         self.nested = {f.name for f in schema if pa.types.is_nested(f.type)} | set(plain)
-        self._rules, self._lock = rules, threading.Lock()
-        self._held: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._file, self._rules, self._held = file, rules, held
 
     def read(self, group: int, columns: list[str]) -> Any:
         """Columns of a group of rows, as a pyarrow.Table. Raises: ArrowException, OSError."""
@@ -167,22 +190,22 @@ class _Table:
         raise NotImplementedError
 
     def _bytes(self, image: str, group: int, row: int) -> bytes | None:
-        import pyarrow.compute as pc
         from pyarrow import ArrowException
 
         try:
-            with self._lock:
-                if (image, group) not in self._held:
-                    held = self.read(group, [image])[image]
-                    self._held[image, group] = pc.struct_field(held, "bytes") if image in self._structs else held
-                    while len(self._held) > GROUPS:
-                        self._held.popitem(last=False)
-                held = self._held[image, group]
+            held = self._held.get(self._file, image, group, lambda: self._pictures(group, image))
             return held[row].as_py()
-        except (ArrowException, OSError) as error:
-            if getattr(error, "errno", None):
-                raise
+        # IndexError: the file was written anew since it was listed.
+        except (ArrowException, OSError, IndexError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise unusable(error) from None
             raise Unusable(f"can't be read ({one_line(str(error), 60)})") from None
+
+    def _pictures(self, group: int, image: str) -> Any:
+        import pyarrow.compute as pc
+
+        column = self.read(group, [image])[image]
+        return pc.struct_field(column, "bytes") if image in self._structs else column
 
 
 def _is_bytes(kind: Any) -> bool:
@@ -212,35 +235,41 @@ def _paths(structs: Any) -> list[Any]:
 
 
 class _Parquet(_Table):
-    """A .parquet."""
+    """A .parquet. It is open only while it is read: a dataset may have more files than a process may open."""
 
-    def __init__(self, file: Path, rules: ImageRules) -> None:
+    def __init__(self, file: Path, rules: ImageRules, held: _Groups) -> None:
         from pyarrow.parquet import ParquetFile
 
-        self._file = ParquetFile(file)
-        super().__init__(self._file.schema_arrow, rules)
-        self.groups = self._file.num_row_groups
+        with ParquetFile(file) as opened:
+            self._metadata = opened.metadata
+            super().__init__(file, opened.schema_arrow, rules, held)
+        self.groups = self._metadata.num_row_groups
 
     def read(self, group: int, columns: list[str]) -> Any:
-        return self._file.read_row_group(group, columns=columns)
+        from pyarrow.parquet import ParquetFile
+
+        # Buffers and threads of pyarrow's own would hold the bytes a second time, and for a while after the read.
+        with ParquetFile(self._file, metadata=self._metadata, pre_buffer=False) as opened:
+            return opened.read_row_group(group, columns=columns, use_threads=False)
 
     def _count(self, group: int) -> int:
-        return self._file.metadata.row_group(group).num_rows
+        return self._metadata.row_group(group).num_rows
 
     def _struct_paths(self, group: int, image: str) -> list[Any]:
         # The path alone is read, not the bytes beside it.
-        return _paths(self._file.read_row_group(group, columns=[f"{image}.path"])[image])
+        return _paths(self.read(group, [f"{image}.path"])[image])
 
 
 class _Saved(_Table):
     """An .arrow file of save_to_disk: a stream of batches, which is mapped and not read into memory."""
 
-    def __init__(self, file: Path, rules: ImageRules) -> None:
+    def __init__(self, file: Path, rules: ImageRules, held: _Groups) -> None:
         import pyarrow as pa
 
-        reader = pa.ipc.open_stream(pa.memory_map(str(file)))
-        self._batches = list(reader)
-        super().__init__(reader.schema, rules)
+        with pa.memory_map(str(file)) as mapped:
+            reader = pa.ipc.open_stream(mapped)
+            self._batches = list(reader)
+        super().__init__(file, reader.schema, rules, held)
         self.groups = len(self._batches)
 
     def read(self, group: int, columns: list[str]) -> Any:
