@@ -9,7 +9,7 @@ export PATH DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 started=$(date +%s)
 python -m launch.smoke_time
-python -m data.demo out=runs/demo/shards samples=3000
+python -m data.demo out=runs/demo/shards samples=2000
 python -m data.tiny_t5 out=runs/demo/encoder
 python -m data.embed shards=runs/demo/shards out=runs/demo/text encoder=runs/demo/encoder tokens=16
 
@@ -18,6 +18,6 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 # -q: of the launcher's own lines only its errors.
 echo "A few steps at 64 px, the size of IF's first stage:"
 deepspeed -q --num_gpus 2 --master_port "$port" train/main.py +experiment=smoke_64
-echo "A net of 16 px, which learns something in a minute:"
+echo "A net of 16 px, which learns colours in two minutes:"
 deepspeed -q --num_gpus 2 --master_port "$port" train/main.py +experiment=smoke
 echo "took        $(($(date +%s) - started)) s"
