@@ -7,26 +7,18 @@ import random
 import pytest
 
 from data.index import Index, index
-from data.storage import azure, clients, google, locations, retries
+from data.storage import azure, clients, google, retries
 from data.storage.locations import join, list_names, open_location, read_bytes, size_of, whole_file
 from data.storage.shards import find_shards
 from data.storage.tars import write_shard
-from tests.test_sources import DATA, child
+from tests.test_sources import DATA, child, with_small_blocks
 
 pytest_plugins = ["tests.support.faulty_server"]
 
 
 @pytest.fixture(params=["gs", pytest.param("az", marks=pytest.mark.slow)])
 def server(request, monkeypatch):
-    """Blocks are small, waits short."""
-    for module, name, value in (
-        (clients, "READ_TIMEOUT", 0.5), (retries, "FIRST_WAIT", 0.001), (locations, "FIRST_BLOCK", 4096),
-        (locations, "LARGEST_BLOCK", 16384),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, value)
-    running = request.getfixturevalue(f"{request.param}_server")
-    running.put("0.tar", DATA)
-    return running
+    return with_small_blocks(request, monkeypatch, 0.5)
 
 
 def test_reads_and_seeks_are_those_of_a_file_in_memory(server):

@@ -22,17 +22,22 @@ pytest_plugins = ["tests.support.faulty_server"]
 DATA = random.Random(0).randbytes(100_000)
 
 
-@pytest.fixture(params=["http", "s3"])
-def server(request, monkeypatch):
-    """HTTP, or S3 with the same faults in front of it. Blocks are small, waits short."""
+def with_small_blocks(request, monkeypatch, read_timeout: float):
+    """The server that the fixture's parameter names, with DATA on it. Blocks are small, waits short."""
     for module, name, value in (
-        (clients, "READ_TIMEOUT", 0.25), (clients, "CHUNK", 512), (retries, "FIRST_WAIT", 0.001),
+        (clients, "READ_TIMEOUT", read_timeout), (clients, "CHUNK", 512), (retries, "FIRST_WAIT", 0.001),
         (locations, "FIRST_BLOCK", 4096), (locations, "LARGEST_BLOCK", 16384),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     running = request.getfixturevalue(f"{request.param}_server")
     running.put("0.tar", DATA)
     return running
+
+
+@pytest.fixture(params=["http", "s3"])
+def server(request, monkeypatch):
+    """HTTP, or S3 with the same faults in front of it."""
+    return with_small_blocks(request, monkeypatch, 0.25)
 
 
 def test_reads_and_seeks_are_those_of_a_file_in_memory(server):

@@ -31,7 +31,7 @@ class HeldOut:
         self, config: DataConfig, datasets: list[Dataset], meta: TextMeta, *, image_size: int, samples: int,
         micro_batch: int, rank: int = 0, ranks: int = 1,
     ) -> None:  # fmt: skip
-        self._unreadable, self._datasets, self._told = config.unreadable_shard, datasets, False
+        self._unreadable, self._told = config.unreadable_shard, False
         central = replace(config, crop_shift=0.0, cond_drop_prob=0.0)
         self._collator = Collator(central, datasets, meta, image_size, seed=0)
         self._ends = np.cumsum([count for dataset in datasets for count in dataset.counts])
