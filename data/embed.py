@@ -19,7 +19,7 @@ from data.text.sidecar_check import (
 
 MODES = ("embed", "meta", "check", "repair", "fidelity")
 # What lowrank can do: its coefficients are rounded to 2^-10, and of much more nothing is left.
-LEAST_ERROR, MOST_ERROR = 0.001, 0.3
+LEAST_ERROR, MOST_ERROR = 0.003, 0.3
 # What is taken where neither the arguments nor a meta file says otherwise.
 DEFAULTS = {
     "encoder": "DeepFloyd/t5-v1_1-xxl", "tokens": 77, "compute": "bfloat16", "dtype": "float16", "error": 0.01,
@@ -42,7 +42,7 @@ class Embed:
     compute: precision that the encoder runs in, bfloat16 or float32; default: that of out's meta file, else bfloat16.
     dtype: form that embeddings are stored in, float16, float32, bfloat16, int8 or lowrank; default: that of out's meta
     file, else float16.
-    error: of dtype=lowrank, the root mean square error in standard deviations of a channel, 0.001 to 0.3; default: that
+    error: of dtype=lowrank, the root mean square error in standard deviations of a channel, 0.003 to 0.3; default: that
     of out's meta file, else 0.01. With mode=fidelity the error for which a form is recommended.
     batch: captions in one forward pass.
     cleaning: what is done to captions before the tokenizer, if-1 or lower-strip (data/text/captions.py); default: that

@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.text_states minilm=FOLDER tokenizer=FOLDER picture=FILE.png
 
-The captions are the sentences of the pages in docs/. Encoders: a real one, whose 384 channels stand for 4096 (minilm), and
-T5 with random weights at full width, whose padding depends on the place a little, smoothly or roughly, as its relative
-bias is drawn. Of a trained T5 nothing is known here: `python -m data.embed mode=fidelity` measures yours. Besides the
-forms of data.embed: int8 through zstd, and a rotation with blocks of few bits. Needs no network; half an hour on two cores.
+The captions are the sentences of the pages in docs/. Encoders: a real one, whose 384 channels stand for 4096
+(minilm), and T5 with random weights at full width, whose padding depends on the place a little, smoothly or roughly, as
+its relative bias is drawn. Of a trained T5 nothing is known here: `python -m data.embed mode=fidelity` measures yours.
+Besides the forms of data.embed: int8 through zstd, and a rotation with blocks of few bits. Needs no network; half an
+hour on two cores.
 """
 
 import re
@@ -31,7 +32,6 @@ from train.monitor.plots import save_figure
 TOKENS, BLOCK = 77, 64
 # Channels that are made so many times as large, as a few of trained transformers are.
 OUTLIERS = {7: 30.0, 100: 100.0}
-# One of ERRORS of data.embed's mode=fidelity, and others for the picture.
 ERRORS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 
 
@@ -70,7 +70,10 @@ def sentences() -> list[str]:
 
 
 def write_t5(folder: Path, tokenizer: str, dim: int, layers: int, bias: Callable[[int], torch.Tensor] | None) -> str:
-    """A T5 with random weights.  bias: of so many heads the relative bias [32, heads]; None as transformers draws it."""
+    """A T5 with random weights.
+
+    bias: gives for so many heads the relative bias [32, heads]; None for that which transformers draws.
+    """
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=32128, d_model=dim, d_kv=64, num_heads=dim // 64, d_ff=2 * dim, num_layers=layers,
@@ -107,7 +110,7 @@ def int8_zstd(states: np.ndarray, level: int = 9) -> float:
 def rotated(states: np.ndarray, bits: int, scale: np.ndarray, lengths: np.ndarray) -> tuple[float, float, float]:
     """KB, error of tokens and error of padding of an orthogonal rotation, then whole numbers of so many bits.
 
-    Blocks of BLOCK values have a float16 step. The signs of the channels are drawn before the Hadamard matrix is applied.
+    Blocks of BLOCK values have a float16 step. Signs of the channels are drawn before the Hadamard matrix is applied.
     """
     n, tokens, dim = states.shape
     width = 1 << (dim - 1).bit_length()
