@@ -7,7 +7,7 @@ from data.storage.caption_fields import TXT, check_fields
 from data.storage.locations import make_folder
 from data.storage.shards import find_shards
 from data.text.captions import CLEANING, cleaner
-from data.text.meta import COMPUTE, STORED, caption_folder
+from data.text.meta import COMPUTE, DTYPES, LOWRANK, caption_folder
 from data.text.sidecar_check import (
     CHANGED,
     DAMAGED,
@@ -17,10 +17,13 @@ from data.text.sidecar_check import (
     unreadable_line,
 )
 
-MODES = ("embed", "meta", "check", "repair")
+MODES = ("embed", "meta", "check", "repair", "fidelity")
+# What lowrank can do: its coefficients are rounded to 2^-10, and of much more nothing is left.
+LEAST_ERROR, MOST_ERROR = 0.003, 0.3
 # What is taken where neither the arguments nor a meta file says otherwise.
 DEFAULTS = {
-    "encoder": "DeepFloyd/t5-v1_1-xxl", "tokens": 77, "compute": "bfloat16", "dtype": "float16", "cleaning": CLEANING,
+    "encoder": "DeepFloyd/t5-v1_1-xxl", "tokens": 77, "compute": "bfloat16", "dtype": "float16", "error": 0.01,
+    "cleaning": CLEANING,
 }  # fmt: skip
 
 
@@ -31,28 +34,33 @@ class Embed:
     A rerun makes only what is missing and what changed in the shards; several processes may work on one folder at once.
 
     shards: the image shards, as data.shards of a training.
-    out: folder for the embeddings, or s3://BUCKET/FOLDER; with mode=check any location that can be read.
+    out: folder for the embeddings, or s3://BUCKET/FOLDER; with mode=check any location that can be read, with
+    mode=fidelity none.
     encoder: name on the hub, or folder, of an encoder that transformers loads; default: that of out's meta file, else
     DeepFloyd/t5-v1_1-xxl.
     tokens: number of tokens that each caption is cut or padded to; 0 takes that of out's meta file, else 77.
     compute: precision that the encoder runs in, bfloat16 or float32; default: that of out's meta file, else bfloat16.
-    dtype: type that embeddings are stored as, float16, float32, bfloat16 or int8; default: that of out's meta file,
-    else float16.
+    dtype: form that embeddings are stored in, float16, float32, bfloat16, int8 or lowrank; default: that of out's meta
+    file, else float16.
+    error: of dtype=lowrank, the root mean square error in standard deviations of a channel, 0.003 to 0.3; default: that
+    of out's meta file, else 0.01. With mode=fidelity the error for which a form is recommended.
     batch: captions in one forward pass.
     cleaning: what is done to captions before the tokenizer, if-1 or lower-strip (data/text/captions.py); default: that
     of out's meta file, else if-1.
     mode: embed; meta writes only the meta file and the empty caption's embedding, for text.mode=online; check compares
-    all embeddings with the captions; repair embeds again what check finds wrong.
+    all embeddings with the captions; repair embeds again what check finds wrong; fidelity writes nothing, and compares
+    the forms by bytes, error and speed on some of the captions, with this encoder.
     caption: the field of the captions, as in data.captions of a training: txt, or NAME for KEY.NAME.txt, KEY.NAME or
     the entry NAME of KEY.json. The embeddings of NAME lie in the folder out/NAME.
     """
 
     shards: str = location()
-    out: str = location()
+    out: str = location("")
     encoder: str = location("")
     tokens: int = 0
     compute: str = ""
     dtype: str = ""
+    error: float = 0.0
     batch: int = 64
     cleaning: str = ""
     mode: str = "embed"
@@ -71,12 +79,18 @@ def embed(args: Embed) -> None:
     if args.mode == "check":
         check_embeddings(shards, args.out, unreadable, args.caption)
         return
+    if args.mode == "fidelity":
+        from data.text.fidelity import compare_forms
+
+        settings = {name: getattr(args, name) or value for name, value in DEFAULTS.items()}
+        compare_forms(shards, settings, args.batch, args.caption)
+        return
     # Here, since it imports torch and transformers, which take seconds.
     from data.text.embedding_job import open_embeddings, write_sidecars
 
     out = args.out
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name)}
-    encoder, meta = open_embeddings(out, chosen, DEFAULTS)
+    encoder, meta = open_embeddings(out, chosen, DEFAULTS, shards, args.caption)
     if args.mode == "meta":
         print(f"{out}: the meta file of {meta.encoder}, {meta.tokens} x {meta.dim}, and the empty caption's embedding")
         return
@@ -112,11 +126,19 @@ def _without_caption_line(samples: int, caption: str) -> str:
 def _check_arguments(args: Embed) -> None:
     for name, value, known in (
         ("mode", args.mode, MODES),
-        ("dtype", args.dtype or "float16", STORED),
+        ("dtype", args.dtype or "float16", DTYPES),
         ("compute", args.compute or "float32", COMPUTE),
     ):
         if value not in known:
             raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
+    if bool(args.out) == (args.mode == "fidelity"):
+        raise ValueError("out= is the folder of the embeddings: name it, but not with mode=fidelity, which writes none")
+    if args.mode == "meta" and args.dtype == LOWRANK:
+        raise ValueError("mode=meta stores no captions, which dtype=lowrank is measured on: leave out dtype")
+    if args.error and (args.mode != "fidelity" and args.dtype not in ("", LOWRANK)):
+        raise ValueError(f"error={args.error:g} belongs to dtype=lowrank or mode=fidelity")
+    if args.error and not LEAST_ERROR <= args.error <= MOST_ERROR:
+        raise ValueError(f"error={args.error:g} must be from {LEAST_ERROR:g} to {MOST_ERROR:g}")
     check_fields("caption", [args.caption])
     if args.cleaning:
         cleaner(args.cleaning)

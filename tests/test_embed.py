@@ -228,7 +228,7 @@ def test_a_process_that_lost_its_claim_makes_the_shard_anew(t5, copy, made, monk
 def test_a_shard_that_goes_meanwhile_is_named_and_the_others_are_done(t5, copy, made):
     shards = find_shards(copy / "shards")
     (copy / "shards" / "00002.tar").unlink()
-    encoder, meta = open_embeddings(str(copy / "new"), {"encoder": str(t5), "tokens": TOKENS}, DEFAULTS)
+    encoder, meta = open_embeddings(str(copy / "new"), {"encoder": str(t5), "tokens": TOKENS}, DEFAULTS, [])
     work = write_sidecars(shards, str(copy / "new"), encoder, meta, 4, repair=False)
     assert work.unreadable == {"00002.tar": "No such file or directory"} and work.new == 3
     assert {path.name for path in (copy / "new").glob("*.tar")} == {"00000.tar", "00001.tar", "00003.tar"}

@@ -72,7 +72,7 @@ def prepare(args: DreamBooth) -> None:
     from train.sampling.prompts import warn_of_lost_words
 
     checkpoint, out = Checkpoint.open(args.checkpoint), Path(args.out)
-    meta, prompts = checkpoint.text, read_prompts(args.class_prompt, args.prior)
+    meta, prompts = checkpoint.text.exact, read_prompts(args.class_prompt, args.prior)
     for prompt in dict.fromkeys([args.prompt, *prompts]):
         warn_of_lost_words(prompt, meta.cleaning)
     concept = read_concept([folder / row.name for row in list_folder(folder) if not row.problem])

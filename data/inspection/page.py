@@ -264,11 +264,10 @@ def _embeddings(summary: DatasetSummary) -> str:
     if summary.meta is None:
         return '<h2>Embeddings</h2><p class="quiet">Not looked at: give text=FOLDER.</p>\n'
     meta = summary.meta
-    rows = [(name, getattr(meta, name)) for name in TextMeta.__dataclass_fields__]
+    rows = [(name, getattr(meta, name)) for name in meta.entries() if name != "channels"]
     cells = "".join(f"<tr><td>{name}</td><td>{safe(str(value))}</td></tr>" for name, value in rows)
-    size = meta.nbytes
+    sizes = f"{format_bytes(meta.nbytes)} a caption, {format_bytes(meta.nbytes * summary.samples)} for all"
+    if not meta.nbytes:
+        sizes = "as many bytes as each caption needs"
     fault = f"<p><b>{safe(summary.sidecar_fault, 1000)}</b></p>" if summary.sidecar_fault else ""
-    return (
-        f"<h2>Embeddings</h2>{fault}<p>{safe(summary.text)}: {format_bytes(size)} a caption, "
-        f"{format_bytes(size * summary.samples)} for all.</p><table>{cells}</table>\n"
-    )
+    return f"<h2>Embeddings</h2>{fault}<p>{safe(summary.text)}: {sizes}.</p><table>{cells}</table>\n"

@@ -181,7 +181,8 @@ class _Sidecar:
     def read(self, key: str) -> tuple[bytes | Span, str]:
         """The embedding under a key and '', or nothing and the reason. The key's sample is then passed."""
         passed, self.passed = self.passed, []
-        # Embeddings have one size, so a single seek is mostly enough. Over the network that saves many requests.
+        # Embeddings have one size, unless they are lowrank, so a single seek is mostly enough. Over the network that
+        # saves many requests.
         if passed and not (self.tar.key == passed[0] and self.tar.try_seek(len(passed), key)):
             for other in passed:
                 if self.tar.key == other:

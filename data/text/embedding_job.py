@@ -4,7 +4,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,24 +19,31 @@ from data.storage.shards import Shard
 from data.storage.tars import stats_location
 from data.text.embeddings import encode_states, read_empty, to_bytes
 from data.text.encoder import TextEncoder, load_encoder
-from data.text.meta import EMPTY, META, TextMeta, sidecar_location
+from data.text.lowrank import measure_channels
+from data.text.meta import EMPTY, LOWRANK, META, TextMeta, sidecar_location
 from data.text.sidecar_check import DAMAGED, check_sidecar, find_outdated, summarize_sidecars
 from data.text.sidecars import UnreadableShard, write_sidecar
+from data.text.some_captions import encode_captions, some_captions
 
 # Seconds between looks at what other processes are making.
 POLL_SECONDS = 2.0
+# Captions on which the channels of lowrank are measured, and how many of them are encoded together.
+MEASURED, MEASURED_BATCH = 256, 16
 
-# Any of encoder, tokens, compute, dtype and cleaning, as TextMeta has them.
+# Any of encoder, tokens, compute, dtype, error and cleaning, as TextMeta has them.
 Settings = Mapping[str, Any]
 # Writes the sidecar of a claimed shard, and calls its last argument with each number of captions done.
 Write = Callable[[Shard, Claim | ObjectClaim, Callable[[int], object]], None]
 
 
-def open_embeddings(out: str, chosen: Settings, defaults: Settings) -> tuple[TextEncoder, TextMeta]:
+def open_embeddings(
+    out: str, chosen: Settings, defaults: Settings, shards: list[Shard], caption: str = TXT
+) -> tuple[TextEncoder, TextMeta]:
     """The encoder and the meta of a folder of embeddings. A folder that has no meta file is given one.
 
     Of many processes one writes the meta file. The others wait for it and then load their encoders side by side.
     chosen: settings that a meta file must agree with.  defaults: what a new one has where nothing is chosen.
+    shards, caption: whose captions a new lowrank is measured on.
     Raises: ValueError if a chosen setting is not that of the meta file, or the encoder cannot be used; OSError.
     """
     device = default_device()
@@ -44,13 +51,13 @@ def open_embeddings(out: str, chosen: Settings, defaults: Settings) -> tuple[Tex
     while not (exists(join(out, META)) and exists(join(out, EMPTY))):
         if held := claim_location(join(out, META)):
             with held:
-                return _load_or_create_meta(out, chosen, defaults, device)
+                return _load_or_create_meta(out, chosen, defaults, device, shards, caption)
         time.sleep(POLL_SECONDS)
-    return _load_or_create_meta(out, chosen, defaults, device)
+    return _load_or_create_meta(out, chosen, defaults, device, shards, caption)
 
 
 def _load_or_create_meta(
-    out: str, chosen: Settings, defaults: Settings, device: torch.device
+    out: str, chosen: Settings, defaults: Settings, device: torch.device, shards: list[Shard], caption: str
 ) -> tuple[TextEncoder, TextMeta]:
     if exists(join(out, META)):
         meta = TextMeta.read(out)
@@ -72,12 +79,15 @@ def _load_or_create_meta(
         name, tokens, compute = settings["encoder"], settings["tokens"], settings["compute"]
         encoder = TextEncoder(name, tokens, compute, device, settings["cleaning"])
         meta = encoder.meta(settings["dtype"])
+        if meta.dtype == LOWRANK:
+            measured = encode_captions(encoder, some_captions(shards, MEASURED, caption), MEASURED_BATCH)
+            meta = replace(meta, error=settings["error"], channels=measure_channels(*measured).to_text())
         # The meta file comes first, so that a folder begun with one encoder is never continued with another.
         meta.write(out)
     try:
         read_empty(out, meta)
     except ValueError:
-        write_whole(join(out, EMPTY), to_bytes(encode_states(encoder([""])[0], meta.dtype)))
+        write_whole(join(out, EMPTY), to_bytes(encode_states(encoder([""])[0], meta.exact.dtype)))
     return encoder, meta
 
 
@@ -128,7 +138,7 @@ def write_sidecars(
             if not report.faults():  # another process has made it anew before this one claimed it
                 return
             valid = report.valid
-        written = write_sidecar(shard, out, encoder, meta.dtype, batch, held, progress, valid, caption)
+        written = write_sidecar(shard, out, encoder, meta, batch, held, progress, valid, caption)
         work.without_caption += written.without_caption
         work.not_text += written.not_text
         work.cleaned_away += written.cleaned_away

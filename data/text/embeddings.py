@@ -10,7 +10,11 @@ import numpy as np
 
 from data.storage.locations import join, read_bytes
 from data.storage.tars import Span
-from data.text.meta import EMPTY, TextMeta
+from data.text.lowrank import decode, encode
+from data.text.meta import EMPTY, LOWRANK, TextMeta
+
+# Bytes of the header that to_bytes writes for a vector.
+NPY_HEADER = 128
 
 
 def encode_states(states: np.ndarray, dtype: str) -> np.ndarray:
@@ -60,6 +64,19 @@ def _decode_states(out: np.ndarray, stored: np.ndarray) -> None:
         raise ValueError("embedding not finite")
 
 
+def store(states: np.ndarray, length: int, meta: TextMeta) -> bytes:
+    """The bytes of a .npy file with the states [tokens, dim] float32 of a caption, in the form that the meta names.
+
+    length: how many of the tokens are no padding.
+    Raises: ValueError if the states are too large for the form.
+    """
+    if meta.dtype != LOWRANK:
+        return to_bytes(encode_states(states, meta.dtype))
+    if not np.isfinite(states).all():
+        raise ValueError(f"states that reach {np.abs(states).max():.3g} are too large for {meta.dtype}")
+    return to_bytes(np.frombuffer(encode(states, length, meta.channels, meta.error), np.uint8))
+
+
 def to_bytes(stored: np.ndarray) -> bytes:
     """The bytes of a .npy file with an embedding as encode_states returns it."""
     buffer = io.BytesIO()
@@ -72,6 +89,11 @@ def from_bytes(data: bytes, meta: TextMeta) -> np.ndarray:
 
     Raises: ValueError if the array has another shape or dtype, or is not finite.
     """
+    if meta.dtype == LOWRANK:
+        body = _lowrank_body(data)
+        out = np.empty(meta.shape, np.float32)
+        decode(out, body)
+        return out
     stored = _stored(data, meta)  # checked before memory is allocated for it
     out = np.empty(meta.shape, meta.array_dtype)
     _decode_states(out, stored)
@@ -83,6 +105,12 @@ def read_into(out: np.ndarray, source: bytes | Span, meta: TextMeta) -> None:
 
     Raises: ValueError, as from_bytes, and OSError; the content of out is then undefined.
     """
+    if meta.dtype == LOWRANK:
+        if isinstance(source, Span):
+            most = 2 * NPY_HEADER + 4 * meta.tokens * (meta.dim + meta.tokens)  # whatever the tar says
+            source = source._replace(size=min(source.size, most)).read()
+        decode(out, _lowrank_body(source))
+        return
     if isinstance(source, Span):
         expected = _npy_header(*meta.stored)
         header = bytearray(len(expected))
@@ -104,6 +132,14 @@ def _scratch(kind: str, shape: tuple[int, int], thread: int) -> np.ndarray:
     return np.empty(shape, kind)
 
 
+def _lowrank_body(data: bytes) -> memoryview:
+    """What lies behind the header of a .npy of bytes. Raises: ValueError."""
+    body = memoryview(data)[NPY_HEADER:]
+    if data[:NPY_HEADER] != _npy_header("uint8", (len(body),)):
+        raise ValueError("embedding not readable")
+    return body
+
+
 def _stored(data: bytes, meta: TextMeta) -> np.ndarray:
     """The array in the bytes of a .npy file, without a copy. Raises: ValueError."""
     kind, shape = meta.stored
@@ -116,8 +152,8 @@ def _stored(data: bytes, meta: TextMeta) -> np.ndarray:
         raise ValueError("embedding not readable") from error
 
 
-@lru_cache
-def _npy_header(kind: str, shape: tuple[int, int]) -> bytes:
+@lru_cache(maxsize=1024)
+def _npy_header(kind: str, shape: tuple[int, ...]) -> bytes:
     """The header that to_bytes writes. To parse a header takes longer than all else, to compare it no time."""
     buffer = io.BytesIO()
     fields = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
@@ -167,7 +203,7 @@ def read_empty(folder: str | Path, meta: TextMeta) -> np.ndarray:
     """
     path = join(folder, EMPTY)
     try:
-        return from_bytes(read_bytes(path), meta)
+        return from_bytes(read_bytes(path), meta.exact).astype(meta.array_dtype, copy=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"'{path}', the embedding of the empty caption, cannot be used ({error}): run data.embed again"

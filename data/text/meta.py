@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from data.storage.caption_fields import TXT
 from data.storage.locations import absolute, is_remote, join, list_names, read_bytes, split
 from data.storage.shards import INDEX, Shard, current_digest, read_index, read_stats
 from data.storage.tars import write_json
+from data.text.lowrank import register_channels
 from data.text.sidecar_record import WrongSidecar
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ COMPUTE = ("float32", "bfloat16")
 # By dtype, how an embedding [tokens, dim] lies in its .npy: the type of its numbers, and how many columns it has
 # beyond dim.
 STORED = {"float16": ("float16", 0), "float32": ("float32", 0), "bfloat16": ("uint16", 0), "int8": ("int8", 4)}
+# The form of data/text/lowrank.py, in which each caption takes other bytes: a .npy of uint8 [bytes].
+LOWRANK = "lowrank"
+DTYPES = (*STORED, LOWRANK)
 
 
 @dataclass(slots=True)
@@ -35,6 +39,9 @@ class TextMeta:
 
     tokens, dim: an embedding is [tokens, dim].  dtype: as stored.  compute: the dtype that the encoder ran in.
     cleaning: of the captions, by its name in data.text.captions.
+    error, channels: of lowrank alone, what data.text.lowrank.encode was given. Folders whose channels differ are used
+    together, since each embedding names its own.
+    Raises: ValueError if the channels cannot be used.
     """
 
     encoder: str
@@ -45,6 +52,17 @@ class TextMeta:
     dtype: str
     compute: str
     cleaning: str
+    error: float = 0.0
+    channels: str = field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.channels:
+            register_channels(self.channels, self.dim)
+
+    @property
+    def exact(self) -> "TextMeta":
+        """That of the same states in float32, as those of the empty caption are stored beside lowrank."""
+        return replace(self, dtype="float32", error=0.0, channels="") if self.dtype == LOWRANK else self
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,12 +79,20 @@ class TextMeta:
 
     @property
     def nbytes(self) -> int:
+        """Of an embedding; 0 if that is another for each caption."""
+        if self.dtype == LOWRANK:
+            return 0
         kind, (rows, columns) = self.stored
         return rows * columns * np.dtype(kind).itemsize
 
     def write(self, folder: str | Path) -> None:
         """Write meta.json, whole or not at all."""
-        write_json(join(folder, META), asdict(self))
+        write_json(join(folder, META), self.entries())
+
+    def entries(self) -> dict[str, object]:
+        """What meta.json holds: of other forms than lowrank nothing that is only lowrank's."""
+        only = () if self.dtype == LOWRANK else ("error", "channels")
+        return {name: value for name, value in asdict(self).items() if name not in only}
 
     @staticmethod
     def read(folder: str | Path) -> "TextMeta":
@@ -74,8 +100,10 @@ class TextMeta:
         path = join(folder, META)
         try:
             meta = TextMeta(**json.loads(read_bytes(path)))
-            if meta.dtype not in STORED:
-                raise ValueError(f"dtype {meta.dtype} is none of {', '.join(STORED)}")
+            if meta.dtype not in DTYPES:
+                raise ValueError(f"dtype {meta.dtype} is none of {', '.join(DTYPES)}")
+            if meta.dtype == LOWRANK and not meta.channels:
+                raise ValueError("dtype lowrank without channels")
             return meta
         except FileNotFoundError:
             raise ValueError(

@@ -17,9 +17,9 @@ from data.storage.shards import Shard
 from data.storage.tar_headers import DamagedTar
 from data.storage.tars import Sample, Span, read_shard, sample_name, write_stats, write_tar
 from data.text.decode import decode_caption
-from data.text.embeddings import encode_states, to_bytes
+from data.text.embeddings import store
 from data.text.encoder import TextEncoder
-from data.text.meta import sidecar_location
+from data.text.meta import TextMeta, sidecar_location
 from data.text.prefetch import prefetch
 from data.text.sidecar_record import SidecarRecord
 
@@ -67,7 +67,7 @@ class _CaptionBatch:
 
 
 def write_sidecar(
-    shard: Shard, out: str, encoder: TextEncoder, dtype: str, batch: int, claim: Claim | ObjectClaim,
+    shard: Shard, out: str, encoder: TextEncoder, meta: TextMeta, batch: int, claim: Claim | ObjectClaim,
     progress: Callable[[int], object], valid: dict[str, Span | None] | None = None, caption: str = TXT,
 ) -> Written:  # fmt: skip
     """Embed the captions of a shard. Only a few batches are in memory.
@@ -84,8 +84,9 @@ def write_sidecar(
         tokenized = prefetch(_tokenize(read, encoder, shard.name, written), TOKENIZED_AHEAD)
         for part in prefetch(_start_encoding(tokenized, encoder), ENCODED_AHEAD):
             states = iter(_finite_states(part, encoder))
+            lengths = iter([] if part.ids is None else (part.ids >= 0).sum(1).tolist())
             for key, digest, text, kept in zip(part.keys, part.digests, part.captions, part.kept, strict=True):
-                npy = to_bytes(_stored(next(states), dtype, text)) if kept is None else kept.read()
+                npy = _stored(next(states), next(lengths), meta, text) if kept is None else kept.read()
                 record.add(digest, npy)
                 yield key, {"npy": npy}
             claim.renew()
@@ -168,8 +169,8 @@ def _finite_states(batch: _CaptionBatch, encoder: TextEncoder) -> np.ndarray:
     return states.float().numpy()
 
 
-def _stored(states: np.ndarray, dtype: str, caption: str) -> np.ndarray:
+def _stored(states: np.ndarray, length: int, meta: TextMeta, caption: str) -> bytes:
     try:
-        return encode_states(states, dtype)
+        return store(states, length, meta)
     except ValueError as error:
         raise ValueError(f"the caption {caption[:80]!r} has {error}: use dtype=bfloat16 or float32") from None

@@ -4,6 +4,10 @@ python -m tests.benchmarks.learning arms=ablations picture=FILE.png   [seeds=5 s
 python -m tests.benchmarks.learning arms=dropout steps=3000
 python -m tests.benchmarks.learning arms=limits seeds=2   what limits it: groups, width, learning rate
 python -m tests.benchmarks.learning arms=sizes picture=FILE.png   nets of three sizes at the same compute
+python -m tests.benchmarks.learning arms=states   text states as float16 and as lowrank, which are made first, for
+    each of the datasets scenes and held_out and each error of 0.01, 0.05 and 0.2, by
+    python -m data.embed shards=datasets/scenes/shards out=datasets/scenes/minilm-0.01 encoder=MINILM dtype=lowrank
+    error=0.01, with cleaning, compute and tokens as in datasets/scenes/minilm/meta.json
 trains what is missing, goes on where it was stopped, prints a table in Markdown and draws it. The data are those of
 +experiment=scenes, made as docs/measurements/results.md says.
 """
@@ -54,6 +58,16 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
         "half the rate": ("optim.lr_peak=5e-4",),
         "twice the rate": ("optim.lr_peak=2e-3",),
     },
+    "states": {
+        BASE: (),
+        **{
+            f"lowrank {error}": (
+                f"data.text=datasets/scenes/minilm-{error}",
+                f"data.validation.text=datasets/held_out/minilm-{error}",
+            )
+            for error in ("0.01", "0.05", "0.2")
+        },
+    },
     "sizes": {
         "half": ("model.channel_mult=[1,1,2]",),
         BASE: (),
@@ -67,7 +81,7 @@ JUDGED = ("alignment",)
 class Learning:
     """Trains nets that differ in one choice, and judges them on held-out captions.
 
-    arms: ablations, dropout, limits or sizes.
+    arms: ablations, dropout, limits, states or sizes.
     out: folder for the runs.
     held_out: folder with the shards and text of held-out scenes.
     steps: of the recipe's net; another takes as many as cost the same.

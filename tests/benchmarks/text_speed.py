@@ -82,14 +82,14 @@ def embedding(folder: Path) -> TextEncoder:
     encoder = TextEncoder(str(write_encoder(folder / "t5")), TOKENS, "float32", torch.device("cpu"))
     (shard,) = write_captions(folder / "captions", 1, CAPTIONS)
     ids = torch.from_numpy(encoder.token_ids([f"A photo of {n} cats" for n in range(CAPTIONS)])).split(BATCH)
-    out = folder / "text"
+    out, meta = folder / "text", encoder.meta("float16")
     out.mkdir()
 
     def ours() -> None:
         held = claim(out / shard.name)
         assert held
         with held:
-            write_sidecar(shard, str(out), encoder, "float16", BATCH, held, lambda n: None)
+            write_sidecar(shard, str(out), encoder, meta, BATCH, held, lambda n: None)
 
     def bare() -> None:
         for batch in ids:

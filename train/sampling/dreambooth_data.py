@@ -143,7 +143,7 @@ def remove_other_embeddings(folder: Path, meta: TextMeta) -> None:
         there = replace(TextMeta.read(folder), encoder=meta.encoder)  # only its place
     except ValueError:
         return
-    changed = [name for name, value in asdict(meta).items() if getattr(there, name) != value]
+    changed = [name for name, value in meta.entries().items() if getattr(there, name) != value]
     if changed:
         print(f"the embeddings in {folder} were made with another {', '.join(changed)}: they are made again")
         shutil.rmtree(folder)

@@ -1,0 +1,262 @@
+"""The stored form lowrank: its error, the same bits everywhere, hostile bytes, and all that reads and writes it."""
+
+import hashlib
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import DataConfig
+from data.embed import Embed, embed
+from data.inspect import Inspect, inspect
+from data.loader.dataset import find_datasets
+from data.loader.prompts import stored_prompts
+from data.loader.stream import MicroBatches
+from data.storage.tars import read_shard
+from data.text import lowrank
+from data.text.embeddings import from_bytes, read_empty, read_into, store
+from data.text.encoder import TextEncoder
+from data.text.fidelity import measure_forms, recommend
+from data.text.lowrank import measure_channels, register_channels
+from data.text.meta import TextMeta
+from data.tiny_t5 import TinyT5, write_tiny_t5
+from tests.test_text_modes import SAMPLES, TOKENS, write_shards
+
+WIDTH, LENGTH = 256, 9
+REASONS = {"embedding not readable", "embedding of other channels than meta.json has"}
+
+
+def states(captions: int = 24, seed: int = 0) -> np.ndarray:
+    """[N, 20, WIDTH] with a padding that changes slowly, a channel that is dead and two that are large."""
+    rng = np.random.default_rng(seed)
+    found = rng.standard_normal((captions, 20, WIDTH)) + 3 * np.random.default_rng(1).standard_normal(WIDTH)
+    place = np.linspace(0, 1, 20 - LENGTH)[None, :, None]
+    begin, end = rng.standard_normal((2, captions, 1, WIDTH))
+    found[:, LENGTH:] = begin * (1 - place) + end * place
+    found[..., 3] *= 100
+    found[..., 4] += 1000
+    found[..., 5] = 0.25
+    return found.astype(np.float32)
+
+
+def meta(error: float = 0.01, captions: int = 24) -> TextMeta:
+    channels = measure_channels(states(captions), np.full(captions, LENGTH)).to_text()
+    return TextMeta("none", "0", "0", 20, WIDTH, "lowrank", "float32", "none", error, channels)
+
+
+META = meta()
+STATES = states(1, seed=2)[0]
+GOOD = store(STATES, LENGTH, META)
+
+
+@pytest.mark.parametrize("error", [0.003, 0.01, 0.1])
+@pytest.mark.parametrize("length", [1, LENGTH, 20])
+def test_tokens_and_padding_have_the_error_that_is_asked_for(error, length):
+    of_error = replace(META, error=error)
+    scale = register_channels(META.channels, WIDTH)[1].scale
+    data = store(STATES, length, of_error)
+    off = (from_bytes(data, of_error) - STATES) / scale
+    for rows in (off[:length], off[length:]):
+        if len(rows):
+            # A few rows of 256 numbers scatter; what is rounded to 2^-10 shows at 0.003.
+            assert 0.3 * error < np.sqrt(np.square(rows).mean()) < (1.1 if error > 0.003 else 1.3) * error
+    assert np.abs(off[:, 3]).max() < 8 * error and np.abs(off[:, 4]).max() < 8 * error, "large channels hide nothing"
+
+
+def test_alike_padding_takes_few_bytes():
+    apart = np.random.default_rng(0).standard_normal((20, WIDTH)).astype(np.float32)
+    sizes = [len(store(rows, LENGTH, META)) for rows in (STATES, apart)]
+    assert sizes[0] < 0.75 * sizes[1]
+    assert len(store(STATES, LENGTH, replace(META, error=0.1))) < 0.7 * sizes[0] < 0.4 * STATES.nbytes
+
+
+def test_the_same_bits_whichever_way_the_sums_are_made(monkeypatch):
+    found = from_bytes(GOOD, META)
+    monkeypatch.setattr(lowrank, "EXACT", 0)  # in float64, which another library adds up in another order
+    assert from_bytes(GOOD, META).tobytes() == found.tobytes()
+
+
+def test_the_form_does_not_change():
+    path = Path(__file__).parent / "support" / "lowrank.json"
+    kept = json.loads(path.read_text())
+    meta = TextMeta("none", "0", "0", 6, 16, "lowrank", "float32", "none", 0.01, kept["channels"])
+    found = from_bytes(bytes.fromhex(kept["npy"]), meta)
+    assert hashlib.sha256(found.astype("<f4").tobytes()).hexdigest() == kept["sha256"]
+
+
+def test_far_states_and_those_that_are_not_finite_are_refused():
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="too large for lowrank"):
+            store(np.full_like(STATES, bad), LENGTH, META)
+    with pytest.raises(ValueError, match="times as large as those of other captions"):
+        store(STATES * 1e9, LENGTH, META)
+
+
+def test_embeddings_of_other_channels_are_found_or_refused():
+    register_channels.cache_clear()
+    other = meta(captions=7)
+    data = store(STATES, LENGTH, other)
+    assert np.allclose(from_bytes(data, META), STATES, rtol=0, atol=10), "known, so read with its own"
+    lowrank._known.clear()
+    with pytest.raises(ValueError, match="of other channels"):
+        from_bytes(data, META)
+    register_channels.cache_clear()
+    replace(META)
+    for bad in ("A", "!!", "AAAA" * 1024, ""):
+        with pytest.raises(ValueError, match="channels"):
+            register_channels(bad, WIDTH)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(0, len(GOOD)), st.binary(max_size=40), st.integers(0, len(GOOD)))
+def test_any_bytes_are_an_embedding_or_bad_for_a_known_reason(start, what, then):
+    size = len(GOOD)
+    for data in (GOOD[:start] + what, (GOOD[:start] + what + GOOD[start + len(what) :])[:size], GOOD[then:]):
+        try:
+            out = np.empty(META.shape, np.float32)
+            read_into(out, data, META)
+        except ValueError as bad:
+            assert str(bad) in REASONS
+        else:
+            assert np.isfinite(out).all()
+
+
+def test_no_memory_is_taken_for_what_bytes_claim():
+    import pyarrow as pa
+
+    bomb = pa.Codec("zstd").compress(bytes(1 << 28), asbytes=True)
+    body = bytearray(GOOD[128:])
+    at = lowrank._HEAD.size
+    rank, step, size = lowrank._GROUP.unpack_from(body, at)
+    forged = body[:at] + lowrank._GROUP.pack(rank, step, len(bomb)) + bomb + body[at + lowrank._GROUP.size + size :]
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(ValueError, match="embedding not readable"):
+        lowrank.decode(np.empty(META.shape, np.float32), forged)
+    assert pa.default_memory_pool().max_memory() - before < 1 << 22
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("lowrank")
+    write_tiny_t5(TinyT5(out=str(base / "t5"), dim=48))
+    write_shards(base / "shards")
+    make(base, "text")
+    return base
+
+
+def make(base: Path, out: str, **more) -> None:
+    given = {"encoder": str(base / "t5"), "tokens": TOKENS, "compute": "float32", "dtype": "lowrank", **more}
+    embed(Embed(str(base / "shards"), str(base / out), **given))
+
+
+def test_data_embed_writes_checks_and_repairs_it(base, tmp_path, capsys):
+    meta = TextMeta.read(base / "text")
+    assert (meta.dtype, meta.error) == ("lowrank", 0.01) and meta.channels
+    encoder = TextEncoder(str(base / "t5"), TOKENS, "float32", torch.device("cpu"))
+    assert read_empty(base / "text", meta).tobytes() == encoder([""])[0].tobytes(), "exact"
+    stored = dict(read_shard(base / "text" / "00000.tar", {"npy"}))
+    assert np.load(io.BytesIO(stored["00003"]["npy"])).dtype == np.uint8
+    scale = register_channels(meta.channels, 48)[1].scale
+    off = (from_bytes(stored["00003"]["npy"], meta) - encoder(["A picture &amp; <b>9</b> cats"])[0]) / scale
+    assert 0 < np.sqrt(np.square(off).mean()) < 0.015
+    embed(Embed(str(base / "shards"), str(base / "text"), mode="check"))
+    assert "have their embeddings" in capsys.readouterr().out
+    # A rerun adds nothing; damage to one embedding is found and mended with the same bytes.
+    before = (base / "text" / "00001.tar").read_bytes()
+    with tarfile.open(base / "text" / "00001.tar") as tar:
+        member = tar.getmembers()[2]
+    damaged = bytearray(before)
+    damaged[member.offset_data + 300] ^= 1
+    (base / "text" / "00001.tar").write_bytes(damaged)
+    with pytest.raises(ValueError, match="mode=repair"):
+        embed(Embed(str(base / "shards"), str(base / "text"), mode="check"))
+    embed(Embed(str(base / "shards"), str(base / "text"), mode="repair"))
+    assert "1 captions embedded, 8 kept" in capsys.readouterr().out
+    assert (base / "text" / "00001.tar").read_bytes() == before
+    embed(Embed(str(base / "shards"), str(base / "text")))
+    assert "0 new" in capsys.readouterr().out
+
+
+def test_other_forms_keep_the_meta_file_that_they_had(base):
+    make(base, "plain", dtype="float16")
+    assert set(json.loads((base / "plain" / "meta.json").read_text())) == {
+        "encoder", "weights_sha256", "tokenizer_sha256", "tokens", "dim", "dtype", "compute", "cleaning"
+    }  # fmt: skip
+
+
+def test_a_training_reads_it_from_folders_with_channels_of_their_own(base, tmp_path, capsys):
+    make(base, "exact", dtype="float32")
+    write_shards(tmp_path / "shards")
+    (tmp_path / "shards" / "00003.tar").unlink()  # so that other captions are measured
+    (tmp_path / "t5").symlink_to(base / "t5")
+    make(tmp_path, "text")
+    names = (base / "shards", base / "text"), (tmp_path / "shards", tmp_path / "text")
+    metas = [TextMeta.read(text) for _, text in names]
+    assert metas[0].channels != metas[1].channels and replace(metas[0], encoder="") == replace(metas[1], encoder="")
+
+    def batch(*folders: tuple[Path, Path]) -> torch.Tensor:
+        entries = {f"d{i}": {"shards": str(s), "text": str(t), "weight": 1.0} for i, (s, t) in enumerate(folders)}
+        from omegaconf import OmegaConf
+
+        config = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(DataConfig), {"mixture": entries, "cond_drop_prob": 0.0, "streams": 2})
+        )
+        datasets = find_datasets(config)
+        meta = TextMeta.read(datasets[0].text)
+        stream = MicroBatches(config, datasets, meta, image_size=8, seed=0, global_batch=SAMPLES, micro_batch=SAMPLES)
+        found = next(stream.fill(0, 1, [stream.new_buffer()]))
+        assert len(stored_prompts(datasets, meta, 3)) == 3
+        return found.text_emb.clone()
+
+    coded = batch(*names)
+    exact = batch((base / "shards", base / "exact"), (tmp_path / "shards", base / "exact"))
+    assert coded.dtype == torch.float32
+    assert 0 < (coded - exact).square().mean().sqrt() < 0.02 * exact.std()
+
+
+def test_data_inspect_shows_it(base, tmp_path, capsys):
+    inspect(Inspect(str(base / "shards"), text=str(base / "text"), out=str(tmp_path / "page.html")))
+    page = (tmp_path / "page.html").read_text()
+    assert "as many bytes as each caption needs" in page and "lowrank" in page and len(page) < 1e6
+
+
+def test_fidelity_measures_the_forms_and_recommends_the_smallest_that_fits(base, capsys):
+    given = {"encoder": str(base / "t5"), "tokens": TOKENS, "compute": "float32", "mode": "fidelity"}
+    embed(Embed(str(base / "shards"), **given, error=0.03))
+    out = capsys.readouterr().out
+    assert "| `int8` |" in out and "| `lowrank error=0.03` |" in out and "for error=0.03: dtype=" in out
+    lengths, found = np.full(24, LENGTH), states()
+    found[..., 4] -= 1000  # of which float16 keeps steps of half a deviation
+    forms = {form.name: form for form in measure_forms(found, lengths, replace(META, dtype="float32"))}
+    assert forms["float16"].error < forms["lowrank error=0.005"].error < forms["lowrank error=0.01"].error
+    assert forms["int8"].tokens > 0.05, "one large channel takes its steps"
+    assert recommend(list(forms.values()), 0.01).name == "lowrank error=0.01"
+    assert recommend(list(forms.values()), 0.0011).name in ("float16", "bfloat16")
+    assert recommend(list(forms.values()), 1e-9).name == "float16"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"mode": "meta", "dtype": "lowrank"}, "leave out dtype"),
+        ({"dtype": "float16", "error": 0.01}, "belongs to dtype=lowrank"),
+        ({"dtype": "lowrank", "error": 0.5}, "must be from 0.003 to 0.3"),
+        ({"mode": "fidelity"}, "not with mode=fidelity"),
+    ],
+)
+def test_what_cannot_be_is_refused(base, more, told):
+    with pytest.raises(ValueError, match=told):
+        embed(Embed(str(base / "shards"), str(base / "refused"), str(base / "t5"), TOKENS, "float32", **more))
+    assert not (base / "refused").exists()
+
+
+def test_another_error_than_that_of_the_folder_is_refused(base):
+    with pytest.raises(ValueError, match=r"error 0\.01 there, 0\.02 now"):
+        make(base, "text", error=0.02)
