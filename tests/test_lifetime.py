@@ -149,9 +149,9 @@ def test_the_page_and_the_picture(tmp_path, capsys):
     arguments = ["nodes=2", "gpus_per_node=1", "runs=5", "save_every=500", "steps=200000", "step_seconds=0.4"]
     main([*TINY, *arguments, f"chart={chart}"])
     page = capsys.readouterr().out
-    for part in ("FAULTS PER 1,000 NODE-DAYS", "\n2.34, ", "\n6.5, ", "\n26, ", "GPU-HOURS LOST BY CAUSE", *KINDS, LIMIT,
-                 "500, as configured", "best of these", "Young", "Daly", "WHAT WOULD CHANGE IT", "requeue after each",
-                 "ASSUMED", "Kokolis", "Llama 3"):  # fmt: skip
+    for part in ("FAULTS PER 1,000 NODE-DAYS", "\n2.34, ", "\n6.5, ", "\n26, ", "GPU-HOURS LOST BY CAUSE", *KINDS,
+                 LIMIT, "500, as configured", "best of these", "Young", "Daly", "WHAT WOULD CHANGE IT",
+                 "requeue after each", "ASSUMED", "Kokolis", "Llama 3"):  # fmt: skip
         assert part in page, part
     assert page.count("\n6.5, ") == 1
     assert chart.read_bytes().startswith(b"\x89PNG")

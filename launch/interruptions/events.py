@@ -15,8 +15,8 @@ PARTS = ("end", "wait", "start", "redo")
 TAKES_NODE = ("node", "link", "corruption")
 # Faults that nothing tells: the ranks wait until one of them ends by its watchdog.
 SILENT = ("link", "hang")
-# Slurm's warning before the end of a job (launch/slurm/train.sbatch), and how long it keeps a requeued job from starting
-# again (cred_expire of its AuthInfo, by default).
+# Slurm's warning before the end of a job (launch/slurm/train.sbatch), and how long it keeps a requeued job from
+# starting again (cred_expire of its AuthInfo, by default).
 WARNING_SECONDS, REQUEUE_SECONDS = 600.0, 120.0
 
 

@@ -14,7 +14,7 @@ from launch.interruptions.options import COMPARED, KINDS, LifetimeOptions
 AIM = 0.97
 # Multiples of save_every that are compared.
 MULTIPLES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
-WIDE = 14
+WIDE = 15
 cells = partial(row, width=WIDE)
 
 
@@ -89,8 +89,9 @@ def head(runs: Runs) -> list[str]:
     days = life.steps * life.step / DAY
     source = "step_seconds" if options.step_seconds else "launch.plan"
     return [
-        f"{life.steps:,} steps of {life.step:.3f} s ({source}) on {options.nodes} nodes x {options.gpus_per_node} GPUs: "
-        f"{days:.1f} days without faults; save_every={life.save_every:,} is {life.save_every * life.step / 60:.1f} min",
+        f"{life.steps:,} steps of {life.step:.3f} s ({source}) on {options.nodes} nodes x {options.gpus_per_node} "
+        f"GPUs: {days:.1f} days without faults; save_every={life.save_every:,} is "
+        f"{life.save_every * life.step / 60:.1f} min",
         f"restart={options.restart}, spares={options.spares}; means of {len(runs.outcomes)} runs",
     ]
 
@@ -98,10 +99,8 @@ def head(runs: Runs) -> list[str]:
 def rates(runs: Runs) -> list[str]:
     """The share at each rate of faults, beside the closed form, and whether it is enough."""
     given = round(sum(runs.options.rates.values()), 6)
-    lines = [
-        row("FAULTS PER 1,000 NODE-DAYS", "share", "5 to 95 %", "closed form", "days", "faults", "requeues", "steps redone",
-            "GPU-h lost", width=WIDE)
-    ]  # fmt: skip
+    titles = ("share", "5 to 95 %", "closed form", "days", "faults", "requeues", "steps redone", "GPU-hours lost")
+    lines = [cells("FAULTS PER 1,000 NODE-DAYS", *titles)]
     for rate in sorted({*COMPARED, given}):
         at = runs if rate == given else Runs.of(with_faults(runs.life, runs.options, rate), runs.options)
         low, high = at.spread
@@ -204,8 +203,8 @@ def assumptions(runs: Runs) -> list[str]:
         f"  detect_seconds={options.detect_seconds:g}, start_seconds={options.start_seconds:g}, compile_seconds="
         f"{options.compile_seconds:g}, cached_share={options.cached_share:g}: docs/measurements/lifetime.md; "
         f"hang_seconds={life.hang:g}",
-        f"  storage={options.storage:g} GB/s: {life.write:.1f} s to write a checkpoint, {life.load:.1f} s to check and read "
-        f"one; host_copy={options.host_copy:g} GB/s:",
+        f"  storage={options.storage:g} GB/s: {life.write:.1f} s to write a checkpoint, {life.load:.1f} s to check and "
+        f"read one; host_copy={options.host_copy:g} GB/s:",
         f"  {life.copy * 1000:.0f} ms of a rank's part. queue_minutes={options.queue_minutes:g} and Slurm's 2, "
         f"job_hours={options.job_hours:g}",
         "  A requeued job may get other nodes, and a spare has an empty cache of torch.compile unless "
