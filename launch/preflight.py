@@ -30,11 +30,13 @@ class Options:
     step_seconds: seconds that the plan says a step takes; data must be read fast enough for it.
     max_skew: largest difference between clocks, in seconds.
     test_mb: MB of the messages that measure the network.
+    spares: nodes among them that wait to take over, and have no part of the batch.
     """
 
     step_seconds: float = 0.5
     max_skew: float = 2.0
     test_mb: int = 64
+    spares: int = 0
 
 
 @dataclass(slots=True)
@@ -127,12 +129,13 @@ def preflight(argv: list[str]) -> None:
     check_device(config.needs_gpu)
     rank, ranks, device = init_distributed(config.hang_seconds)
     meet_by_gloo()
-    check_accumulation(config, ranks)
     resolve_text_shape(config)
     names: list = [None] * ranks
     dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    nodes = len(set(names))
+    check_accumulation(config, ranks * (nodes - options.spares) // nodes)
     reports: list = [None] * ranks
-    dist.all_gather_object(reports, look(options, config, ranks, len(set(names))))
+    dist.all_gather_object(reports, look(options, config, ranks, nodes))
     shared = shared_run_dir_faults(config, names)
     offsets = clock_offsets()
     whole = all_reduce_rate(device, options.test_mb)

@@ -1,6 +1,6 @@
 """A training of days as a sequence of starts, faults and time limits, drawn from their rates."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -98,7 +98,7 @@ class Outcome:
     """
 
     seconds: float = 0.0
-    lost: Counter[tuple[str, str]] = field(default_factory=Counter)
+    lost: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     saving: float = 0.0
     redone: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -113,7 +113,8 @@ class Outcome:
 def simulate(life: Life, random: np.random.Generator) -> Outcome:
     """One run, its faults a Poisson process. Faults strike a start too; what is ending or queued has none."""
     kinds, shares = list(life.rates), np.array(list(life.rates.values())) / life.rate
-    out, lost = Outcome(), Counter[tuple[str, str]]()
+    out = Outcome(saving=life.pause * (life.steps // life.save_every))
+    lost = out.lost
     begin, cause, cold, spares = 0, BEGIN, True, life.spares
     job_ends = life.job or np.inf
 
@@ -161,7 +162,6 @@ def simulate(life: Life, random: np.random.Generator) -> Outcome:
             spares, cold = spares - takes_node, takes_node and not life.shared_cache
         else:
             requeue()
-    out.lost, out.saving = lost, life.pause * (life.steps // life.save_every)
     return out
 
 
