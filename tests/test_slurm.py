@@ -97,9 +97,11 @@ def ranks_of(run_dir: Path) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            words, of_parent = process.cmdline(), process.parent().cmdline()
+            words = process.cmdline()
+            if f"run_dir={run_dir}" not in words or words[2] != "train/main.py":
+                continue
             # The parent of a loader worker is a rank itself.
-            if f"run_dir={run_dir}" in words and words[2] == "train/main.py" and of_parent[2:3] != ["train/main.py"]:
+            if (parent := process.parent()) and parent.cmdline()[2:3] != ["train/main.py"]:
                 found[int(process.environ()["RANK"])] = process
     return found
 
@@ -113,11 +115,11 @@ def test_started_again_in_place_with_a_spare_node(cluster, repo, data, tmp_path)
     try:
         wait_until(lambda: steps_made(run_dir) >= 4 and latest_checkpoint(run_dir), "a checkpoint", log, 600)
         cluster.command("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-        wait_until(lambda: "in place without node2, with node3, from step" in log.read_text(), "the spare", log, 180)
+        wait_until(lambda: "in place without node2, with node3, from step" in log.read_text(), "the spare", log, 300)
         there = steps_made(run_dir)
         wait_until(lambda: steps_made(run_dir) >= there + 3, "steps of the second start", log, 600)
         ranks_of(run_dir)[1].kill()
-        wait_until(lambda: log.read_text().count("starts again in place") == 2, "the third start", log, 180)
+        wait_until(lambda: log.read_text().count("starts again in place") == 2, "the third start", log, 300)
         wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end", log, 600)
     finally:
         cluster.command("scancel", job, check=False)

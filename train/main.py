@@ -59,6 +59,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
     """Look at everything that can be looked at before the ranks meet, then train."""
     quiet_libraries()
     # Imported here: torch takes seconds, and --help and a mistyped key are answered before.
+    from train.faults.compile_cache import prepare_cache
     from train.faults.node_watch import NodeWatch
     from train.faults.preempt import install_signal_handlers
 
@@ -73,6 +74,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
         if rank == 0:
             dry_run(config, ranks)
         return
+    prepare_cache(config)
     watch = NodeWatch()
     try:
         check_launched(os.environ)

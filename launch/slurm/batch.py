@@ -184,7 +184,7 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
             return status
         if fruitless and not job.goes_on_after(SETTLE_SECONDS):
             return status
-        usable, start = usable_nodes(whole.nodes), start + 1
+        usable, start = usable_nodes(whole), start + 1
         chosen = choose_nodes(whole.nodes, usable, failed, wanted, lambda n: _fits(config, n * whole.ranks_per_node))
         at_fault = f", first on {first}" if first else ""
         if not chosen:

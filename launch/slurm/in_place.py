@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from data.cli import LOST, REQUEUE
+from launch.slurm.allocation import Allocation, expand_nodelist
 
 # Starts in a row that may end without a later checkpoint. Between them Slurm has time to see that a node is gone, which
 # takes its SlurmdTimeout (300 s by default).
@@ -29,12 +30,21 @@ def spare_nodes(environment: Mapping[str, str], nodes: int) -> int:
     return int(spares)
 
 
-def usable_nodes(nodes: list[str]) -> list[str]:
-    """Those of the nodes on which Slurm can run something, as it knows so far; all of them if it cannot be asked."""
-    command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False)
-    states = dict(line.split() for line in shown.stdout.splitlines())
-    return [node for node in nodes if states.get(node) in USABLE] if states else nodes
+def usable_nodes(allocation: Allocation) -> list[str]:
+    """The nodes on which Slurm can run a step of the job, as it knows so far; all of them if it cannot be asked.
+
+    A node that went down is no longer the job's, even if it comes back.
+    """
+    of_job = _ask("squeue", f"--jobs={allocation.job_id}", "--format=%N")
+    still = set(expand_nodelist(of_job.strip())) if of_job.strip() else set(allocation.nodes)
+    states = _ask("sinfo", "--Node", f"--nodes={','.join(allocation.nodes)}", "--format=%N %T").splitlines()
+    # A node may be in several partitions, each with a line.
+    out = {line.split()[0] for line in states if line.split()[1] not in USABLE}
+    return [node for node in allocation.nodes if node in still - out]
+
+
+def _ask(*command: str) -> str:
+    return subprocess.run([*command, "--noheader"], capture_output=True, text=True, check=False).stdout
 
 
 def first_to_fail(log: str, nodes: Iterable[str]) -> str:
