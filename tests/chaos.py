@@ -128,6 +128,12 @@ def kill_everything(run: Run, draw: random.Random) -> str:
     return "all killed"
 
 
+def kill_the_launcher(run: Run, draw: random.Random) -> str:
+    """With SIGKILL, the process that started the ranks; without it they save and leave."""
+    run.ranks()[0].parent().kill()
+    return "launcher killed"
+
+
 def ask_a_rank(run: Run, draw: random.Random) -> str:
     """SIGUSR1 to one rank."""
     draw.choice(run.ranks()).send_signal(signal.SIGUSR1)
@@ -189,7 +195,12 @@ def chaos(args: Chaos) -> dict:
     done = launch(REPO, data, out / "undisturbed", *TINY, steps, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     kills = [kill_a_rank, kill_a_rank_that_saves, kill_everything]
-    plan = [kills[i % 3] for i in range(args.kills)] + [ask_a_rank, end_all, kill_a_worker] * args.others
+    plan = [kills[i % 3] for i in range(args.kills)] + [
+        ask_a_rank,
+        end_all,
+        kill_a_worker,
+        kill_the_launcher,
+    ] * args.others
     draw.shuffle(plan)
     happened: Counter[str] = Counter()
     slowest, run_dir = 0.0, out / "disturbed"

@@ -28,7 +28,7 @@ class LifetimeOptions:
     corruptions: a node computes wrongly (6 of 419).
     restart: in_place starts again on the nodes at hand, requeue gives all nodes back after each fault.
     spares: nodes more in the allocation, which wait to take over.
-    shared_compile_cache: whether what torch.compile wrote on one node is there on all.
+    shared_compile_cache: what torch.compile wrote on one node is there on all (train/faults/compile_cache.py).
     job_hours: time limit of the job, as in launch/slurm/train.sbatch; 0 for none.
     queue_minutes: mean wait of a requeued job in the queue, beyond Slurm's own two minutes.
     detect_seconds: from the death of a rank to the end of all.
@@ -51,8 +51,8 @@ class LifetimeOptions:
     hangs: float = 0.11
     corruptions: float = 0.09
     restart: str = "in_place"
-    spares: int = 1
-    shared_compile_cache: bool = False
+    spares: int = 0
+    shared_compile_cache: bool = True
     job_hours: float = 24.0
     queue_minutes: float = 10.0
     detect_seconds: float = 20.0

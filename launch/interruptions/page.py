@@ -184,8 +184,9 @@ def variants(life: Life) -> dict[str, dict]:
         "in place, 1 spare": {"in_place": True, "spares": 1},
         "in place, 2 spares": {"in_place": True, "spares": 2},
         "compile cache on all nodes": {"shared_cache": True},
+        "each node compiles by itself": {"shared_cache": False},
         "no time limit of the job": {"job": 0.0},
-        "all of these, 2 spares": {"in_place": True, "spares": 2, "shared_cache": True, "job": 0.0},
+        "no time limit, 2 spares": {"in_place": True, "spares": 2, "shared_cache": True, "job": 0.0},
         "a copy in memory every 50 steps": {"memory_every": 50},
     }
     same = [name for name, change in others.items() if change and replace(life, **change) == life]

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +22,14 @@ from launch.slurm.in_place import (
     SETTLE_SECONDS,
     TRIES,
     choose_nodes,
+    fault_counts,
     first_to_fail,
     spare_nodes,
     usable_nodes,
 )
 from train.compose import ROOT, compose_config, training_help
 from train.config import Config, check_accumulation
+from train.faults.quarantine import record_node_fault
 
 # The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
 # The name of the log has Slurm's name of the node, which may differ from the machine's.
@@ -166,10 +167,11 @@ def verdict(
 def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[str]) -> int:
     """Train; after a fault start again in the same job, on other nodes if some are lost. Returns the last status.
 
+    The node on which it failed first, and those that Slurm has lost, are counted in RUN_DIR/nodes.json.
     whole: with the spare nodes.
     """
-    run_dir, wanted = Path(config.run_dir), len(job.allocation.nodes)
-    failed: Counter[str] = Counter()
+    run_dir, wanted, usable = Path(config.run_dir), len(job.allocation.nodes), whole.nodes
+    failed = fault_counts(run_dir)
     start = fruitless = 0
     while True:
         began_at, nodes = latest_step(run_dir), job.allocation.nodes
@@ -177,14 +179,18 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
         reached, first = latest_step(run_dir), first_to_fail(job.log("train"), nodes)
         if (run_dir / "done").exists() or status == MISTAKE or not reached or job.warned or job.cancelled:
             return status
-        failed += Counter([first] if first else [])
         fruitless = 0 if reached > began_at else fruitless + 1
         if fruitless == TRIES:
             say(f"{TRIES} starts in a row made no checkpoint later than step {reached}")
             return status
         if fruitless and not job.goes_on_after(SETTLE_SECONDS):
             return status
-        usable, start = usable_nodes(whole), start + 1
+        before, usable, start = usable, usable_nodes(whole), start + 1
+        lost = sorted(set(before) - set(usable))
+        for node in sorted({*lost, *([first] if first else [])}):
+            failed[node] += 1
+            what = "the node went down" if node in lost else "the training failed there first"
+            record_node_fault(run_dir, node, "death", f"after step {reached}: {what}")
         chosen = choose_nodes(whole.nodes, usable, failed, wanted, lambda n: _fits(config, n * whole.ranks_per_node))
         at_fault = f", first on {first}" if first else ""
         if not chosen:
@@ -211,12 +217,13 @@ def batch(overrides: list[str]) -> None:
     """
     whole = find_allocation()
     spares = spare_nodes(os.environ, len(whole.nodes))
-    allocation = whole.on(whole.nodes[: len(whole.nodes) - spares], start=0)
     check_commands(LAUNCHER)
     srun_args = split_srun_args(os.environ.get("SRUN_ARGS", ""))
     config = compose_config(overrides)
+    run_dir, wanted = Path(config.run_dir), len(whole.nodes) - spares
+    chosen = choose_nodes(whole.nodes, whole.nodes, fault_counts(run_dir), wanted, lambda _: True)
+    allocation = whole.on(chosen, start=0)
     check_accumulation(config, allocation.ranks)
-    run_dir = Path(config.run_dir)
     logs = Path(os.environ.get("LOGS") or run_dir / "logs").absolute()
     logs.mkdir(parents=True, exist_ok=True)
     hostfile = Path(os.environ.get("HOSTFILE") or logs / f"hostfile-{allocation.job_id}")

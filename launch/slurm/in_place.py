@@ -2,11 +2,13 @@
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from data.cli import LOST, REQUEUE
 from launch.slurm.allocation import Allocation, expand_nodelist
+from train.faults.quarantine import read_node_faults
 
 # Starts in a row that may end without a later checkpoint. Between them Slurm has time to see that a node is gone, which
 # takes its SlurmdTimeout (300 s by default).
@@ -47,6 +49,15 @@ def _ask(*command: str) -> str:
     return subprocess.run([*command, "--noheader"], capture_output=True, text=True, check=False).stdout
 
 
+def fault_counts(run_dir: Path) -> Counter[str]:
+    """How often each node has failed in this run, by what RUN_DIR/nodes.json says.
+
+    Raises: ValueError if it is no such file; OSError if it cannot be read.
+    """
+    faults = read_node_faults(run_dir)
+    return Counter({node: sum(kind["times"] for kind in kinds.values()) for node, kinds in faults.items()})
+
+
 def first_to_fail(log: str, nodes: Iterable[str]) -> str:
     """The node whose launcher ended first, of those whose ranks did not end because another was gone; '' if none told.
 
@@ -66,7 +77,7 @@ def choose_nodes(
 ) -> list[str]:
     """The nodes of the next start, in Slurm's order; [] if too few are left.
 
-    The more often a node failed first, the later it is taken. Where fewer than wanted are left, as many as the batch
+    The more often a node failed, the later it is taken. Where fewer than wanted are left, as many as the batch
     can be divided among, if those are not too few.
     failed: how often, by node.  fits: whether the batch can be divided among so many nodes.
     """
