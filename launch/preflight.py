@@ -5,10 +5,10 @@ Exit status 2 and a line for each fault, which names the node and the remedy.
 """
 
 import os
-import socket
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 from data.checks import count
@@ -18,6 +18,7 @@ from launch.nodes.cpus import Cpus, cpu_faults, find_cpus
 from train.compose import help_with_training, parse_with_config
 from train.config import Config, check_accumulation
 from train.faults.launched import check_launched
+from train.faults.quarantine import node_name, record_node_fault
 
 # A healthy pair of nodes may be this many times slower than the median before it is named.
 SLOW_PAIR = 3.0
@@ -30,11 +31,13 @@ class Options:
     step_seconds: seconds that the plan says a step takes; data must be read fast enough for it.
     max_skew: largest difference between clocks, in seconds.
     test_mb: MB of the messages that measure the network.
+    spares: nodes among them that wait to take over, and have no part of the batch.
     """
 
     step_seconds: float = 0.5
     max_skew: float = 2.0
     test_mb: int = 64
+    spares: int = 0
 
 
 @dataclass(slots=True)
@@ -61,7 +64,7 @@ def look(options: Options, config: Config, ranks: int, nodes: int) -> Report:
     from launch.nodes.checks import code_hash, devices, disk_faults, open_files_faults, read_rate, versions
 
     local_rank = int(os.environ["LOCAL_RANK"])
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = node_name()
     seen, faults = devices(local_rank)
     report = Report(node, local_rank, code_hash(), versions(), seen, find_cpus(), faults=faults)
     if local_rank == 0:
@@ -127,12 +130,13 @@ def preflight(argv: list[str]) -> None:
     check_device(config.needs_gpu)
     rank, ranks, device = init_distributed(config.hang_seconds)
     meet_by_gloo()
-    check_accumulation(config, ranks)
     resolve_text_shape(config)
     names: list = [None] * ranks
-    dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    dist.all_gather_object(names, node_name())
+    nodes = len(set(names))
+    check_accumulation(config, ranks * (nodes - options.spares) // nodes)
     reports: list = [None] * ranks
-    dist.all_gather_object(reports, look(options, config, ranks, len(set(names))))
+    dist.all_gather_object(reports, look(options, config, ranks, nodes))
     shared = shared_run_dir_faults(config, names)
     offsets = clock_offsets()
     whole = all_reduce_rate(device, options.test_mb)
@@ -148,12 +152,25 @@ def preflight(argv: list[str]) -> None:
             if abs(offset - middle) > options.max_skew
         ]
         summary(reports, whole, rates, faults)
+        record(Path(config.run_dir), set(names), faults)
     to_all = [faults]
     dist.broadcast_object_list(to_all, src=0)
     dist.barrier()
     dist.destroy_process_group()
     if to_all[0]:
         sys.exit(MISTAKE)
+
+
+def record(run_dir: Path, nodes: set[str], faults: list[str]) -> None:
+    """Count the faults of single nodes, for the batch script to leave out those that fail again and again.
+
+    What most nodes have is wrong with the job, and a slow pair of nodes does not tell which of them is the slow one.
+    """
+    told = {node: [fault for fault in faults if fault.startswith((f"{node}:", f"{node}, rank "))] for node in nodes}
+    bad = {node: of_node[0] for node, of_node in sorted(told.items()) if of_node}
+    if len(bad) * 2 <= len(nodes):
+        for node, fault in bad.items():
+            record_node_fault(run_dir, node, "preflight", fault)
 
 
 def summary(reports: list[Report], whole: float, rates: dict[tuple[str, str], float], faults: list[str]) -> None:

@@ -130,6 +130,12 @@ def kill_everything(run: Run, draw: random.Random) -> str:
     return "all killed"
 
 
+def kill_the_launcher(run: Run, draw: random.Random) -> str:
+    """With SIGKILL, the process that started the ranks; without it they save and leave."""
+    run.ranks()[0].parent().kill()
+    return "launcher killed"
+
+
 def ask_a_rank(run: Run, draw: random.Random) -> str:
     """SIGUSR1 to one rank."""
     draw.choice(run.ranks()).send_signal(signal.SIGUSR1)
@@ -190,7 +196,9 @@ def ask_what_goes_on(run: Run, draw: random.Random, name: str) -> str:
     return name
 
 
-OTHERS = [ask_a_rank, end_all, kill_a_worker, lose_the_folder, stall_the_data, pause_a_rank]
+OTHERS = [
+    ask_a_rank, end_all, kill_a_worker, kill_the_launcher, lose_the_folder, stall_the_data, pause_a_rank,
+]  # fmt: skip
 
 
 def fault_of(folder: Path) -> str:

@@ -7,9 +7,10 @@ import subprocess
 
 import pytest
 
-from data.cli import REQUEUE
+from data.cli import LOST, REQUEUE
 from launch.slurm.allocation import Allocation, check_hostfile, find_allocation, free_port, ranks_per_node
 from launch.slurm.batch import LAUNCHER, MISTAKE, NODE, main, split_srun_args, verdict
+from launch.slurm.in_place import choose_nodes, first_to_fail, spare_nodes
 from train.faults.launched import check_launched
 
 JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[1-2]"}
@@ -106,6 +107,45 @@ def test_when_to_requeue(status, done, warned, restarts, reached, again):
     assert found == again and why
 
 
+def test_spares_are_a_number_below_the_nodes():
+    assert spare_nodes({}, 1) == 0 and spare_nodes({"SPARES": "2"}, 3) == 2
+    for spares in ("3", "-1", "all"):
+        with pytest.raises(ValueError, match=f"SPARES={spares} must be a number below the 3 nodes of the job"):
+            spare_nodes({"SPARES": spares}, 3)
+
+
+@pytest.mark.parametrize(
+    ("usable", "failed", "wanted", "divides", "chosen"),
+    [
+        ("abcd", {}, 3, {3}, "abc"),
+        ("abcd", {"b": 1}, 3, {3}, "acd"),  # the spare takes over
+        ("abd", {"b": 1}, 3, {3}, "abd"),  # no other is left
+        ("abcd", {"a": 1, "b": 2}, 3, {3}, "acd"),  # the one that failed less often
+        ("abc", {"b": 1}, 4, {4, 3}, "abc"),  # one fewer, as the batch divides
+        ("abc", {}, 4, {4, 2}, ""),  # two would be too few
+        ("", {}, 1, {1}, ""),
+    ],
+)
+def test_the_nodes_of_the_next_start(usable, failed, wanted, divides, chosen):
+    assert choose_nodes([*"abcd"], [*usable], failed, wanted, lambda n: n in divides) == [*chosen]
+
+
+def test_the_node_that_failed_first(tmp_path):
+    log, told = f"{tmp_path}/train-1", {
+        "node1": f"{LOST} 10.5\n", "node2": "1 12.25\n", "node3": "247 11.5\n", "node4": "0 9.0\n", "node5": "1 x\n",
+    }  # fmt: skip
+    for node, text in told.items():
+        (tmp_path / f"train-1-{node}.status").write_text(text)
+    assert first_to_fail(log, [*told, "node6"]) == "node3", "not those whose ranks ended since another was gone"
+    assert not list(tmp_path.iterdir()) and first_to_fail(log, told) == ""
+
+
+def test_a_start_on_other_nodes_has_a_port_of_its_own():
+    again = TWO.on(["node2"], start=1)
+    assert (again.nodes, again.master_addr, again.ranks) == (["node2"], "node2", 8)
+    assert again.master_port != TWO.master_port and TWO.on(["node1"], start=0).master_port == TWO.master_port
+
+
 def test_srun_args_are_split_as_by_a_shell():
     assert split_srun_args("") == []
     image = "--container-image='my image.sqsh' --container-mounts=/a:/a,/b:/b"
@@ -125,6 +165,7 @@ def test_the_ranks_of_a_node_keep_the_gpus_that_slurm_gave(tmp_path, visible):
     environment = os.environ | {"SLURMD_NODENAME": "node1", "SLURM_NODEID": "0"}
     environment |= {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     subprocess.run([*command, "show.py"], cwd=tmp_path, env=environment, check=True, timeout=120)
+    assert (tmp_path / "log-node1.status").read_text().startswith("0 ")
     lines = (tmp_path / "log-node1.log").read_text().splitlines()
     seen = sorted(json.loads(line) for line in lines if line.startswith('["'))
     assert seen == [[visible or "0,1", "0"], [visible or "0,1", "1"]]

@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -52,6 +54,42 @@ for rank in range(3):
     ranks.append(subprocess.Popen([sys.executable, *sys.argv[1:]], env=environment))
 print([rank.wait() for rank in ranks])
 """
+
+
+ORPHAN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+from train.faults.node_watch import NodeWatch
+NodeWatch()
+print("ready", flush=True)
+time.sleep(60)
+"""
+DYING_LAUNCHER = """
+import os, subprocess, sys
+environment = os.environ | {"RANK": "3"} | ({"LOCAL_SIZE": "1"} if sys.argv[2] == "launcher" else {})
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=environment, stdout=subprocess.PIPE)
+rank.stdout.readline()
+print(rank.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("parent", ["launcher", "shell"])
+def test_a_rank_whose_launcher_died_stops_as_by_sigterm(repo, tmp_path, parent):
+    """A shell that ends leaves what it started in the background alone."""
+    with open(tmp_path / "said", "w") as said:
+        launched = subprocess.run(
+            [sys.executable, "-c", DYING_LAUNCHER, ORPHAN, parent], cwd=repo, stdout=subprocess.PIPE, stderr=said,
+            text=True, timeout=60,
+        )  # fmt: skip
+    rank = psutil.Process(int(launched.stdout))
+    if parent == "launcher":
+        psutil.wait_procs([rank], timeout=20)
+        assert (tmp_path / "said").read_text() == "rank 3: its launcher is gone, so the run stops as by SIGTERM\n"
+    else:
+        time.sleep(2)
+        assert rank.is_running() and not (tmp_path / "said").read_text()
+        rank.kill()
 
 
 def test_a_node_whose_rank_died_ends_its_other_ranks_though_they_hang():

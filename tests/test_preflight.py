@@ -12,8 +12,9 @@ import pytest
 
 from launch.nodes.cpus import Cpus, cpu_faults, find_cpus
 from launch.nodes.network import tournament
-from launch.preflight import slow_pairs
+from launch.preflight import record, slow_pairs
 from tests.support.trainings import SMALL, free_port, make_data
+from train.faults.quarantine import read_node_faults
 
 FAST = ["test_mb=1", "step_seconds=60"]
 
@@ -131,3 +132,14 @@ def test_the_cpus_of_a_process_are_those_that_it_is_bound_to():
     finally:
         os.sched_setaffinity(0, own)
     assert find_cpus({}) == Cpus(frozenset(own), None, os.cpu_count())
+
+
+def test_the_faults_of_single_nodes_are_remembered_and_those_of_the_job_are_not(tmp_path):
+    nodes = {"node1", "node10", "node2"}
+    record(tmp_path, nodes, ["node10, rank 8: GPU 0 has 5 GB in use", "node1 and node2: 0.1 GB/s between them"])
+    record(tmp_path, nodes, ["node10: its clock is +9.0 s off: start chrony"])
+    found = read_node_faults(tmp_path)
+    assert list(found) == ["node10"] and found["node10"]["preflight"]["times"] == 2
+    assert "clock" in found["node10"]["preflight"]["what"]
+    record(tmp_path, nodes, [f"{node}: Slurm gave the job 1 of the node's 96 CPUs" for node in nodes])
+    assert read_node_faults(tmp_path) == found

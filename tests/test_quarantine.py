@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.faults.quarantine import Quarantine
+from train.faults.quarantine import NODES, Quarantine, bad_nodes, read_node_faults, record_node_fault
 
 
 def listed(run_dir: Path, rank: int = 0) -> list[dict]:
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_written_gives_one_warning(tmp_path, caplog):
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from train.faults.quarantine import Quarantine
+from train.faults.quarantine import NODES, Quarantine, bad_nodes, read_node_faults, record_node_fault
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 quarantine = Quarantine(Path(sys.argv[1]), 0)
 quarantine.add(0, [("first", "no image")])
@@ -102,3 +102,36 @@ def test_a_disk_that_fills_up_does_not_end_the_run(tmp_path, repo):
     # The next start cuts off the line that the full disk left incomplete.
     Quarantine(tmp_path, 0).add(9, bad(9))
     assert [line["step"] for line in listed(tmp_path)][-1] == 9 and listed(tmp_path)[0]["sample"] == "first"
+
+
+def test_the_faults_of_a_node_are_counted_and_make_it_bad(tmp_path):
+    assert read_node_faults(tmp_path) == {} == bad_nodes(tmp_path, 1)
+    record_node_fault(tmp_path, "node7", "straggler", "GPU 3: forward 20 % behind")
+    record_node_fault(tmp_path, "node7", "corruption", "x" * 10**6)
+    record_node_fault(tmp_path, "node2", "straggler", "GPU 0")
+    record_node_fault(tmp_path, "node7", "straggler", "GPU 3: again")
+    found = read_node_faults(tmp_path)
+    assert {node: {kind: fault["times"] for kind, fault in faults.items()} for node, faults in found.items()} == {
+        "node7": {"straggler": 2, "corruption": 1}, "node2": {"straggler": 1},
+    }  # fmt: skip
+    assert found["node7"]["straggler"]["what"] == "GPU 3: again" and (tmp_path / NODES).stat().st_size < 2000
+    assert list(bad_nodes(tmp_path, 3)) == ["node7"] and list(bad_nodes(tmp_path, 1)) == ["node7", "node2"]
+    assert "straggler 2 x (GPU 3: again), corruption 1 x" in bad_nodes(tmp_path, 3)["node7"]
+    assert not bad_nodes(tmp_path, 4) and not bad_nodes(tmp_path, 0), "0 remembers, and leaves none out"
+    assert [path.name for path in tmp_path.iterdir()] == [NODES], "nothing is left aside"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"death": {}}}', '{"a": {"death": {"times": "x"}}}'])
+def test_a_damaged_list_of_nodes_is_named_and_kept(tmp_path, caplog, content):
+    (tmp_path / NODES).write_text(content)
+    with pytest.raises(ValueError, match="is no list of nodes.*or delete it to forget them"):
+        bad_nodes(tmp_path, 3)
+    record_node_fault(tmp_path, "node7", "death", "killed")
+    assert "the fault of node7 (death: killed) is not recorded" in caplog.text
+    assert (tmp_path / NODES).read_text() == content
+
+
+def test_a_fault_is_told_where_it_cannot_be_recorded(tmp_path, caplog):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    record_node_fault(tmp_path / "run", "node7", "death", "killed")
+    assert "the fault of node7 (death: killed) is not recorded" in caplog.text

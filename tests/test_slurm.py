@@ -1,4 +1,4 @@
-"""The batch script on a real Slurm of two nodes on this machine: warned, requeued, resumed, finished."""
+"""The batch script on a real Slurm of three nodes on this machine: warned, requeued, started in place, finished."""
 
 import contextlib
 import json
@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from data.device import find_machine
+from launch.slurm.in_place import fault_counts
 from tests.support.slurm_cluster import Cluster, install
 from tests.support.trainings import SMALL, make_data, metrics
 from train.checkpoint.format import latest_checkpoint, read_manifest
@@ -89,6 +91,49 @@ def test_warned_requeued_resumed_finished(cluster, repo, data, tmp_path):
     assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2
     assert {p.name for p in (run_dir / "logs").glob("train-*.log")} == {f"train-{job}-node{i}.log" for i in (1, 2)}
     assert output.count("preflight: 2 nodes") == 1, "only before the first start"
+
+
+def ranks_of(run_dir: Path) -> dict[int, psutil.Process]:
+    """The processes of a training by rank."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if f"run_dir={run_dir}" not in words or words[2] != "train/main.py":
+                continue
+            # The parent of a loader worker is a rank itself.
+            if (parent := process.parent()) and parent.cmdline()[2:3] != ["train/main.py"]:
+                found[int(process.environ()["RANK"])] = process
+    return found
+
+
+def test_started_again_in_place_with_a_spare_node(cluster, repo, data, tmp_path):
+    """A node goes down, later a rank dies: no requeue, the spare takes over, and each step is made as without them."""
+    run_dir, log = tmp_path / "run", tmp_path / "job.log"
+    given = [*(o for o in FIRST if not o.startswith("save_every")), "save_every=2", "keep_checkpoints=100"]
+    given += [f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
+    job = submit(cluster, repo, log, *given, options=("--nodes=3",), SPARES="1")
+    try:
+        wait_until(lambda: steps_made(run_dir) >= 4 and latest_checkpoint(run_dir), "a checkpoint", log, 600)
+        cluster.command("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+        wait_until(lambda: "in place without node2, with node3, from step" in log.read_text(), "the spare", log, 300)
+        there = steps_made(run_dir)
+        wait_until(lambda: steps_made(run_dir) >= there + 3, "steps of the second start", log, 600)
+        ranks_of(run_dir)[1].kill()
+        wait_until(lambda: log.read_text().count("starts again in place") == 2, "the third start", log, 300)
+        wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end", log, 600)
+    finally:
+        cluster.command("scancel", job, check=False)
+        wait_until(lambda: cluster.state(job) not in ("RUNNING", "COMPLETING"), "a free node", log)
+        cluster.command("scontrol", "update", "nodename=node2", "state=resume", check=False)
+    output = log.read_text()
+    assert cluster.state(job) == "COMPLETED", output[-3000:]
+    assert "Restarts=0" in cluster.command("scontrol", "show", "job", job) and "requeued" not in output
+    assert "preflight: 3 nodes x 1" in output and output.count("train: 2 nodes x 1") == 3
+    assert "first on node3: starts again in place, from step" in output, "no other node is left"
+    assert fault_counts(run_dir) == {"node2": 1, "node3": 1}
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1)), "each step once, none lost"
+    assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2
 
 
 def test_a_mistake_is_reported_and_not_requeued(cluster, repo, data, tmp_path):

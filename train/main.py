@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
     handle_ctrl_c()
 
-from data.cli import HELP, MISTAKE, REQUEUE, arguments, reason
+from data.cli import HELP, LOST, MISTAKE, REQUEUE, arguments, reason
 from data.quiet import quiet_libraries
 from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from train.inputs import Inputs
 
 # How gloo and NCCL say that another rank is gone.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Exits: 2 with one line for what the user can fix; 75 when asked to leave before the end; 130 for Ctrl-C before
-    the first step, or a second one.
+    the first step, or a second one; 76 when another rank is gone.
     """
     # Of the tasks that srun starts without a launcher, one tells what is wrong.
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
@@ -59,6 +59,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
     """Look at everything that can be looked at before the ranks meet, then train."""
     quiet_libraries()
     # Imported here: torch takes seconds, and --help and a mistyped key are answered before.
+    from train.faults.compile_cache import prepare_cache
     from train.faults.node_watch import NodeWatch
     from train.faults.preempt import install_signal_handlers
 
@@ -73,6 +74,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
         if rank == 0:
             dry_run(config, ranks)
         return
+    prepare_cache(config)
     watch = NodeWatch()
     try:
         check_launched(os.environ)
@@ -195,10 +197,10 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
     except (OSError, LoaderDied, ShardUnreadable, WrongSidecar) as error:
         leave(error, tell=True)
     except RuntimeError as error:
-        if not any(words in str(error) for words in LOST):
+        if not any(words in str(error) for words in LOST_WORDS):
             raise
         print(f"rank {rank} ends because another rank is gone; see that rank's own error above", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(LOST)
     dist.barrier()  # the first rank draws the curves
     watch.stop()
     dist.barrier()  # a launcher ends the others as soon as one has left

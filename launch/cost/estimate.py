@@ -146,18 +146,8 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     traffic, reading = collectives(trained, ranks, weight_bytes), estimate_reading(options, config)
 
     flops = costs[config.recompute].flops
-    at_peak = flops.total * config.global_batch / (ranks * gpu.tflops * 1e12)
-    alone = Times(
-        compute=at_peak / options.mfu,
-        all_reduce=0.0,
-        all_gather=0.0,
-        # Masters, moments and EMA are read and written; the rest of the update is small beside them.
-        update=2 * (resident.master + resident.moments + resident.ema) / gpu.memory_rate,
-        reading=reading.sample * config.global_batch / (options.storage * GB) if options.storage else 0.0,
-    )
-    # Of the last micro batch: the gradients of the others are only added up.
-    backward = alone.compute / accumulate * flops.backward / flops.total
-    buckets = bucket_costs(options, config, gpu, flops, largest, backward)
+    alone, buckets = step_times(options, config, flops, largest, resident, reading)
+    at_peak = alone.compute * options.mfu
     # At the limit the links are used whole, and all communication hides behind the compute.
     whole = ring_rate(gpu, options.nodes, options.gpus_per_node, options.link * GB / 8)
     at_full_rate = traffic.sent / whole
@@ -167,6 +157,43 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
         built, costs, traffic, buckets, reading, assumed_text,
         checkpoint_bytes(resident, ranks), alone, limit,
     )  # fmt: skip
+
+
+def step_times(
+    options: PlanOptions, config: Config, flops: Flops, largest: int, resident: States, reading: Reading
+) -> tuple[Times, list[Buckets]]:
+    """A step without a network, and what the collectives add to it for each size of bucket, the engine's first."""
+    gpu = find_gpu(options.gpu)
+    at_peak = flops.total * config.global_batch / (options.ranks * gpu.tflops * 1e12)
+    alone = Times(
+        compute=at_peak / options.mfu,
+        all_reduce=0.0,
+        all_gather=0.0,
+        # Masters, moments and EMA are read and written; the rest of the update is small beside them.
+        update=2 * (resident.master + resident.moments + resident.ema) / gpu.memory_rate,
+        reading=reading.sample * config.global_batch / (options.storage * GB) if options.storage else 0.0,
+    )
+    # Of the last micro batch: the gradients of the others are only added up.
+    backward = alone.compute / accumulation(config, options.ranks) * flops.backward / flops.total
+    return alone, bucket_costs(options, config, gpu, flops, largest, backward)
+
+
+def estimate_step(options: PlanOptions, config: Config) -> tuple[float, int]:
+    """Seconds of a step and bytes of a checkpoint as in make_plan, without the memory of a step, which takes longer.
+
+    Raises: ValueError for a value that cannot be, or a micro batch that does not divide the batch.
+    """
+    check_options(options)
+    resolve_text_shape(config)
+    (trained, frozen), ranks = parameters(config), options.ranks
+    accumulation(config, ranks)
+    resident = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen)
+    flops = training_flops(config.model, config.data.tokens, config.lora, config.recompute)
+    reading = estimate_reading(options, config)
+    alone, (engine, *_) = step_times(options, config, flops, largest_parameter(config), resident, reading)
+    network = engine.networks[options.link]
+    times = replace(alone, all_reduce=network.exposed, all_gather=network.all_gather)
+    return times.step, checkpoint_bytes(resident, ranks)
 
 
 def recompute_cost(

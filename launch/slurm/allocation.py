@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 NO_SLURM = (
@@ -14,6 +14,8 @@ NO_SLURM = (
 )
 # Above the ports of services and below those that Linux assigns by itself (32768 and up).
 FIRST_PORT, PORTS = 15_000, 15_000
+# From the port of a start to that of the next; jobs that follow one another have ports that do.
+PORT_STEP = 97
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,11 @@ class Allocation:
     @property
     def ranks(self) -> int:
         return len(self.nodes) * self.ranks_per_node
+
+    def on(self, nodes: list[str], start: int) -> "Allocation":
+        """The same job with some of its nodes.  start: how many came before; each has a port of its own."""
+        port = self.master_port if not start else free_port(int(self.job_id) + PORT_STEP * start, None)
+        return replace(self, nodes=nodes, master_addr=node_address(nodes[0]), master_port=port)
 
     def hostfile(self) -> str:
         """The hostfile of DeepSpeed."""

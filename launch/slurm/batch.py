@@ -1,10 +1,10 @@
-"""The batch script of a training: checks it, starts a launcher on each node, requeues the job until it is done.
+"""The batch script of a training: checks it, starts a launcher on each node, again after a fault, until it is done.
 
     python -m launch.slurm.batch +experiment=if_i_xl        inside a job; launch/slurm/train.sbatch runs it
 
 Environment variables and their defaults: RANKS_PER_NODE (the GPUs of a node), MAX_RESTARTS (100), PREFLIGHT (1: run it
-before the first start; 0: never), LOGS (run_dir/logs), HOSTFILE (written for the job), MASTER_PORT (a free one),
-SRUN_ARGS (none: more options of srun, such as those of a container).
+before the first start; 0: never), SPARES (0: nodes of the job that wait to take over), LOGS (run_dir/logs), HOSTFILE
+(written for the job), MASTER_PORT (a free one), SRUN_ARGS (none: more options of srun, such as those of a container).
 """
 
 import os
@@ -12,13 +12,24 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.cli import MISTAKE, REQUEUE, run_command
 from launch.slurm.allocation import Allocation, check_commands, check_hostfile, find_allocation
+from launch.slurm.in_place import (
+    SETTLE_SECONDS,
+    TRIES,
+    choose_nodes,
+    fault_counts,
+    first_to_fail,
+    spare_nodes,
+    usable_nodes,
+)
 from train.compose import ROOT, compose_config, training_help
-from train.config import check_accumulation
+from train.config import Config, check_accumulation
+from train.faults.quarantine import record_node_fault
 
 # The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
 # The name of the log has Slurm's name of the node, which may differ from the machine's.
@@ -27,9 +38,11 @@ from train.config import check_accumulation
 NODE = """
 log=$1-$SLURMD_NODENAME.log hostfile=$2 address=$3 port=$4; shift 4
 exec >>"$log" 2>&1; trap "" USR1
-exec "$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" --hostfile "$hostfile" \\
+trap : TERM  # so that the status is told; the launcher gets the signal too
+"$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" --hostfile "$hostfile" \\
     --master_addr "$address" --master_port "$port" --no_python \\
     env ${CUDA_VISIBLE_DEVICES+"CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"} "${0%/*}/python" -u "$@"
+status=$?; echo "$status $(date +%s.%N)" >"${log%.log}.status"; exit "$status"
 """
 # By its full path: the `deepspeed` on PATH may be launch/slurm/bin/deepspeed.
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -65,12 +78,28 @@ class Job:
     def _cancel(self, *_: object) -> None:
         self.cancelled = True
 
+    def goes_on_after(self, seconds: float) -> bool:
+        """Wait, and return whether the job still goes on then."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not (self.warned or self.cancelled):
+            time.sleep(0.2)
+        return not (self.warned or self.cancelled)
+
+    def log(self, name: str) -> str:
+        """Where the logs of a program lie, without -NODE.log."""
+        return f"{self.logs}/{name}-{self.allocation.job_id}"
+
+    def use(self, allocation: Allocation) -> None:
+        """Run what comes next on these nodes, by a hostfile of our own."""
+        self.allocation, self.hostfile = allocation, self.logs / f"hostfile-{allocation.job_id}"
+        self.hostfile.write_text(allocation.hostfile())
+
     def run(self, name: str, *program: str) -> int:
         """Run arguments of Python on every rank; returns the highest exit status, above 128 if a signal ended it."""
-        allocation, nodes = self.allocation, self.allocation.nodes
-        log = f"{self.logs}/{name}-{allocation.job_id}"
+        allocation, nodes, log = self.allocation, self.allocation.nodes, self.log(name)
         say(f"{name}: {len(nodes)} nodes x {allocation.ranks_per_node}, logs in {log}-NODE.log")
         command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--overlap"]
+        command += [f"--nodelist={','.join(nodes)}"]
         # The one task of a node starts all of its ranks and their loader workers: it must not be bound to one CPU.
         command += ["--kill-on-bad-exit=1", "--cpu-bind=none", *self.srun_args, "bash", "-c", NODE, str(LAUNCHER), log]
         command += [str(self.hostfile), allocation.master_addr, str(allocation.master_port), *program]
@@ -135,17 +164,66 @@ def verdict(
     )
 
 
+def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[str]) -> int:
+    """Train; after a fault start again in the same job, on other nodes if some are lost. Returns the last status.
+
+    The node on which it failed first, and those that Slurm has lost, are counted in RUN_DIR/nodes.json.
+    whole: with the spare nodes.
+    """
+    run_dir, wanted, usable = Path(config.run_dir), len(job.allocation.nodes), whole.nodes
+    failed = fault_counts(run_dir)
+    start = fruitless = 0
+    while True:
+        began_at, nodes = latest_step(run_dir), job.allocation.nodes
+        status = job.run("train", "train/main.py", *overrides)
+        reached, first = latest_step(run_dir), first_to_fail(job.log("train"), nodes)
+        if (run_dir / "done").exists() or status == MISTAKE or not reached or job.warned or job.cancelled:
+            return status
+        fruitless = 0 if reached > began_at else fruitless + 1
+        if fruitless == TRIES:
+            say(f"{TRIES} starts in a row made no checkpoint later than step {reached}")
+            return status
+        if fruitless and not job.goes_on_after(SETTLE_SECONDS):
+            return status
+        before, usable, start = usable, usable_nodes(whole), start + 1
+        lost = sorted(set(before) - set(usable))
+        for node in sorted({*lost, *([first] if first else [])}):
+            failed[node] += 1
+            what = "the node went down" if node in lost else "the training failed there first"
+            record_node_fault(run_dir, node, "death", f"after step {reached}: {what}")
+        chosen = choose_nodes(whole.nodes, usable, failed, wanted, lambda n: _fits(config, n * whole.ranks_per_node))
+        at_fault = f", first on {first}" if first else ""
+        if not chosen:
+            say(f"ended with status {status}{at_fault}; {len(usable)} of {len(whole.nodes)} nodes are left, too few")
+            return status
+        out, new = sorted(set(nodes) - set(chosen)), sorted(set(chosen) - set(nodes))
+        change = f" without {','.join(out)}" * bool(out) + f", with {','.join(new)}" * bool(new)
+        say(f"ended with status {status}{at_fault}: starts again in place{change}, from step {reached}")
+        job.use(whole.on(chosen, start))
+
+
+def _fits(config: Config, ranks: int) -> bool:
+    try:
+        check_accumulation(config, ranks)
+    except ValueError:
+        return False
+    return True
+
+
 def batch(overrides: list[str]) -> None:
     """Run the job. Exits with its status.
 
     Raises: ValueError, OSError for what the user can fix.
     """
-    allocation = find_allocation()
+    whole = find_allocation()
+    spares = spare_nodes(os.environ, len(whole.nodes))
     check_commands(LAUNCHER)
     srun_args = split_srun_args(os.environ.get("SRUN_ARGS", ""))
     config = compose_config(overrides)
+    run_dir, wanted = Path(config.run_dir), len(whole.nodes) - spares
+    chosen = choose_nodes(whole.nodes, whole.nodes, fault_counts(run_dir), wanted, lambda _: True)
+    allocation = whole.on(chosen, start=0)
     check_accumulation(config, allocation.ranks)
-    run_dir = Path(config.run_dir)
     logs = Path(os.environ.get("LOGS") or run_dir / "logs").absolute()
     logs.mkdir(parents=True, exist_ok=True)
     hostfile = Path(os.environ.get("HOSTFILE") or logs / f"hostfile-{allocation.job_id}")
@@ -155,13 +233,17 @@ def batch(overrides: list[str]) -> None:
     job = Job(allocation, hostfile, logs, srun_args)
     job.install_signal_handlers()
     if os.environ.get("PREFLIGHT", "1") != "0" and not allocation.restarts:
-        status = job.run("preflight", "-m", "launch.preflight", *overrides)
+        if spares:
+            job.use(whole)
+        status = job.run("preflight", "-m", "launch.preflight", *([f"spares={spares}"] if spares else []), *overrides)
         if status or job.cancelled:
             say(f"the preflight ended with status {status}, so no training is started: {logs}/preflight-*.log say why")
             sys.exit(status)
     began_at, status = latest_step(run_dir), REQUEUE
     if not job.warned:
-        status = job.run("train", "train/main.py", *overrides)
+        if spares:
+            job.use(allocation)
+        status = train_in_place(job, whole, config, overrides)
     most = int(os.environ.get("MAX_RESTARTS", "100"))
     again, why = verdict(
         status, (run_dir / "done").exists(), job.warned, allocation.restarts, most, began_at, latest_step(run_dir)

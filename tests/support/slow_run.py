@@ -15,7 +15,7 @@ import torch.distributed.distributed_c10d as c10d  # noqa: E402 - the path comes
 
 import train.checkpoint.writer as writer  # noqa: E402
 import train.loop as loop  # noqa: E402
-import train.monitor.progress as progress  # noqa: E402
+import train.sampling.sampler as sampler  # noqa: E402
 from data.cli import arguments  # noqa: E402
 from data.storage.machine import open_handles  # noqa: E402
 from train.main import main  # noqa: E402
@@ -42,7 +42,7 @@ def slow(what: str, seconds: float) -> None:
 
         loop.training_losses = losses_after_a_while
     else:
-        sample = progress.sample
+        sample = sampler.sample
 
         def sample_slowly(*arguments):
             *rest, after_step = arguments
@@ -53,7 +53,7 @@ def slow(what: str, seconds: float) -> None:
 
             return sample(*rest, after_slow_step)
 
-        progress.sample = sample_slowly
+        sampler.sample = sample_slowly
 
 
 def tell_limits() -> None:

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: munged, slurmctld and two slurmd, in a folder of their own."""
+"""A real Slurm of three nodes on this machine: munged, slurmctld and three slurmd, in a folder of their own."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+NODES = ("node1", "node2", "node3")
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = ("slurm-wlm", "slurm-wlm-basic-plugins", "munge")
 CONF = """
@@ -41,7 +42,8 @@ KillWait=5
 GresTypes=gpu
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 Gres=gpu:2
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 Gres=gpu:2
-PartitionName=main Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
+NodeName=node3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=4 Gres=gpu:2
+PartitionName=main Nodes=node[1-3] Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -69,7 +71,7 @@ class Cluster:
         self.daemons: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Cluster":
-        sockets = [socket.socket() for _ in range(3)]
+        sockets = [socket.socket() for _ in range(1 + len(NODES))]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         ports = [one.getsockname()[1] for one in sockets]
@@ -80,11 +82,11 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         self.conf.write_text(CONF.format(folder=self.folder, host=host, ports=ports))
         # Devices that stand for two GPUs, which no training on the CPU opens.
-        (self.folder / "gres.conf").write_text("NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero\n")
+        (self.folder / "gres.conf").write_text("NodeName=node[1-3] Name=gpu File=/dev/null,/dev/zero\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        for node in ("node1", "node2"):
+        for node in NODES:
             (self.folder / f"spool-{node}").mkdir()
         try:
             self._start(
@@ -94,9 +96,9 @@ class Cluster:
             )  # fmt: skip
             self._wait(lambda: (self.folder / "munge.socket").exists(), "munged")
             self._start("slurmctld", "-D")
-            for node in ("node1", "node2"):
+            for node in NODES:
                 self._start("slurmd", "-D", "-N", node)
-            self._wait(lambda: self.command("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"], "two idle nodes")
+            self._wait(lambda: self.command("sinfo", "-h", "-o", "%t %D").split() == ["idle", "3"], "three idle nodes")
         except BaseException:
             self.__exit__()
             raise

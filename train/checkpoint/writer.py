@@ -29,6 +29,7 @@ from train.checkpoint.identity import DataIdentity
 from train.config import Config
 from train.ema import EMA
 from train.engine import Engine
+from train.faults.compile_cache import keep_cache
 from train.faults.limits import SAVE
 from train.faults.preempt import RankConsensus
 from train.faults.watchdog import Watchdog
@@ -93,6 +94,7 @@ class CheckpointWriter:
             os.replace(aside, folder)
             flush_to_disk(folder.parent)
             self._prune()
+            keep_cache()  # the other part of a quick restart
 
         self._publish, self._publishing = publish, False
         self._start(write)

@@ -1,13 +1,20 @@
-"""A list of the samples that could not be used; it is short, and a failure to write it does not stop the run."""
+"""Lists of what a run cannot rely on, samples and nodes; they are short, and a failure to write one stops no run."""
 
 import json
 import logging
 import os
+import socket
+from datetime import datetime, timezone
 from pathlib import Path
+
+from data.storage.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
 MAX_NAME_LENGTH = 300
+# The nodes of a run, what failed there and how often: {node: {kind: {"times": 2, "last": time, "what": text}}}.
+NODES = "nodes.json"
+KINDS = ("preflight", "straggler", "corruption", "death")
 
 
 class Quarantine:
@@ -52,3 +59,55 @@ class Quarantine:
         lines = [json.dumps({"step": step, "sample": name[:MAX_NAME_LENGTH], "reason": why}) for name, why in bad]
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
+
+
+def node_name() -> str:
+    """The name of this node, by which Slurm knows it if it runs here."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def record_node_fault(run_dir: Path, node: str, kind: str, what: str) -> None:
+    """Count a fault of a node in RUN_DIR/nodes.json; only the first rank or the batch script calls it.
+
+    node: as node_name() says there.  kind: of KINDS.  what: one line, kept of the last fault of its kind.
+    """
+    assert kind in KINDS, kind
+    path = run_dir / NODES
+    try:
+        nodes = read_node_faults(run_dir)
+        faults = nodes.setdefault(node, {})
+        times = faults.get(kind, {}).get("times", 0) + 1
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        faults[kind] = {"times": times, "last": now, "what": what[:MAX_NAME_LENGTH]}
+        with atomic_file(path) as aside:
+            aside.write_text(json.dumps(nodes, indent=1) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        logger.warning("the fault of %s (%s: %s) is not recorded: %s", node, kind, what, error)
+
+
+def read_node_faults(run_dir: Path) -> dict[str, dict[str, dict]]:
+    """What RUN_DIR/nodes.json says, by node and kind; empty without it.
+
+    Raises: ValueError if it is no such file; OSError if it cannot be read.
+    """
+    path = run_dir / NODES
+    try:
+        nodes = json.loads(path.read_text(encoding="utf-8"))
+        assert all(isinstance(fault["times"], int) for faults in nodes.values() for fault in faults.values())
+    except FileNotFoundError:
+        return {}
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{path}' is no list of nodes ({error!r}): repair it, or delete it to forget them") from None
+    return nodes
+
+
+def bad_nodes(run_dir: Path, most: int) -> dict[str, str]:
+    """The nodes with at least so many faults, and in words what they were; none for 0.
+
+    Raises: ValueError, OSError as read_node_faults.
+    """
+    found = {}
+    for node, faults in read_node_faults(run_dir).items() if most else ():
+        if sum(fault["times"] for fault in faults.values()) >= most:
+            found[node] = ", ".join(f"{kind} {fault['times']} x ({fault['what']})" for kind, fault in faults.items())
+    return found

@@ -20,7 +20,6 @@ from train.monitor.alerts import Alerts
 from train.monitor.plots import plot_curves, plot_grid
 from train.monitor.run_log import read_metrics
 from train.monitor.tracker import Tracker
-from train.sampling.sampler import make_scheduler, sample
 
 # Decay of the exponential average that smooths the loss, a log line at a time.
 SMOOTH = 0.98
@@ -72,6 +71,9 @@ class RunProgress:
 
         after_step: called after each denoising step of a row with its number of images.
         """
+        # Imported here: diffusers takes seconds, for which all ranks would wait at each start.
+        from train.sampling.sampler import make_scheduler, sample
+
         c, n = self.config, len(self.captions)
         scales = c.sample.guidance_scales
         scheduler = make_scheduler(c.diffusion_steps, c.model.learn_sigma)
