@@ -26,6 +26,9 @@ TINY = (
     "wandb.mode=disabled", "model.image_size=16", "model.channel_mult=[1,1]", "model.attention_resolutions=[8]",
     "model.num_res_blocks=1", "save_every=3", "keep_checkpoints=3", "log_every=1",
 )  # fmt: skip
+# What starts a training that flips a bit, in a step that comes after all that a start is waited for.
+FLIP_STEP = 15
+FLIPPED = {"script": REPO / "tests/support/flipped_run.py", "before": (str(FLIP_STEP),)}
 SAME = ("step", "loss", "mse", "vb", "lr", "grad_norm", "samples", "bad_samples", "skipped_steps")
 
 
@@ -50,11 +53,11 @@ class Chaos:
 class Run:
     """One start of a training by two ranks or more, and what can be done to it."""
 
-    def __init__(self, data: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> None:
+    def __init__(self, data: Path, run_dir: Path, *overrides: str, ranks: int = 2, **script) -> None:
         self.run_dir, self.began_at = run_dir, last_step(run_dir)
         self._log = open(run_dir.parent / f"{run_dir.name}.log", "w+")  # noqa: SIM115 - closed in end()
         to_log = {"stdout": self._log, "stderr": self._log}
-        self.process = start(REPO, data, run_dir, *TINY, *overrides, ranks=ranks, **to_log)
+        self.process = start(REPO, data, run_dir, *TINY, *overrides, ranks=ranks, **script, **to_log)
 
     def wait_for(self, steps: int, patience: float = 180.0) -> None:
         """Until so many steps of this start are made, or it has ended."""
@@ -151,6 +154,13 @@ def kill_a_worker(run: Run, draw: random.Random) -> str:
     return "loader worker killed"
 
 
+def flip_a_bit(run: Run, draw: random.Random) -> str:
+    """Of one rank's masters, in step FLIP_STEP: all ranks end before the next checkpoint, and name that one."""
+    run.process.wait(timeout=180)
+    assert "its masters changed while nothing wrote to them" in run.said(), run.said()[-3000:]
+    return "bit flipped"
+
+
 def fault_of(folder: Path) -> str:
     """What is wrong with a checkpoint, '' for nothing."""
     try:
@@ -189,12 +199,12 @@ def chaos(args: Chaos) -> dict:
     done = launch(REPO, data, out / "undisturbed", *TINY, steps, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     kills = [kill_a_rank, kill_a_rank_that_saves, kill_everything]
-    plan = [kills[i % 3] for i in range(args.kills)] + [ask_a_rank, end_all, kill_a_worker] * args.others
+    plan = [kills[i % 3] for i in range(args.kills)] + [ask_a_rank, end_all, kill_a_worker, flip_a_bit] * args.others
     draw.shuffle(plan)
     happened: Counter[str] = Counter()
     slowest, run_dir = 0.0, out / "disturbed"
     for number, fault in enumerate(plan):
-        run = Run(data, run_dir, steps)
+        run = Run(data, run_dir, steps, **(FLIPPED if fault is flip_a_bit else {}))
         run.wait_for(draw.randint(1, 3))
         assert run.process.poll() is None, f"ended before its fault: {run.said()[-3000:]}"
         tree = run.tree()

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.chaos import TINY, differences
 from tests.support.flipped_bits import CHECK_EVERY, SAVE_EVERY
 from tests.support.trainings import launch, make_data, run_ranks
+from train.checkpoint.format import complete_checkpoints, step_of
 from train.faults import checksum as module
 from train.faults.checksum import checksum
 from train.faults.majority import far_off, outvoted, wrong_parts
-from train.faults.quarantine import read_node_faults
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
@@ -95,7 +96,8 @@ def test_what_lies_idle_or_is_computed_is_compared_by_two_ranks(repo, tmp_path):
     assert "rank 1 (device 1" in pixels["said"] and "its batch changed on the device. " in pixels["said"]
     # The two contradict each other, and each repeats itself.
     assert activation["found"] == CHECK_EVERY and "they contradict each other" in activation["said"]
-    assert activation["said"].count("it computes another loss or gradient") == 2
+    assert activation["said"].count("it computes another loss or gradient") == 2 and not activation["nodes"]
+    assert [faults["corruption"]["times"] for faults in masters["nodes"].values()] == [1]
 
 
 @pytest.mark.slow
@@ -108,4 +110,21 @@ def test_of_three_ranks_the_one_that_computes_otherwise_is_named(repo, tmp_path)
         assert found["found"] == CHECK_EVERY and not found["saved"]
         assert f"step {CHECK_EVERY}: rank {rank} (device {rank} of node" in found["said"]
         assert "and the same when it is asked again. Nothing" in found["said"]
-    (faults,) = read_node_faults(tmp_path / "kept").values() if (tmp_path / "kept").exists() else ({},)
+        (faults,) = found["nodes"].values()
+        assert faults["corruption"]["times"] == 1 and f"rank {rank} (device" in faults["corruption"]["what"]
+
+
+@pytest.mark.slow
+def test_a_run_ends_before_the_checkpoint_and_goes_on_as_if_nothing_had_happened(repo, tmp_path):
+    data, run_dir = make_data(tmp_path / "data"), tmp_path / "disturbed"
+    done = launch(repo, data, tmp_path / "undisturbed", *TINY, "steps=9", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    flipped = {"script": repo / "tests/support/flipped_run.py", "before": ("5",)}
+    done = launch(repo, data, run_dir, *TINY, "steps=9", ranks=2, **flipped)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "error: step 6: rank 1 (device 1 of node" in done.stderr
+    assert "its masters changed while nothing wrote to them. Nothing is saved of it; leave out" in done.stderr
+    assert [step_of(folder) for folder in complete_checkpoints(run_dir)] == [3]
+    done = launch(repo, data, run_dir, *TINY, "steps=9", ranks=2)
+    assert done.returncode == 0 and "resumes from step 3" in done.stdout, done.stderr[-3000:]
+    assert not differences(run_dir, tmp_path / "undisturbed")

@@ -8,9 +8,10 @@ tests/benchmarks/silent_corruption.py.
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from train.compose import compose_config
 from train.engine import Engine, init_distributed
 from train.faults.checksum import checksum
 from train.faults.cross_check import Corrupted, CrossCheck
+from train.faults.quarantine import read_node_faults
 from train.inputs import find_inputs
 from train.noise import DeviceBatches
 
@@ -50,6 +52,7 @@ class Trial:
     rank: int = 1
     precision: str = "bf16"
     optimizer: str = "adamw8bit"
+    image_size: int = 8
 
 
 @dataclass(slots=True)
@@ -57,13 +60,17 @@ class Result:
     """What came of it.
 
     found: the step in which the training was ended, 0 if it was not.  said: the error.  saved: the checkpoints' steps.
-    masters: checksum of those of all ranks at the end.
+    masters: checksum of those of all ranks at the end.  nodes: what RUN_DIR/nodes.json says.
+    steps, checked: of each step, seconds of the first rank's processor, and of its checks.
     """
 
     found: int = 0
     said: str = ""
     saved: list[int] | None = None
     masters: int = 0
+    nodes: dict = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+    checked: list[float] = field(default_factory=list)
 
 
 class Moment:
@@ -72,6 +79,9 @@ class Moment:
     def __init__(self) -> None:
         self.step, self.backwards = 1, 0
         self.checks: CrossCheck | None = None
+        # Of the processor: of a step's checks, and of a whole step; the ends of what is measured.
+        self.checked, self.steps = [0.0], []
+        self.began, self.step_began = 0.0, time.process_time()
 
 
 def flip(tensor: Tensor, bit: str) -> None:
@@ -123,7 +133,7 @@ def ways(trial: Trial, now: Moment) -> list[tuple]:
     if trial.what in in_memory:
         return [around(Engine, "backward", first=once(in_memory[trial.what]))]
     return {
-        "none": lambda: [],
+        "none": list,
         "average": lambda: [around(CrossCheck, "check", then=at_the_end)],
         "gradient, once": lambda: [around(Engine, "backward", then=once(gradient))],
         "pixels on the device, always": lambda: [
@@ -172,17 +182,28 @@ def flipping(trial: Trial, rank: int) -> Iterator[Moment]:
     def begins(checks: CrossCheck, _: object) -> None:
         now.checks = checks
 
+    def starts(*_: object) -> None:
+        now.began = time.process_time()
+
+    def stops(*_: object) -> None:
+        now.checked[-1] += time.process_time() - now.began
+
     def counts(*_: object) -> None:
         now.backwards += 1
 
     def ends_step(*_: object) -> None:
+        stops()
         now.step, now.backwards = now.step + 1, 0
+        now.steps.append(time.process_time() - now.step_began)
+        now.step_began = time.process_time()
+        now.checked.append(0.0)
 
     restored = ways(trial, now) if rank == trial.rank else []
     restored += [
         around(CrossCheck, "__init__", then=begins),
         around(Engine, "backward", then=counts),
-        around(CrossCheck, "check", then=ends_step),
+        around(CrossCheck, "_verify", first=starts, then=stops),
+        around(CrossCheck, "check", first=starts, then=ends_step),
     ]
     try:
         yield now
@@ -196,7 +217,8 @@ def run(trial: Trial, data: str, folder: Path, rank: int, ranks: int, device: to
     own = [
         f"steps={STEPS}", f"global_batch={4 * ranks}", "micro_batch=2", "log_every=100", f"save_every={SAVE_EVERY}",
         f"check_every={CHECK_EVERY}", f"precision={trial.precision}", f"optim.name={trial.optimizer}",
-        "model.image_size=8", "model.attention_resolutions=[4]", "data.workers=0", f"run_dir={folder}",
+        f"model.image_size={trial.image_size}", f"model.attention_resolutions=[{trial.image_size // 2}]", "data.workers=0",
+        f"run_dir={folder}",
         f"data.shards={data}/shards", f"data.text={data}/text",
     ]  # fmt: skip
     config = compose_config(list({o.split("=")[0]: o for o in (*SMALL, *TINY, *own)}.values()))
@@ -210,7 +232,9 @@ def run(trial: Trial, data: str, folder: Path, rank: int, ranks: int, device: to
         masters = checksum([now.checks._engine.master])
         dist.all_reduce(masters)
         result.masters = int(masters)
+        result.steps, result.checked = now.steps, now.checked[: len(now.steps)]
     result.saved = [step_of(checkpoint) for checkpoint in complete_checkpoints(folder)]
+    result.nodes = read_node_faults(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return result
 

@@ -135,11 +135,11 @@ class CrossCheck:
         assert batch.loaded is not None
         sent = self._batches.send(batch.loaded)
         intact = int(checksum(sent.tensors)) == int(checksum(batch.tensors))
+        if self._ranks == 1:
+            return [] if intact else [(0, "its batch changed on the device")]
         loaded = self._consensus.share(batch.loaded, source)
         found = self._consensus.gather((intact, self._compute(loaded)))
         faults = [(rank, "its batch changed on the device") for rank, (intact, _) in enumerate(found) if not intact]
-        if self._ranks == 1:
-            return faults
         computed = [value for _, value in found]
         if self._exact and len({value.bits for value in computed}) > 1:
             again = self._consensus.gather(self._compute(loaded))
