@@ -11,7 +11,7 @@ from tests.support.flipped_bits import CHECK_EVERY, SAVE_EVERY
 from tests.support.trainings import launch, make_data, run_ranks
 from train.checkpoint.format import complete_checkpoints, step_of
 from train.faults import checksum as module
-from train.faults.checksum import checksum
+from train.faults.checksum import checksum, gradient_checksum
 from train.faults.majority import far_off, outvoted, wrong_parts
 
 
@@ -49,6 +49,22 @@ def test_the_checksum_knows_the_order_and_sums_in_any(monkeypatch):
         chunked.add(int(checksum([a])))
         a[i] = -a[i]
     assert len(chunked) == 101
+
+
+def test_a_gradient_is_summed_part_by_part_and_leaves_the_parameters_alone():
+    net = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).bfloat16()
+    x, parameters, accumulated = torch.randn(4, 7).bfloat16(), list(net.parameters()), []
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(accumulated.append)  # as DeepSpeed's
+    gradient = torch.autograd.grad(net(x).mean(), parameters)
+    found, norm = gradient_checksum(net(x).mean(), parameters)
+    assert int(found) == int(checksum([torch.stack([checksum([part]) for part in gradient])]))
+    assert float(norm) == pytest.approx(float(torch.cat([part.float().flatten() for part in gradient]).norm()))
+    assert all(parameter.grad is None for parameter in parameters) and not accumulated
+    net(x).mean().backward()
+    assert all(parameter.grad.equal(part) for parameter, part in zip(parameters, gradient, strict=True)), (
+        "no hook stays"
+    )
 
 
 def test_a_minority_is_outvoted_and_two_are_both_named():

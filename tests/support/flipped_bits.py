@@ -217,8 +217,8 @@ def run(trial: Trial, data: str, folder: Path, rank: int, ranks: int, device: to
     own = [
         f"steps={STEPS}", f"global_batch={4 * ranks}", "micro_batch=2", "log_every=100", f"save_every={SAVE_EVERY}",
         f"check_every={CHECK_EVERY}", f"precision={trial.precision}", f"optim.name={trial.optimizer}",
-        f"model.image_size={trial.image_size}", f"model.attention_resolutions=[{trial.image_size // 2}]", "data.workers=0",
-        f"run_dir={folder}",
+        f"model.image_size={trial.image_size}", f"model.attention_resolutions=[{trial.image_size // 2}]",
+        "data.workers=0", f"run_dir={folder}",
         f"data.shards={data}/shards", f"data.text={data}/text",
     ]  # fmt: skip
     config = compose_config(list({o.split("=")[0]: o for o in (*SMALL, *TINY, *own)}.values()))

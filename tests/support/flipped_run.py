@@ -10,9 +10,11 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 import os  # noqa: E402 - the path comes first
 
+from data.cli import arguments  # noqa: E402
 from tests.support.flipped_bits import Trial, flipping  # noqa: E402
 from train.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    with flipping(Trial("masters", step=int(sys.argv[1])), int(os.environ["RANK"])):
-        main([argument for argument in sys.argv[2:] if not argument.startswith("--local_rank")])
+    step, *overrides = arguments(None)
+    with flipping(Trial("masters", step=int(step)), int(os.environ["RANK"])):
+        main(overrides)

@@ -1,10 +1,10 @@
 """A checksum of tensors, made by their device of whole numbers, so that the order of adding does not matter."""
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Words that are multiplied at once; eight bytes are allocated for each.
 CHUNK = 1 << 20
@@ -25,6 +25,29 @@ def checksum(tensors: Iterable[Tensor]) -> Tensor:
             part = (chunk * _odd_numbers(len(chunk), chunk.device)).sum()
             total = part if total is None else total * MULTIPLIER + part
     return torch.zeros((), dtype=torch.int64) if total is None else total
+
+
+def gradient_checksum(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """The checksum of the gradient of a loss, and its norm, float32 []; no parameter's own gradient is touched.
+
+    Each part is summed as it comes and its memory is freed: the whole would take as much as the weights.
+    """
+    sums, norms = dict[int, Tensor](), dict[int, Tensor]()
+
+    def take(place: int, part: Tensor) -> Tensor:
+        sums[place] = checksum([part])
+        norms[place] = torch.linalg.vector_norm(part.detach(), dtype=torch.float32)
+        return part.new_zeros(()).expand_as(part)  # takes the place of the gradient, and no memory
+
+    # After the forward, which may be compiled for parameters without hooks.
+    hooks = [parameter.register_hook(partial(take, place)) for place, parameter in enumerate(parameters)]
+    try:
+        torch.autograd.grad(loss, parameters)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    places = range(len(parameters))
+    return checksum([torch.stack([sums[i] for i in places])]), torch.stack([norms[i] for i in places]).norm()
 
 
 def _words(tensor: Tensor) -> Tensor:

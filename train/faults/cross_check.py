@@ -5,7 +5,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from model.losses import training_losses
 from train.config import Config
 from train.ema import EMA
 from train.engine import Engine
-from train.faults.checksum import checksum
+from train.faults.checksum import checksum, gradient_checksum
 from train.faults.majority import far_off, outvoted, wrong_parts
 from train.faults.preempt import RankConsensus
 from train.faults.quarantine import node_name, record_node_fault
@@ -174,9 +173,8 @@ class CrossCheck:
         model_output = net(x_t, batch.t, self._inputs.text_emb(batch.text_emb))
         losses = training_losses(self._diffusion, model_output, batch.x_start, x_t, batch.t, batch.noise)["loss"]
         loss = (losses * batch.weight).mean()
-        gradient = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])
-        norm = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in gradient]).norm()
-        return Computed(int(checksum([losses, *gradient])), float(loss), float(norm))
+        gradient, norm = gradient_checksum(loss, [p for p in net.parameters() if p.requires_grad])
+        return Computed(int(checksum([losses, gradient])), float(loss), float(norm))
 
     def _end(self, step: int, faults: dict[int, list[str]]) -> None:
         """Raises: Corrupted, on all ranks, with the rank, device and node of each fault."""
