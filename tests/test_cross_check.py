@@ -97,16 +97,17 @@ def run_trials(repo: Path, folder: Path, ranks: int, *trials: dict) -> list[dict
 
 @pytest.mark.slow
 def test_what_lies_idle_or_is_computed_is_compared_by_two_ranks(repo, tmp_path):
-    none, masters, moments, average, weights, pixels, activation = run_trials(
+    none, masters, moments, average, weights, pixels, activation, checkpoint = run_trials(
         repo, tmp_path, 2, {"what": "none"}, {"what": "masters", "rank": 0}, {"what": "moments"}, {"what": "average"},
         {"what": "weights", "step": CHECK_EVERY}, {"what": "pixels on the device, always"},
-        {"what": "activation, always"},
+        {"what": "activation, always"}, {"what": "checkpoint in host memory"},
     )  # fmt: skip
     assert not none["found"] and none["saved"] == [SAVE_EVERY, 10]
     for found, name, rank in ((masters, "masters", 0), (moments, "moments", 1), (average, "average", 1)):
         assert found["found"] == CHECK_EVERY and not found["saved"]
         assert f"rank {rank} (device {rank} of node" in found["said"]
         assert f": its {name} changed while nothing wrote to them. Nothing" in found["said"]
+    assert "master is not in the file as it was on the device: the memory" in checkpoint["said"] and not checkpoint["saved"]
     assert weights["found"] == CHECK_EVERY and "rank 1 (device 1" in weights["said"]
     assert "its weights changed" in weights["said"] and "rank 0" not in weights["said"]
     assert "rank 1 (device 1" in pixels["said"] and "its batch changed on the device. " in pixels["said"]

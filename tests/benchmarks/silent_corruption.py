@@ -23,6 +23,7 @@ WHAT = {
     "masters": (2,),
     "moments": (2,),
     "average": (2,),
+    "checkpoint in host memory": (2,),
     "weights": (2, CHECK_EVERY),
     "gradient, once": (2, CHECK_EVERY),
     "gradient, always": (2,),

@@ -22,7 +22,8 @@ from tests.chaos import TINY
 from tests.support.counted_waits import replace
 from tests.support.trainings import SMALL
 from train import loop
-from train.checkpoint.format import complete_checkpoints, step_of
+from train.checkpoint import writer
+from train.checkpoint.format import CheckpointFailed, complete_checkpoints, step_of
 from train.compose import compose_config
 from train.engine import Engine, init_distributed
 from train.faults.checksum import checksum
@@ -31,6 +32,7 @@ from train.faults.quarantine import read_node_faults
 from train.inputs import find_inputs
 from train.noise import DeviceBatches
 
+SAVE_FILE = writer.save_file
 CHECK_EVERY, SAVE_EVERY, STEPS = 4, 6, 10
 # Bits by the bytes of a number: of fp32, of bf16, and of 8-bit codes.
 BITS = {
@@ -134,6 +136,7 @@ def ways(trial: Trial, now: Moment) -> list[tuple]:
         return [around(Engine, "backward", first=once(in_memory[trial.what]))]
     return {
         "none": list,
+        "checkpoint in host memory": lambda: [replace(writer, "save_file", save_flipped(now, trial))],
         "average": lambda: [around(CrossCheck, "check", then=at_the_end)],
         "gradient, once": lambda: [around(Engine, "backward", then=once(gradient))],
         "pixels on the device, always": lambda: [
@@ -161,6 +164,17 @@ def ways(trial: Trial, now: Moment) -> list[tuple]:
             )
         ],
     }[trial.what]()
+
+
+def save_flipped(now: Moment, trial: Trial) -> Callable:
+    """Writes a checkpoint's file after a bit of the copy in host memory has flipped."""
+
+    def save(snapshot: dict[str, Tensor], file: Path) -> None:
+        if now.step >= trial.step:
+            flip(snapshot["master"], trial.bit)
+        SAVE_FILE(snapshot, file)
+
+    return save
 
 
 def flip_loaded(batches: DeviceBatches, always: Callable[[Tensor], None]) -> None:
@@ -226,7 +240,7 @@ def run(trial: Trial, data: str, folder: Path, rank: int, ranks: int, device: to
     with flipping(trial, rank) as now:
         try:
             assert loop.train(config, find_inputs(config), rank, ranks, device)
-        except Corrupted as error:
+        except (Corrupted, CheckpointFailed) as error:
             result.found, result.said = now.step, str(error)
         assert now.checks
         masters = checksum([now.checks._engine.master])
