@@ -28,6 +28,9 @@ TINY = (
 )  # fmt: skip
 # How long a folder is gone at most, or processes stand still.
 AWAY_SECONDS = 5.0
+# What starts a training that flips a bit, in a step that comes after all that a start is waited for.
+FLIP_STEP = 15
+FLIPPED = {"script": REPO / "tests/support/flipped_run.py", "before": (str(FLIP_STEP),)}
 SAME = ("step", "loss", "mse", "vb", "lr", "grad_norm", "samples", "bad_samples", "skipped_steps")
 
 
@@ -52,11 +55,11 @@ class Chaos:
 class Run:
     """One start of a training by two ranks or more, and what can be done to it."""
 
-    def __init__(self, data: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> None:
+    def __init__(self, data: Path, run_dir: Path, *overrides: str, ranks: int = 2, **script) -> None:
         self.run_dir, self.began_at = run_dir, last_step(run_dir)
         self._log = open(run_dir.parent / f"{run_dir.name}.log", "w+")  # noqa: SIM115 - closed in end()
         to_log = {"stdout": self._log, "stderr": self._log}
-        self.process = start(REPO, data, run_dir, *TINY, *overrides, ranks=ranks, **to_log)
+        self.process = start(REPO, data, run_dir, *TINY, *overrides, ranks=ranks, **script, **to_log)
 
     def wait_for(self, steps: int, patience: float = 180.0) -> None:
         """Until so many steps of this start are made, or it has ended."""
@@ -196,8 +199,15 @@ def ask_what_goes_on(run: Run, draw: random.Random, name: str) -> str:
     return name
 
 
+def flip_a_bit(run: Run, draw: random.Random) -> str:
+    """Of one rank's masters, in step FLIP_STEP: all ranks end before the next checkpoint, and name that one."""
+    run.process.wait(timeout=180)
+    assert "its masters changed while nothing wrote to them" in run.said(), run.said()[-3000:]
+    return "bit flipped"
+
+
 OTHERS = [
-    ask_a_rank, end_all, kill_a_worker, kill_the_launcher, lose_the_folder, stall_the_data, pause_a_rank,
+    ask_a_rank, end_all, kill_a_worker, kill_the_launcher, lose_the_folder, stall_the_data, pause_a_rank, flip_a_bit,
 ]  # fmt: skip
 
 
@@ -244,7 +254,7 @@ def chaos(args: Chaos) -> dict:
     happened: Counter[str] = Counter()
     slowest, run_dir = 0.0, out / "disturbed"
     for number, fault in enumerate(plan):
-        run = Run(data, run_dir, steps)
+        run = Run(data, run_dir, steps, **(FLIPPED if fault is flip_a_bit else {}))
         run.wait_for(draw.randint(1, 3))
         assert run.process.poll() is None, f"ended before its fault: {run.said()[-3000:]}"
         tree = run.tree()

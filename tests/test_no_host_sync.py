@@ -66,13 +66,13 @@ def counted(repo, tmp_path_factory) -> dict[str, dict]:
 # What is on the host anyway: the draws of t and noise, and what the ranks answered one another.
 ON_HOST = {
     "read: train/noise.py draw_t_and_noise": ACCUMULATE * (1 + 2 * MICRO_BATCH),
-    "read: train/noise.py _send": ACCUMULATE,  # how many samples lack a caption
+    "read: train/noise.py send": ACCUMULATE,  # how many samples lack a caption
     "read: train/faults/preempt.py answer": 1,
 }
 # DeepSpeed looks for values that are not finite, then at the norm, and at the norm once more before it clips.
 OVERFLOW_CHECK = {"read: zero/stage_1_and_2.py has_overflow": 1, "read: runtime/utils.py is_invalid_grad_norm": 2}
 # Pixels, text, weight, t and noise.
-COPIES = {"copy: train/noise.py _send": 5 * ACCUMULATE}
+COPIES = {"copy: train/noise.py send": 5 * ACCUMULATE}
 A_STEP = ON_HOST | OVERFLOW_CHECK | COPIES
 
 

@@ -142,6 +142,9 @@ class Config:
     keep_checkpoints: number of newest checkpoints that are kept.
     keep_every: also keep every checkpoint whose step is a multiple of this; 0 keeps none.
     max_skipped: the run ends after so many steps in a row without a finite loss and gradient; each is skipped.
+    check_every: optimizer steps between checks of the ranks by one another: all compute one micro batch again, and
+        weights, masters and moments are compared, as also before each checkpoint. 0 makes none.
+        docs/measurements/corruption.md.
     hang_seconds: a rank that makes no micro batch for so long prints its stacks and ends. All other limits are
         multiples of it: docs/reference/checkpoints.md.
     needs_gpu: a training without a GPU is refused, unless DS_ACCELERATOR=cpu is set. Where there is a GPU that torch
@@ -174,6 +177,7 @@ class Config:
     keep_checkpoints: int = 3
     keep_every: int = 0
     max_skipped: int = 20
+    check_every: int = 200
     hang_seconds: int = HANG_SECONDS
     needs_gpu: bool = False
     dry_run: bool = False
@@ -193,6 +197,7 @@ class Config:
         check_at_least("seed", self.seed, 0)
         check_at_least("keep_every", self.keep_every, 0)
         check_at_least("validate_every", self.validate_every, 0)
+        check_at_least("check_every", self.check_every, 0)
         if self.validate_every and not (self.data.validation.shards or self.data.validation.share):
             raise ValueError(
                 f"validate_every={self.validate_every} needs held-out samples: name them in data.validation.shards and "

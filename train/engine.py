@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import deepspeed
@@ -151,6 +152,15 @@ class Engine:
             if rank == dist.get_rank():
                 self.master.data.copy_(part)
         self.push_master()
+
+    @property
+    def weights(self) -> Tensor:
+        """The trained weights of the model in the working precision, [ranks, elements]: a row for each rank's part."""
+        return self.engine.optimizer.bit16_groups_flat[0].view(dist.get_world_size(), -1)
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        """Have a function called in each step before the optimizer changes masters and moments."""
+        self.base_optimizer.register_step_pre_hook(lambda *_: call())
 
     def push_master(self) -> None:
         """Set the weights of all ranks to the masters."""

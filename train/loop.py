@@ -16,6 +16,7 @@ from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import Engine, build_engine
 from train.evaluation.validation import Validation
+from train.faults.cross_check import CrossCheck
 from train.faults.first_rank import others_wait
 from train.faults.guard import Guard
 from train.faults.limits import LOADER
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> bool:
     """Train up to config.steps, from the latest checkpoint if there is one; False if a signal stopped the run before.
 
-    Raises: TooManyBad when more samples than data.max_bad_share cannot be read; NotFinite; CheckpointFailed.
+    Raises: TooManyBad when more samples than data.max_bad_share cannot be read; NotFinite; Corrupted; CheckpointFailed.
     """
     # Build
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
@@ -50,6 +51,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     writer = CheckpointWriter(config, inputs.identity, changes, consensus, watchdog)
     validation = Validation(config, inputs, diffusion, device, consensus, watchdog)
     guard = Guard(config, rank, stream, consensus)
+    cross_check = CrossCheck(config, engine, ema, diffusion, inputs, batches, consensus)
     progress = show(config, inputs, first_step, device) if rank == 0 else None
 
     for step in range(first_step + 1, config.steps + 1):
@@ -74,7 +76,6 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             with metrics.phase("step"):
                 engine.step()
             watchdog.reset()
-
         # Average the weights
         if engine.stepped:
             ema.update(engine, step)
@@ -82,7 +83,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         guard.check_step(step, engine.stepped)
         last, (stop, *checkpoint) = step == config.steps, answer()
         writer.poll(*checkpoint)
-
+        cross_check.check(step, batch, before_save=(save := step % config.save_every == 0 or last or stop))
         # Validate
         with metrics.phase("validate"):
             held_out = {} if stop else validation.at(step, engine, ema)
@@ -94,7 +95,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
                 progress.log(step, values, metrics.bad_counts)
             guard.check_bad_share(step, values, metrics.bad_counts)
         # Save
-        if step % config.save_every == 0 or last or stop:
+        if save:
             with metrics.phase("save"):
                 writer.begin(step, engine, ema)
         # Sample

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from train.faults.node_watch import NodeWatch
     from train.inputs import Inputs
 
+# The exit status for a fault of a machine: a batch script starts the run again, without the node if it knows how.
+FAULT = 1
 # How gloo and NCCL say that another rank is gone.
 LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
@@ -172,6 +174,7 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
     from train.checkpoint.format import CheckpointFailed
     from train.checkpoint.resume import check_same_everywhere
     from train.engine import init_distributed
+    from train.faults.cross_check import Corrupted
     from train.faults.guard import NotFinite, TooManyBad
     from train.faults.run_lock import InUse, lock_run_dir
     from train.inputs import share_inputs
@@ -194,6 +197,8 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
         finished = train(config, inputs, rank, ranks, device)
     except (TooManyBad, NotFinite, CheckpointFailed, InUse) as error:
         leave(error, tell=rank == 0)
+    except Corrupted as error:
+        leave(error, tell=rank == 0, status=FAULT)
     except (OSError, LoaderDied, ShardUnreadable, WrongSidecar) as error:
         leave(error, tell=True)
     except RuntimeError as error:
@@ -236,11 +241,11 @@ def check_nodes(environment: Mapping[str, str], ranks: int) -> None:
         )
 
 
-def leave(error: Exception, tell: bool) -> NoReturn:
+def leave(error: Exception, tell: bool, status: int = MISTAKE) -> NoReturn:
     """End this process for a mistake, with one line if this rank is to tell it."""
     if tell:
         tell_mistake(error)
-    sys.exit(MISTAKE)
+    sys.exit(status)
 
 
 def tell_mistake(error: Exception) -> None:

@@ -18,6 +18,7 @@ class DeviceBatch:
 
     Shapes: x_start [N, 3, H, W] float32 in [-1, 1]; text_emb and weight as in Batch; t [N] int64; noise as x_start.
     bad: (sample, reason) for each weight of 0.  lacks: how many samples lack one of several captions.
+    loaded: what it was made of, on the host.
     """
 
     x_start: Tensor
@@ -27,6 +28,7 @@ class DeviceBatch:
     noise: Tensor
     bad: list[tuple[str, str]]
     lacks: int = 0
+    loaded: Batch | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -78,16 +80,17 @@ class DeviceBatches:
         if batch:
             # Without a stream not even torch.cuda.stream(None): it would take memory of a GPU that is not used.
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                self._next = self._send(batch)
+                self._next = self.send(batch)
 
-    def _send(self, batch: Batch) -> DeviceBatch:
+    def send(self, batch: Batch) -> DeviceBatch:
+        """A micro batch on the device, with the t and noise of its samples."""
         shape = tuple(batch.pixels.shape[1:])
         t, noise = draw_t_and_noise(self._seed, batch.visit, shape, self._timesteps, self._stream is not None)
         pixels, text_emb, weight, t, noise = (
             tensor.to(self._device, non_blocking=True)
             for tensor in (batch.pixels, batch.text_emb, batch.weight, t, noise)
         )
-        return DeviceBatch(pixels.float() / 127.5 - 1.0, text_emb, weight, t, noise, batch.bad, int(batch.lacks))
+        return DeviceBatch(pixels.float() / 127.5 - 1.0, text_emb, weight, t, noise, batch.bad, int(batch.lacks), batch)
 
 
 def draw_t_and_noise(

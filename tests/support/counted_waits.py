@@ -72,7 +72,7 @@ class CountedWaits:
             replace(get_accelerator(), "synchronize", lambda *_: self.add("synchronize")),
             replace(torch.cuda, "synchronize", lambda *_: self.add("synchronize")),
             after(Guard, "check_step", self.end_step),
-            after(DeviceBatches, "_send", lambda: self.order.append("send")),
+            after(DeviceBatches, "send", lambda: self.order.append("send")),
             after(Engine, "step", lambda: self.order.append("step")),
         ]
         for mode in self._modes:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data.storage.atomic import WRITE_ERRORS, flush_to_disk
 from train.checkpoint.format import (
@@ -30,8 +30,10 @@ from train.config import Config
 from train.ema import EMA
 from train.engine import Engine
 from train.faults.compile_cache import keep_cache
+from train.faults.checksum import checksum
 from train.faults.limits import SAVE
 from train.faults.preempt import RankConsensus
+from train.faults.quarantine import node_name
 from train.faults.watchdog import Watchdog
 
 
@@ -68,6 +70,7 @@ class CheckpointWriter:
         self._aside = aside = folder.with_suffix(".part")
         moments = {f"moments.{name}": value for name, value in engine.moments.items()}
         state = {"master": engine.master.detach(), "ema": ema.average, **moments}
+        sums = {name: int(checksum([value])) for name, value in state.items()}
         snapshot = {name: value.to("cpu", copy=True) for name, value in state.items()}
         manifest = self._manifest(step, engine)
 
@@ -79,6 +82,10 @@ class CheckpointWriter:
             file = aside / part_file(self._rank)
             save_file(snapshot, file)
             flush_to_disk(file)
+            written = load_file(file)
+            if changed := [name for name, value in sums.items() if int(checksum([written[name]])) != value]:
+                lost = f"{', '.join(changed)} is not in the file as it was on the device"
+                raise OSError(f"{lost}: the memory, the bus or the storage of {node_name()} makes errors")
             self._written = (file.stat().st_size, file_sha256(file))
 
         def publish(written: list[tuple[int, str]]) -> None:

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from train.faults.route import gloo_reaches_all
 
 # Slurm's warning before the time limit or a preemption; what launchers send when they are ended; Ctrl-C.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+T = TypeVar("T")
 
 _state = {"process": 0, "stop_requested": False, "interrupted": False, "training": False}
 
@@ -86,6 +89,12 @@ class RankConsensus:
         values: list = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def share(self, value: T, rank: int) -> T:
+        """The value of one rank, on all; a collective call, for a micro batch or less."""
+        shared = [value]
+        dist.broadcast_object_list(shared, src=rank, group=self._group)
+        return shared[0]
 
 
 def mark_done(run_dir: Path, step: int) -> None:
