@@ -29,8 +29,8 @@ from train.checkpoint.identity import DataIdentity
 from train.config import Config
 from train.ema import EMA
 from train.engine import Engine
-from train.faults.compile_cache import keep_cache
 from train.faults.checksum import checksum
+from train.faults.compile_cache import keep_cache
 from train.faults.limits import SAVE
 from train.faults.preempt import RankConsensus
 from train.faults.quarantine import node_name
