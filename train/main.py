@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from train.faults.node_watch import NodeWatch
     from train.inputs import Inputs
 
-# The exit status for a fault of a machine: a batch script starts the run again, without the node if it knows how.
-FAULT = 1
 # How gloo and NCCL say that another rank is gone.
 LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
@@ -198,7 +196,7 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
     except (TooManyBad, NotFinite, CheckpointFailed, InUse) as error:
         leave(error, tell=rank == 0)
     except Corrupted as error:
-        leave(error, tell=rank == 0, status=FAULT)
+        leave(error, tell=rank == 0, status=LOST)  # all ranks leave together, and the node is recorded already
     except (OSError, LoaderDied, ShardUnreadable, WrongSidecar) as error:
         leave(error, tell=True)
     except RuntimeError as error:

@@ -171,7 +171,6 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
     whole: with the spare nodes.
     """
     run_dir, wanted, usable = Path(config.run_dir), len(job.allocation.nodes), whole.nodes
-    failed = fault_counts(run_dir)
     start = fruitless = 0
     while True:
         began_at, nodes = latest_step(run_dir), job.allocation.nodes
@@ -188,9 +187,9 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
         before, usable, start = usable, usable_nodes(whole), start + 1
         lost = sorted(set(before) - set(usable))
         for node in sorted({*lost, *([first] if first else [])}):
-            failed[node] += 1
             what = "the node went down" if node in lost else "the training failed there first"
             record_node_fault(run_dir, node, "death", f"after step {reached}: {what}")
+        failed = fault_counts(run_dir)
         chosen = choose_nodes(whole.nodes, usable, failed, wanted, lambda n: _fits(config, n * whole.ranks_per_node))
         at_fault = f", first on {first}" if first else ""
         if not chosen:
