@@ -70,6 +70,20 @@ def test_tokens_and_padding_have_the_error_that_is_asked_for(error, length):
     assert np.abs(off[:, 3]).max() < 8 * error and np.abs(off[:, 4]).max() < 8 * error, "large channels hide nothing"
 
 
+def test_few_channels_and_components_of_zeros():
+    rng, channels = np.random.default_rng(0), meta_of(8)
+    for scale in (0.0, 1e-3, 0.012, 1.0):
+        for _ in range(50):
+            rows = (scale * rng.standard_normal((5, 8))).astype(np.float32)
+            off = from_bytes(store(rows, 2, channels), channels) - rows
+            assert np.sqrt(np.square(off).mean()) < 0.02 and np.isfinite(off).all()
+
+
+def meta_of(dim: int) -> TextMeta:
+    text = lowrank.Channels(np.zeros((2, dim), np.float32), np.ones(dim, np.float32)).to_text()
+    return TextMeta("none", "0", "0", 5, dim, "lowrank", "float32", "none", 0.01, text)
+
+
 def test_alike_padding_takes_few_bytes():
     apart = np.random.default_rng(0).standard_normal((20, WIDTH)).astype(np.float32)
     sizes = [len(store(rows, LENGTH, META)) for rows in (STATES, apart)]
