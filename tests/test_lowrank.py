@@ -27,6 +27,7 @@ from data.text.fidelity import measure_forms, recommend
 from data.text.lowrank import measure_channels, register_channels
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
+from launch.cost.estimate import _embedding_size
 from tests.test_text_modes import SAMPLES, TOKENS, write_shards
 
 WIDTH, LENGTH = 256, 9
@@ -233,6 +234,16 @@ def test_a_training_reads_it_from_folders_with_channels_of_their_own(base, tmp_p
     exact = batch((base / "shards", base / "exact"), (tmp_path / "shards", base / "exact"))
     assert coded.dtype == torch.float32
     assert 0 < (coded - exact).square().mean().sqrt() < 0.02 * exact.std()
+
+
+def test_the_plan_counts_its_bytes(base):
+    make(base, "exact-for-plan", dtype="float32")
+    sizes = []
+    for text in ("text", "exact-for-plan"):
+        (dataset,) = find_datasets(DataConfig(shards=str(base / "shards"), text=str(base / text)))
+        sizes.append(_embedding_size(dataset, TOKENS, 48))
+    average = np.mean([path.stat().st_size for path in (base / "text").glob("*.tar")]) / 10
+    assert sizes[0] == pytest.approx(average, rel=0.2) and sizes[1] == 512 + 3584
 
 
 def test_data_inspect_shows_it(base, tmp_path, capsys):
