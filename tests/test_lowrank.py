@@ -27,6 +27,7 @@ from data.text.fidelity import measure_forms, recommend
 from data.text.lowrank import measure_channels, register_channels
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
+from launch.cost.estimate import _embedding_size
 from tests.test_text_modes import SAMPLES, TOKENS, write_shards
 
 WIDTH, LENGTH = 256, 9
@@ -68,6 +69,20 @@ def test_tokens_and_padding_have_the_error_that_is_asked_for(error, length):
             # A few rows of 256 numbers scatter; what is rounded to 2^-10 shows at 0.003.
             assert 0.3 * error < np.sqrt(np.square(rows).mean()) < (1.1 if error > 0.003 else 1.3) * error
     assert np.abs(off[:, 3]).max() < 8 * error and np.abs(off[:, 4]).max() < 8 * error, "large channels hide nothing"
+
+
+def test_few_channels_and_components_of_zeros():
+    rng, channels = np.random.default_rng(0), meta_of(8)
+    for scale in (0.0, 1e-3, 0.012, 1.0):
+        for _ in range(50):
+            rows = (scale * rng.standard_normal((5, 8))).astype(np.float32)
+            off = from_bytes(store(rows, 2, channels), channels) - rows
+            assert np.sqrt(np.square(off).mean()) < 0.02 and np.isfinite(off).all()
+
+
+def meta_of(dim: int) -> TextMeta:
+    text = lowrank.Channels(np.zeros((2, dim), np.float32), np.ones(dim, np.float32)).to_text()
+    return TextMeta("none", "0", "0", 5, dim, "lowrank", "float32", "none", 0.01, text)
 
 
 def test_alike_padding_takes_few_bytes():
@@ -219,6 +234,16 @@ def test_a_training_reads_it_from_folders_with_channels_of_their_own(base, tmp_p
     exact = batch((base / "shards", base / "exact"), (tmp_path / "shards", base / "exact"))
     assert coded.dtype == torch.float32
     assert 0 < (coded - exact).square().mean().sqrt() < 0.02 * exact.std()
+
+
+def test_the_plan_counts_its_bytes(base):
+    make(base, "exact-for-plan", dtype="float32")
+    sizes = []
+    for text in ("text", "exact-for-plan"):
+        (dataset,) = find_datasets(DataConfig(shards=str(base / "shards"), text=str(base / text)))
+        sizes.append(_embedding_size(dataset, TOKENS, 48))
+    average = np.mean([path.stat().st_size for path in (base / "text").glob("*.tar")]) / 10
+    assert sizes[0] == pytest.approx(average, rel=0.2) and sizes[1] == 512 + 3584
 
 
 def test_data_inspect_shows_it(base, tmp_path, capsys):

@@ -28,7 +28,8 @@ ALIKE = 2**0.5
 LEVEL = 1
 VERSION = 1
 MAX_SHIFT = 16
-# version, hash of the channels, tokens that are not padding; rows' rank, step; then of a part: rows, shift, per byte,
+# Of a caption: version, hash of the channels, tokens that are no padding.  Of a group: rank, step, bytes of the
+# coefficients.  Of components that are coded together: their number, bits below, the largest if several share a byte,
 # bytes.
 _HEAD, _GROUP, _PART = struct.Struct("<BQH"), struct.Struct("<HfI"), struct.Struct("<HBBI")
 DAMAGED, OTHER_CHANNELS = "embedding not readable", "embedding of other channels than meta.json has"
@@ -159,11 +160,11 @@ def _encode_part(components: np.ndarray) -> bytes:
 
 
 def _values_in_byte(most: int) -> int:
-    """How many numbers from -most to most fit into a byte."""
+    """How many numbers from -most to most fit into a byte; 1 if they are all 0."""
     base, count = 2 * most + 1, 1
     while base > 1 and base ** (count + 1) <= 256:
         count += 1
-    return count if base > 1 else 8
+    return count
 
 
 def decode(out: np.ndarray, data: bytes | memoryview) -> None:

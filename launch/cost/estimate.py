@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, replace
 
 from tqdm import tqdm
 
-from data.loader.dataset import find_datasets
-from data.text.meta import TextMeta
+from data.loader.dataset import Dataset, find_datasets
+from data.storage.locations import file_size
+from data.text.meta import LOWRANK, TextMeta, caption_folder, sidecar_location
 from launch.cost.network import Buckets, Network, bucket_costs
 from launch.cost.options import PlanOptions, check_options
 from launch.cost.traffic import Collectives, Reading, checkpoint_bytes, collectives, embedding_bytes, ring_rate
@@ -226,8 +227,19 @@ def estimate_reading(options: PlanOptions, config: Config) -> Reading:
         shards = [shard for dataset in datasets for shard in dataset.shards]
         samples, stored = sum(dataset.samples for dataset in datasets), sum(shard.count for shard in shards)
         size = sum(shard.size or os.path.getsize(shard.location) for shard in shards)
-        itemsize = {"float16": 2, "float32": 4}.get(TextMeta.read(datasets[0].text).dtype, 2)
+        embedding = _embedding_size(datasets[0], tokens, dim)
     except (ValueError, OSError):
         return Reading(options.image_kb * 1e3, embedding_bytes(tokens, dim), options.samples, counted=False)
     # What is not chosen is passed over.
-    return Reading(size / stored, embedding_bytes(tokens, dim, itemsize), samples, counted=True)
+    return Reading(size / stored, embedding, samples, counted=True)
+
+
+def _embedding_size(dataset: Dataset, tokens: int, dim: int) -> int:
+    """Bytes of a caption's embedding in its tar; of lowrank, whose captions differ, the first sidecar's average.
+
+    Raises: ValueError, OSError.
+    """
+    meta, shard = TextMeta.read(dataset.text), dataset.shards[0]
+    if meta.dtype == LOWRANK:
+        return file_size(sidecar_location(shard, caption_folder(dataset.text, dataset.fields[0]))) // shard.count
+    return embedding_bytes(tokens, dim, {"float16": 2, "float32": 4}.get(meta.dtype, 2))

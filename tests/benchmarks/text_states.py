@@ -41,6 +41,7 @@ class TextStates:
 
     minilm: folder of a real encoder; '' leaves it out.
     tokenizer: folder of T5's tokenizer; '' leaves T5 out.
+    words: of a caption at most.
     captions: half of them measure the channels, the others are stored.
     dim: width of the T5, a multiple of 64.
     layers: of the T5.
@@ -50,6 +51,7 @@ class TextStates:
 
     minilm: str = location("")
     tokenizer: str = location("")
+    words: int = 40
     captions: int = 80
     dim: int = 4096
     layers: int = 2
@@ -57,15 +59,15 @@ class TextStates:
     picture: str = location("")
 
 
-def sentences() -> list[str]:
-    """Sentences of 4 to 40 words of the project's pages, in an order that mixes the pages."""
+def sentences(words: int) -> list[str]:
+    """Sentences of 4 to so many words of the project's pages, in an order that mixes the pages."""
     found = []
     for page in sorted((Path(__file__).parents[2] / "docs").rglob("*.md")):
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
         for part in text.split("\n\n"):
             if not part.startswith(("|", "#", "    ")):
                 plain = re.sub(r"[`*\[\]]|\(\S+\)", "", part.replace("\n", " "))
-                found += [s for s in re.split(r"(?<=[.:;])\s+", plain) if 4 <= len(s.split()) <= 40]
+                found += [s for s in re.split(r"(?<=[.:;])\s+", plain) if 4 <= len(s.split()) <= words]
     return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
 
@@ -171,12 +173,13 @@ def draw(found: dict[str, tuple[TextMeta, list[Form]]], path: str) -> None:
 
 def measure(args: TextStates) -> None:
     """Print all tables."""
-    captions, found = sentences()[: args.captions], {}
-    long = [" ".join(sentences()[8 * i : 8 * i + 8]) for i in range(args.captions // 2)]
+    spoken, found = sentences(args.words), {}
+    captions = spoken[: args.captions]
+    long = [" ".join(spoken[8 * i : 8 * i + 8]) for i in range(args.captions // 2)]
 
-    def add(title: str, folder: str, spoken: list[str], larger: dict[int, float] | None = None) -> None:
+    def add(title: str, folder: str, captions: list[str], larger: dict[int, float] | None = None) -> None:
         encoder = TextEncoder(folder, TOKENS, "float32", torch.device("cpu"), "lower-strip")
-        states, lengths = encode_captions(encoder, spoken, 8)
+        states, lengths = encode_captions(encoder, captions, 8)
         for channel, factor in (larger or {}).items():
             states[:, :, channel] *= factor
         meta = encoder.meta("float32")
