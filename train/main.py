@@ -203,7 +203,10 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
         if not any(words in str(error) for words in LOST_WORDS):
             raise
         print(f"rank {rank} ends because another rank is gone; see that rank's own error above", file=sys.stderr)
-        sys.exit(LOST)
+        # At once: to take the process groups apart, of which a part is gone, can take longer than the next start.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(LOST)
     dist.barrier()  # the first rank draws the curves
     watch.stop()
     dist.barrier()  # a launcher ends the others as soon as one has left
