@@ -107,7 +107,10 @@ def test_what_lies_idle_or_is_computed_is_compared_by_two_ranks(repo, tmp_path):
         assert found["found"] == CHECK_EVERY and not found["saved"]
         assert f"rank {rank} (device {rank} of node" in found["said"]
         assert f": its {name} changed while nothing wrote to them. Nothing" in found["said"]
-    assert "master is not in the file as it was on the device: the memory" in checkpoint["said"] and not checkpoint["saved"]
+    assert (
+        "master is not in the file as it was on the device: the memory" in checkpoint["said"]
+        and not checkpoint["saved"]
+    )
     assert weights["found"] == CHECK_EVERY and "rank 1 (device 1" in weights["said"]
     assert "its weights changed" in weights["said"] and "rank 0" not in weights["said"]
     assert "rank 1 (device 1" in pixels["said"] and "its batch changed on the device. " in pixels["said"]
