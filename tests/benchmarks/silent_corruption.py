@@ -25,7 +25,7 @@ WHAT = {
     "average": (2,),
     "checkpoint in host memory": (2,),
     "weights": (2, CHECK_EVERY),
-    "gradient, once": (2, CHECK_EVERY),
+    "gradient, once": (2,),
     "gradient, always": (2,),
     "activation, always": (2,),
     "pixels on the device, always": (2,),
