@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -151,6 +152,39 @@ def kill_a_worker(run: Run, draw: random.Random) -> str:
     return "loader worker killed"
 
 
+@contextlib.contextmanager
+def slowed(process: psutil.Process, share: float, pulse: float = 0.005):
+    """Inside the block a process is stopped for a share of the time, in pulses of so many seconds."""
+    over = threading.Event()
+
+    def stop_and_go() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while not over.is_set():
+                process.suspend()
+                time.sleep(pulse)
+                process.resume()
+                over.wait(pulse * (1 - share) / share)
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def slow_a_rank(run: Run, draw: random.Random) -> str:
+    """By half, until that is told; then it is asked to leave."""
+    rank, until = draw.choice(run.ranks()), time.monotonic() + 120
+    with slowed(rank, 0.5):
+        while "ALERT straggler" not in run.said():
+            assert time.monotonic() < until, run.said()[-3000:]
+            time.sleep(0.05)
+    rank.send_signal(signal.SIGUSR1)
+    return "rank slowed"
+
+
 def fault_of(folder: Path) -> str:
     """What is wrong with a checkpoint, '' for nothing."""
     try:
@@ -189,7 +223,7 @@ def chaos(args: Chaos) -> dict:
     done = launch(REPO, data, out / "undisturbed", *TINY, steps, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     kills = [kill_a_rank, kill_a_rank_that_saves, kill_everything]
-    plan = [kills[i % 3] for i in range(args.kills)] + [ask_a_rank, end_all, kill_a_worker] * args.others
+    plan = [kills[i % 3] for i in range(args.kills)] + [ask_a_rank, end_all, kill_a_worker, slow_a_rank] * args.others
     draw.shuffle(plan)
     happened: Counter[str] = Counter()
     slowest, run_dir = 0.0, out / "disturbed"
