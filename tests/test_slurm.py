@@ -15,6 +15,7 @@ from data.device import find_machine
 from tests.support.slurm_cluster import Cluster, install
 from tests.support.trainings import SMALL, make_data, metrics
 from train.checkpoint.format import latest_checkpoint, read_manifest
+from train.faults.quarantine import record_node_fault
 
 pytestmark = pytest.mark.slow
 STEPS = 30
@@ -89,6 +90,38 @@ def test_warned_requeued_resumed_finished(cluster, repo, data, tmp_path):
     assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2
     assert {p.name for p in (run_dir / "logs").glob("train-*.log")} == {f"train-{job}-node{i}.log" for i in (1, 2)}
     assert output.count("preflight: 2 nodes") == 1, "only before the first start"
+
+
+def test_a_node_that_failed_too_often_is_left_out(cluster, repo, data, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "job.log"
+    run_dir.mkdir()
+    for number in range(3):
+        record_node_fault(run_dir, "node1", "straggler", f"GPU {number}, 20% behind")
+    overrides = [
+        *FIRST,
+        f"run_dir={run_dir}",
+        f"data.shards={data / 'shards'}",
+        f"data.text={data / 'text'}",
+        "steps=3",
+    ]
+    options = ("--nodes=1",)
+    blocker = submit_sleep(cluster, "node2")
+    job = submit(cluster, repo, log, *{o.split("=")[0]: o for o in overrides}.values(), options=options, PREFLIGHT="0")
+    wait_until(lambda: "requeued without node1" in (log.read_text() if log.exists() else ""), "the requeueing", log, 60)
+    cluster.command("scancel", blocker)
+    wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), "the end of the job", log)
+    output = log.read_text()
+    assert cluster.state(job) == "COMPLETED" and (run_dir / "done").exists(), output[-3000:]
+    assert "node1 is left out: straggler 3 x (GPU 2, 20% behind); MAX_NODE_FAULTS=3" in output
+    assert [path.name for path in (run_dir / "logs").glob("train-*.log")] == [f"train-{job}-node2.log"]
+
+
+def submit_sleep(cluster: Cluster, node: str) -> str:
+    """A job that has a node to itself."""
+    options = ["--parsable", "--output=/dev/null", f"--nodelist={node}", "--exclusive"]
+    job = cluster.command("sbatch", *options, "--wrap=sleep 300").strip()
+    wait_until(lambda: cluster.state(job) == "RUNNING", "the other job", Path("/dev/null"), 60)
+    return job
 
 
 def test_a_mistake_is_reported_and_not_requeued(cluster, repo, data, tmp_path):

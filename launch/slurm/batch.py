@@ -3,7 +3,8 @@
     python -m launch.slurm.batch +experiment=if_i_xl        inside a job; launch/slurm/train.sbatch runs it
 
 Environment variables and their defaults: RANKS_PER_NODE (the GPUs of a node), MAX_RESTARTS (100), PREFLIGHT (1: run it
-before the first start; 0: never), LOGS (run_dir/logs), HOSTFILE (written for the job), MASTER_PORT (a free one),
+before the first start; 0: never), MAX_NODE_FAULTS (3: a node with so many faults in RUN_DIR/nodes.json is left out; 0:
+none is), LOGS (run_dir/logs), HOSTFILE (written for the job), MASTER_PORT (a free one),
 SRUN_ARGS (none: more options of srun, such as those of a container).
 """
 
@@ -19,6 +20,7 @@ from data.cli import MISTAKE, REQUEUE, run_command
 from launch.slurm.allocation import Allocation, check_commands, check_hostfile, find_allocation
 from train.compose import ROOT, compose_config, training_help
 from train.config import check_accumulation
+from train.faults.quarantine import NODES, bad_nodes
 
 # The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
 # The name of the log has Slurm's name of the node, which may differ from the machine's.
@@ -135,6 +137,48 @@ def verdict(
     )
 
 
+# Slurm changes the nodes that a job avoids while it is pending, and after `requeue` it is, though this script still
+# runs; the TERM that comes with it must not end this.
+REQUEUE_WITHOUT = """
+trap "" TERM
+scontrol requeue "$0" || exit
+[ -z "$1" ] || scontrol update JobId="$0" ExcNodeList="$1"
+"""
+
+
+def requeue(job_id: str, avoid: list[str]) -> bool:
+    """Requeue this job, from now on without some nodes, and those that sbatch was told; False if it could not be."""
+    shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False).stdout
+    before = [word.partition("=")[2] for word in shown.split() if word.startswith("ExcNodeList=")]
+    nodes = ",".join([*(name for name in before if name != "(null)"), *avoid]) if avoid else ""
+    command = ["bash", "-c", REQUEUE_WITHOUT, job_id, nodes]
+    return subprocess.run(command, check=False, start_new_session=True).returncode == 0
+
+
+def leave_out_bad_nodes(allocation: Allocation, run_dir: Path, most: int, restarts: int) -> None:
+    """Requeue this job without the nodes of its allocation that failed too often, if there are any.
+
+    most: faults of a node.  restarts: of the job at most.
+    Exits: once it is requeued.
+    Raises: ValueError if it cannot be; ValueError, OSError if RUN_DIR/nodes.json cannot be read.
+    """
+    bad = bad_nodes(run_dir, most)
+    here = [node for node in allocation.nodes if node in bad]
+    for node in here:
+        say(f"{node} is left out: {bad[node]}; MAX_NODE_FAULTS={most}")
+    if not here:
+        return
+    if allocation.restarts < restarts and requeue(allocation.job_id, list(bad)):
+        say(
+            f"requeued without {', '.join(bad)}; where Slurm has no others, the job waits until you forget their faults"
+        )
+        signal.pause()
+    raise ValueError(
+        f"{', '.join(here)} failed too often, and this job cannot be requeued without: submit it with --exclude="
+        f"{','.join(bad)}; or, if they are repaired, delete them in {run_dir / NODES}"
+    )
+
+
 def batch(overrides: list[str]) -> None:
     """Run the job. Exits with its status.
 
@@ -154,6 +198,8 @@ def batch(overrides: list[str]) -> None:
     check_hostfile(hostfile, allocation)
     job = Job(allocation, hostfile, logs, srun_args)
     job.install_signal_handlers()
+    most, faults = int(os.environ.get("MAX_RESTARTS", "100")), int(os.environ.get("MAX_NODE_FAULTS", "3"))
+    leave_out_bad_nodes(allocation, run_dir, faults, most)
     if os.environ.get("PREFLIGHT", "1") != "0" and not allocation.restarts:
         status = job.run("preflight", "-m", "launch.preflight", *overrides)
         if status or job.cancelled:
@@ -162,14 +208,13 @@ def batch(overrides: list[str]) -> None:
     began_at, status = latest_step(run_dir), REQUEUE
     if not job.warned:
         status = job.run("train", "train/main.py", *overrides)
-    most = int(os.environ.get("MAX_RESTARTS", "100"))
     again, why = verdict(
         status, (run_dir / "done").exists(), job.warned, allocation.restarts, most, began_at, latest_step(run_dir)
     )
     say(why)
     if again and not job.cancelled:
         # It ends this script, scontrol included, and the script's own status then does not count.
-        if subprocess.run(["scontrol", "requeue", allocation.job_id], check=False).returncode > 0:
+        if not requeue(allocation.job_id, list(bad_nodes(run_dir, faults))):
             say("it could not be requeued (only what sbatch submitted can be): start it again")
         elif not job.cancelled:
             signal.pause()
