@@ -109,11 +109,12 @@ def test_a_node_that_failed_too_often_is_left_out(cluster, repo, data, tmp_path)
     job = submit(cluster, repo, log, *{o.split("=")[0]: o for o in overrides}.values(), options=options, PREFLIGHT="0")
     wait_until(lambda: "requeued without node1" in (log.read_text() if log.exists() else ""), "the requeueing", log, 60)
     cluster.command("scancel", blocker)
-    wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), "the end of the job", log)
+    trained = run_dir / "logs" / f"train-{job}-node2.log"
+    wait_until(trained.exists, "the start on the other node", log, 120)
+    cluster.command("scancel", job)
     output = log.read_text()
-    assert cluster.state(job) == "COMPLETED" and (run_dir / "done").exists(), output[-3000:]
     assert "node1 is left out: straggler 3 x (GPU 2, 20% behind); MAX_NODE_FAULTS=3" in output
-    assert [path.name for path in (run_dir / "logs").glob("train-*.log")] == [f"train-{job}-node2.log"]
+    assert list((run_dir / "logs").glob("train-*.log")) == [trained]
 
 
 def submit_sleep(cluster: Cluster, node: str) -> str:
