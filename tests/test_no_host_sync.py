@@ -67,25 +67,26 @@ def counted(repo, tmp_path_factory) -> dict[str, dict]:
 ON_HOST = {
     "read: train/noise.py draw_t_and_noise": ACCUMULATE * (1 + 2 * MICRO_BATCH),
     "read: train/noise.py send": ACCUMULATE,  # how many samples lack a caption
-    "read: train/faults/preempt.py answer": 1,
+    "read: train/faults/preempt.py answer": 2,  # what they ask one another, and the loss and norm of an earlier step
 }
 # DeepSpeed looks for values that are not finite, then at the norm, and at the norm once more before it clips.
 OVERFLOW_CHECK = {"read: zero/stage_1_and_2.py has_overflow": 1, "read: runtime/utils.py is_invalid_grad_norm": 2}
-# Pixels, text, weight, t and noise.
-COPIES = {"copy: train/noise.py send": 5 * ACCUMULATE}
+# Pixels, text, weight, t and noise; and to the host the step's loss and norm, which are read two steps later.
+COPIES = {"copy: train/noise.py send": 5 * ACCUMULATE, "copy: train/faults/spikes.py add": 1}
 A_STEP = ON_HOST | OVERFLOW_CHECK | COPIES
 
 
 def test_the_loop_waits_in_the_check_of_the_gradient_alone(counted):
     found = counted["as it is"]
-    # The first step makes the optimizer's state, and sends a micro batch more; the last one sends one less.
-    assert found["steps"][1:-1] == [A_STEP] * (STEPS - 2)
+    # The first two steps have none to judge.
+    # The first one makes the optimizer's state, and sends a micro batch more; the last one sends one less.
+    assert found["steps"][2:-1] == [A_STEP] * (STEPS - 3)
     # The next micro batch is sent before the engine's step, in which the host waits; none is loaded beyond the end.
     assert found["order"] == ["send", *["send", "step"] * (STEPS * ACCUMULATE - 1), "step"]
 
 
 def test_what_would_make_the_loop_wait_is_counted(counted):
     read = {"read: train/loop.py train": ACCUMULATE}
-    assert counted["a number read"]["steps"][1:-1] == [A_STEP | read] * (STEPS - 2)
+    assert counted["a number read"]["steps"][2:-1] == [A_STEP | read] * (STEPS - 3)
     timer = {f"synchronize: utils/timer.py {place}": ACCUMULATE for place in ("start", "stop")}
     assert counted["the timer"]["steps"][-2] == A_STEP | timer

@@ -17,6 +17,7 @@ from launch.slurm.in_place import fault_counts
 from tests.support.slurm_cluster import Cluster, install
 from tests.support.trainings import SMALL, make_data, metrics
 from train.checkpoint.format import latest_checkpoint, read_manifest
+from train.faults.quarantine import record_node_fault
 
 pytestmark = pytest.mark.slow
 STEPS = 30
@@ -134,6 +135,39 @@ def test_started_again_in_place_with_a_spare_node(cluster, repo, data, tmp_path)
     assert fault_counts(run_dir) == {"node2": 1, "node3": 1}
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1)), "each step once, none lost"
     assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2
+
+
+def test_a_node_that_failed_too_often_is_left_out(cluster, repo, data, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "job.log"
+    run_dir.mkdir()
+    for number in range(3):
+        record_node_fault(run_dir, "node1", "straggler", f"GPU {number}, 20% behind")
+    overrides = [
+        *FIRST,
+        f"run_dir={run_dir}",
+        f"data.shards={data / 'shards'}",
+        f"data.text={data / 'text'}",
+        "steps=3",
+    ]
+    options = ("--nodes=1",)
+    blocker = submit_sleep(cluster, "node2")
+    job = submit(cluster, repo, log, *{o.split("=")[0]: o for o in overrides}.values(), options=options, PREFLIGHT="0")
+    wait_until(lambda: "requeued without node1" in (log.read_text() if log.exists() else ""), "the requeueing", log, 60)
+    cluster.command("scancel", blocker)
+    trained = run_dir / "logs" / f"train-{job}-node2.log"
+    wait_until(trained.exists, "the start on the other node", log, 120)
+    cluster.command("scancel", job)
+    output = log.read_text()
+    assert "node1 is left out: straggler 3 x (GPU 2, 20% behind); MAX_NODE_FAULTS=3" in output
+    assert list((run_dir / "logs").glob("train-*.log")) == [trained]
+
+
+def submit_sleep(cluster: Cluster, node: str) -> str:
+    """A job that has a node to itself."""
+    options = ["--parsable", "--output=/dev/null", f"--nodelist={node}", "--exclusive"]
+    job = cluster.command("sbatch", *options, "--wrap=sleep 300").strip()
+    wait_until(lambda: cluster.state(job) == "RUNNING", "the other job", Path("/dev/null"), 60)
+    return job
 
 
 def test_a_mistake_is_reported_and_not_requeued(cluster, repo, data, tmp_path):

@@ -67,15 +67,16 @@ def config(tmp_path, pictures) -> DataConfig:
 
 
 def read(
-    config: DataConfig, steps: range, ranks: int = 1, micro_batch: int = 4, workers: int = 0, global_batch: int = 16
-):
+    config: DataConfig, steps: range, ranks: int = 1, micro_batch: int = 4, workers: int = 0, global_batch: int = 16,
+    left_out: tuple[int, ...] = (),
+):  # fmt: skip
     """pixels, text_emb, visit of whole steps, with the ranks' parts put together in order; and the bad samples."""
     datasets, meta = find_datasets(config), TextMeta.read(config.text)
     parts, bad = [], []
     for rank in range(ranks):
         data = MicroBatches(
             config, datasets, meta, image_size=8, seed=0, global_batch=global_batch, micro_batch=micro_batch, rank=rank,
-            ranks=ranks, step=steps.start,
+            ranks=ranks, step=steps.start, left_out=left_out,
         )  # fmt: skip
         batches = micro_batches(data, workers, pin_memory=False)
         per_step = global_batch // ranks // micro_batch
@@ -93,6 +94,19 @@ def test_ranks_workers_and_micro_batches_change_nothing(config, ranks, micro_bat
     expected, found = read(config, range(9)), read(config, range(9), ranks, micro_batch, workers)
     for a, b in zip(expected[:4], found[:4], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch", "workers"), [(1, 4, 0), (2, 4, 3), (4, 2, 0)])
+def test_batches_that_are_left_out_shift_the_later_ones(config, ranks, micro_batch, workers):
+    whole, left_out = read(config, range(9)), (7, 2, 3)
+    for steps, batches in ((range(6), [0, 1, 4, 5, 6, 8]), (range(2, 5), [4, 5, 6]), (range(5, 6), [8])):
+        found = read(config, steps, ranks, micro_batch, workers, left_out=left_out)
+        assert all(torch.equal(a[batches], b) for a, b in zip(whole[:4], found[:4], strict=True))
+    one = MicroBatches(
+        config, find_datasets(config), TextMeta.read(config.text), image_size=8, seed=0, global_batch=16, micro_batch=8,
+        left_out=left_out,
+    )  # fmt: skip
+    assert [one.batch_of(number) for number in (0, 3, 4, 9, 10, 11)] == [0, 1, 4, 6, 8, 8]
 
 
 @pytest.mark.parametrize("unreadable", ["skip", "fail"])

@@ -145,6 +145,10 @@ class Config:
     check_every: optimizer steps between checks of the ranks by one another: all compute one micro batch again, and
         weights, masters and moments are compared, as also before each checkpoint. 0 makes none.
         docs/measurements/corruption.md.
+    on_spike: after a step whose loss or gradient norm leaps: tell, or rollback to the last checkpoint and on from there
+        without the batch of that step. docs/reference/checkpoints.md.
+    spike_factor: a value is a spike where it is above the median of the steps before by so many standard deviations.
+    max_rollbacks: the run ends at a spike after so many rollbacks.
     hang_seconds: a rank that makes no micro batch for so long prints its stacks and ends. All other limits are
         multiples of it: docs/reference/checkpoints.md.
     needs_gpu: a training without a GPU is refused, unless DS_ACCELERATOR=cpu is set. Where there is a GPU that torch
@@ -178,6 +182,9 @@ class Config:
     keep_every: int = 0
     max_skipped: int = 20
     check_every: int = 200
+    on_spike: str = "tell"
+    spike_factor: float = 20.0
+    max_rollbacks: int = 10
     hang_seconds: int = HANG_SECONDS
     needs_gpu: bool = False
     dry_run: bool = False
@@ -203,6 +210,9 @@ class Config:
                 f"validate_every={self.validate_every} needs held-out samples: name them in data.validation.shards and "
                 "their embeddings in data.validation.text, or hold a share apart with data.validation.share"
             )
+        check_choice("on_spike", self.on_spike, ("tell", "rollback"))
+        check_at_least("spike_factor", self.spike_factor, 1)
+        check_at_least("max_rollbacks", self.max_rollbacks, 1)
         check_choice("precision", self.precision, ("bf16", "fp32"))
         check_choice("recompute", self.recompute, RECOMPUTE)
         check_choice("layout", self.layout, LAYOUTS)

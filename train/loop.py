@@ -34,23 +34,23 @@ if TYPE_CHECKING:
 def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.device) -> bool:
     """Train up to config.steps, from the latest checkpoint if there is one; False if a signal stopped the run before.
 
-    Raises: TooManyBad when more samples than data.max_bad_share cannot be read; NotFinite; Corrupted; CheckpointFailed.
+    Raises: TooManyBad; NotFinite; TooManySpikes; RollBack; Corrupted; CheckpointFailed.
     """
     # Build
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     engine = build(config, inputs, ranks, device)
     ema, diffusion = EMA(engine, config.ema_decay), Diffusion(config.diffusion_steps).to(device)
     # Resume
-    first_step, changes = resume(config, inputs.identity, engine, ema)
+    first_step, changes, spikes = resume(config, inputs.identity, engine, ema)
     last = first_step == config.steps
     # Load data
     consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
-    stream, batches = load(config, inputs, rank, ranks, first_step, device)
+    stream, batches = load(config, inputs, rank, ranks, first_step, spikes.batches, device)
     # Save, validate, measure, show, watch
     watchdog, metrics = Watchdog(rank, config.hang_seconds), Metrics(device, config)
     writer = CheckpointWriter(config, inputs.identity, changes, consensus, watchdog)
     validation = Validation(config, inputs, diffusion, device, consensus, watchdog)
-    guard = Guard(config, rank, stream, consensus)
+    guard = Guard(config, rank, stream, consensus, writer, spikes)
     cross_check = CrossCheck(config, engine, ema, diffusion, inputs, batches, consensus)
     progress = show(config, inputs, first_step, device) if rank == 0 else None
 
@@ -80,7 +80,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         if engine.stepped:
             ema.update(engine, step)
             metrics.add_step(engine)
-        guard.check_step(step, engine.stepped)
+        guard.check_step(step, engine)
         last, (stop, *checkpoint) = step == config.steps, answer()
         writer.poll(*checkpoint)
         cross_check.check(step, batch, before_save=(save := step % config.save_every == 0 or last or stop))
@@ -90,14 +90,14 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         # Log
         if step % config.log_every == 0 or last or held_out:
             values = metrics.reduce(engine, ema) | held_out
-            values |= {"lr": lr, "save_stall_share": writer.stall_share(), "skipped_steps": guard.pop_skipped()}
+            values |= {"lr": lr, "save_stall_share": writer.stall_share()} | guard.pop_counts()
             if progress:
-                progress.log(step, values, metrics.bad_counts)
+                progress.log(step, values, metrics)
             guard.check_bad_share(step, values, metrics.bad_counts)
         # Save
         if save:
             with metrics.phase("save"):
-                writer.begin(step, engine, ema)
+                writer.begin(step, engine, ema, guard.remembered())
         # Sample
         if last or (config.sample.every and step % config.sample.every == 0):
             with metrics.phase("sample"), ema.in_place_of_weights(engine), others_wait(consensus, watchdog) as alive:
@@ -137,12 +137,16 @@ def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
 
 
 def load(
-    config: Config, inputs: Inputs, rank: int, ranks: int, first_step: int, device: torch.device
+    config: Config, inputs: Inputs, rank: int, ranks: int, first_step: int, left_out: list[int], device: torch.device
 ) -> tuple[MicroBatches, DeviceBatches]:
-    """The order of this rank's micro batches after first_step, and an iterator over them to the end of the run."""
+    """The order of this rank's micro batches after first_step, and an iterator over them to the end of the run.
+
+    left_out: global batches that no step takes.
+    """
     stream = MicroBatches(
         config.data, inputs.datasets, inputs.meta, image_size=config.model.image_size, seed=config.seed,
         global_batch=config.global_batch, micro_batch=config.micro_batch, rank=rank, ranks=ranks, step=first_step,
+        left_out=left_out,
     )  # fmt: skip
     patience = LOADER * config.hang_seconds
     loaded = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda", patience=patience)

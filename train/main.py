@@ -1,8 +1,10 @@
 """The command: `deepspeed train/main.py +experiment=smoke`. Composes and checks the configuration, then trains."""
 
+import atexit
 import faulthandler
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -173,7 +175,7 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
     from train.checkpoint.resume import check_same_everywhere
     from train.engine import init_distributed
     from train.faults.cross_check import Corrupted
-    from train.faults.guard import NotFinite, TooManyBad
+    from train.faults.guard import NotFinite, RollBack, TooManyBad, TooManySpikes
     from train.faults.run_lock import InUse, lock_run_dir
     from train.inputs import share_inputs
     from train.loop import train
@@ -193,7 +195,11 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
         if rank == 0:
             lock_run_dir(Path(config.run_dir))
         finished = train(config, inputs, rank, ranks, device)
-    except (TooManyBad, NotFinite, CheckpointFailed, InUse) as error:
+    except RollBack as error:
+        if rank == 0:
+            print(error, flush=True)
+        start_again()
+    except (TooManyBad, NotFinite, TooManySpikes, CheckpointFailed, InUse) as error:
         leave(error, tell=rank == 0)
     except Corrupted as error:
         leave(error, tell=rank == 0, status=LOST)  # all ranks leave together, and the node is recorded already
@@ -213,6 +219,24 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
     dist.destroy_process_group()
     if not finished:
         sys.exit(REQUEUE)
+
+
+def start_again() -> NoReturn:
+    """Replace this process by a new one with the same arguments: what a launcher's restart does, without the launcher.
+
+    All ranks call it. The process keeps its number, so launcher and siblings see no end.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+    # Of two signals the handlers end with this process, and their default would end the next one before it has its own.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # Whatever is to be done at the end of a process: the loader workers leave, and so does W&B's own process.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def look_at_node(config: Config, tell: bool) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -71,12 +71,13 @@ class MicroBatches:
     are numbered from the first micro batch of step 0 on. Of W loader workers each makes every W-th.
 
     global_batch, micro_batch: in samples; global_batch is a multiple of ranks x micro_batch.
-    step: the number of steps done before.
+    step: the number of steps done before.  left_out: global batches of the order that no step takes.
     """
 
     def __init__(
         self, config: DataConfig, datasets: list[Dataset], meta: TextMeta, *, image_size: int, seed: int,
         global_batch: int, micro_batch: int, rank: int = 0, ranks: int = 1, step: int = 0,
+        left_out: Iterable[int] = (),
     ) -> None:  # fmt: skip
         c = self.config = config
         self.datasets, self.collator = datasets, Collator(config, datasets, meta, image_size, seed)
@@ -86,7 +87,7 @@ class MicroBatches:
         self.mixture = Mixture(seed, counts, weights, global_batch, c.streams, c.phases, c.shuffle_block, stored)
         self.micro_batch, self.first_slot = micro_batch, rank * (global_batch // ranks)
         self.micro_batches = global_batch // (ranks * micro_batch)
-        self.first = step * self.micro_batches
+        self.first, self._left_out = step * self.micro_batches, sorted(set(left_out))
 
     def new_buffer(self) -> Batch:
         """A micro batch of zeros in shared memory."""
@@ -109,9 +110,16 @@ class MicroBatches:
 
     def positions(self, number: int) -> list[tuple[int, Block, int]]:
         """The dataset, the block and the index in its shuffled order of each sample of a micro batch."""
-        step, micro = divmod(number, self.micro_batches)
+        batch, micro = self.batch_of(number), number % self.micro_batches
         first = self.first_slot + micro * self.micro_batch
-        return [self.mixture.locate(step, slot) for slot in range(first, first + self.micro_batch)]
+        return [self.mixture.locate(batch, slot) for slot in range(first, first + self.micro_batch)]
+
+    def batch_of(self, number: int) -> int:
+        """The global batch of the order that a micro batch is a part of: that of its step, later for each left out."""
+        batch = number // self.micro_batches
+        for left_out in self._left_out:
+            batch += left_out <= batch
+        return batch
 
     def describe(self, number: int) -> str:
         """The step of a micro batch and the shards that its samples come from, for a message."""

@@ -3,8 +3,9 @@
     python -m launch.slurm.batch +experiment=if_i_xl        inside a job; launch/slurm/train.sbatch runs it
 
 Environment variables and their defaults: RANKS_PER_NODE (the GPUs of a node), MAX_RESTARTS (100), PREFLIGHT (1: run it
-before the first start; 0: never), SPARES (0: nodes of the job that wait to take over), LOGS (run_dir/logs), HOSTFILE
-(written for the job), MASTER_PORT (a free one), SRUN_ARGS (none: more options of srun, such as those of a container).
+before the first start; 0: never), SPARES (0: nodes of the job that wait to take over), MAX_NODE_FAULTS (3: a node
+with so many faults in RUN_DIR/nodes.json is left out; 0: none is), LOGS (run_dir/logs), HOSTFILE (written for the job),
+MASTER_PORT (a free one), SRUN_ARGS (none: more options of srun, such as those of a container).
 """
 
 import os
@@ -29,7 +30,7 @@ from launch.slurm.in_place import (
 )
 from train.compose import ROOT, compose_config, training_help
 from train.config import Config, check_accumulation
-from train.faults.quarantine import record_node_fault
+from train.faults.quarantine import NODES, bad_nodes, record_node_fault
 
 # The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
 # The name of the log has Slurm's name of the node, which may differ from the machine's.
@@ -164,11 +165,11 @@ def verdict(
     )
 
 
-def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[str]) -> int:
+def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[str], faults: int) -> int:
     """Train; after a fault start again in the same job, on other nodes if some are lost. Returns the last status.
 
     The node on which it failed first, and those that Slurm has lost, are counted in RUN_DIR/nodes.json.
-    whole: with the spare nodes.
+    whole: with the spare nodes.  faults: of a node that is left out from then on; 0 for none.
     """
     run_dir, wanted, usable = Path(config.run_dir), len(job.allocation.nodes), whole.nodes
     start = fruitless = 0
@@ -189,11 +190,14 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
         for node in sorted({*lost, *([first] if first else [])}):
             what = "the node went down" if node in lost else "the training failed there first"
             record_node_fault(run_dir, node, "death", f"after step {reached}: {what}")
-        failed = fault_counts(run_dir)
-        chosen = choose_nodes(whole.nodes, usable, failed, wanted, lambda n: _fits(config, n * whole.ranks_per_node))
+        bad, failed = bad_nodes(run_dir, faults), fault_counts(run_dir)
+        left = [node for node in usable if node not in bad]
+        for node in sorted(set(nodes) & set(bad)):
+            say(f"{node} is left out: {bad[node]}; MAX_NODE_FAULTS={faults}")
+        chosen = choose_nodes(whole.nodes, left, failed, wanted, lambda n: _fits(config, n * whole.ranks_per_node))
         at_fault = f", first on {first}" if first else ""
         if not chosen:
-            say(f"ended with status {status}{at_fault}; {len(usable)} of {len(whole.nodes)} nodes are left, too few")
+            say(f"ended with status {status}{at_fault}; {len(left)} of {len(whole.nodes)} nodes are left, too few")
             return status
         out, new = sorted(set(nodes) - set(chosen)), sorted(set(chosen) - set(nodes))
         change = f" without {','.join(out)}" * bool(out) + f", with {','.join(new)}" * bool(new)
@@ -207,6 +211,48 @@ def _fits(config: Config, ranks: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+# Slurm changes the nodes that a job avoids while it is pending, and after `requeue` it is, though this script still
+# runs; the TERM that comes with it must not end this.
+REQUEUE_WITHOUT = """
+trap "" TERM
+scontrol requeue "$0" || exit
+[ -z "$1" ] || scontrol update JobId="$0" ExcNodeList="$1"
+"""
+
+
+def requeue(job_id: str, avoid: list[str]) -> bool:
+    """Requeue this job, from now on without some nodes, and those that sbatch was told; False if it could not be."""
+    shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False).stdout
+    before = [word.partition("=")[2] for word in shown.split() if word.startswith("ExcNodeList=")]
+    nodes = ",".join([*(name for name in before if name != "(null)"), *avoid]) if avoid else ""
+    command = ["bash", "-c", REQUEUE_WITHOUT, job_id, nodes]
+    return subprocess.run(command, check=False, start_new_session=True).returncode == 0
+
+
+def leave_out_bad_nodes(allocation: Allocation, run_dir: Path, most: int, restarts: int) -> None:
+    """Requeue this job without the nodes of its allocation that failed too often, if there are any.
+
+    most: faults of a node.  restarts: of the job at most.
+    Exits: once it is requeued.
+    Raises: ValueError if it cannot be; ValueError, OSError if RUN_DIR/nodes.json cannot be read.
+    """
+    bad = bad_nodes(run_dir, most)
+    here = [node for node in allocation.nodes if node in bad]
+    for node in here:
+        say(f"{node} is left out: {bad[node]}; MAX_NODE_FAULTS={most}")
+    if not here:
+        return
+    if allocation.restarts < restarts and requeue(allocation.job_id, list(bad)):
+        say(
+            f"requeued without {', '.join(bad)}; where Slurm has no others, the job waits until you forget their faults"
+        )
+        signal.pause()
+    raise ValueError(
+        f"{', '.join(here)} failed too often, and this job cannot be requeued without: submit it with --exclude="
+        f"{','.join(bad)}; or, if they are repaired, delete them in {run_dir / NODES}"
+    )
 
 
 def batch(overrides: list[str]) -> None:
@@ -231,6 +277,8 @@ def batch(overrides: list[str]) -> None:
     check_hostfile(hostfile, allocation)
     job = Job(allocation, hostfile, logs, srun_args)
     job.install_signal_handlers()
+    most, faults = int(os.environ.get("MAX_RESTARTS", "100")), int(os.environ.get("MAX_NODE_FAULTS", "3"))
+    leave_out_bad_nodes(allocation, run_dir, faults, most)
     if os.environ.get("PREFLIGHT", "1") != "0" and not allocation.restarts:
         if spares:
             job.use(whole)
@@ -242,15 +290,14 @@ def batch(overrides: list[str]) -> None:
     if not job.warned:
         if spares:
             job.use(allocation)
-        status = train_in_place(job, whole, config, overrides)
-    most = int(os.environ.get("MAX_RESTARTS", "100"))
+        status = train_in_place(job, whole, config, overrides, faults)
     again, why = verdict(
         status, (run_dir / "done").exists(), job.warned, allocation.restarts, most, began_at, latest_step(run_dir)
     )
     say(why)
     if again and not job.cancelled:
         # It ends this script, scontrol included, and the script's own status then does not count.
-        if subprocess.run(["scontrol", "requeue", allocation.job_id], check=False).returncode > 0:
+        if not requeue(allocation.job_id, list(bad_nodes(run_dir, faults))):
             say("it could not be requeued (only what sbatch submitted can be): start it again")
         elif not job.cancelled:
             signal.pause()

@@ -10,6 +10,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from data.storage.atomic import atomic_file
+
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 # The two sets of weights in a checkpoint: their moving average, and the fp32 masters that the optimizer steps.
@@ -75,6 +77,19 @@ def read_manifest(folder: Path) -> dict:
         return manifest
     except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError) as error:  # the last: no JSON object
         raise ValueError(f"'{path}' is missing or damaged ({error})") from None
+
+
+def leave_out(folder: Path, entry: dict) -> None:
+    """Note in the manifest of a checkpoint a batch that the run leaves out from now on.
+
+    entry: of SpikeMemory.left_out (train/faults/spikes.py).
+    Raises: ValueError if the manifest is damaged; OSError if it cannot be read or written.
+    """
+    manifest = read_manifest(folder)
+    spikes = manifest.get("spikes") or {"left_out": [], "window": {}}
+    manifest["spikes"] = spikes | {"left_out": [*spikes["left_out"], entry]}
+    with atomic_file(folder / MANIFEST) as aside:
+        aside.write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")
 
 
 def sealed(manifest: dict) -> dict:

@@ -23,6 +23,7 @@ from train.checkpoint.format import MANIFEST, CheckpointFailed, latest_checkpoin
 from train.checkpoint.identity import DataIdentity, check_same_run
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
+from train.faults.spikes import SpikeMemory
 
 if TYPE_CHECKING:  # the engine takes seconds to import, and check_resumable has no need of it
     from train.ema import EMA
@@ -80,14 +81,14 @@ def _is_here(shard: Shard) -> bool:
     return shard.size == size if shard.size is not None else not stats or stats.samples == shard.count
 
 
-def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> tuple[int, list[dict]]:
+def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> tuple[int, list[dict], SpikeMemory]:
     """Restore the newest undamaged checkpoint; a collective call.
 
     The first rank reads the manifest and looks at the sizes of all files. Every rank checks the contents of its share
     of them, then reads its own part: each byte is read twice in all. A damaged checkpoint is renamed to
     step-NNNNNNNN.damaged. The first rank prints from which step the run goes on, and with what changes.
-    Returns its step, 0 if there is none, and the changes of the configuration on the way there and now, as find_history
-    makes them.
+    Returns its step, 0 if there is none; the changes of the configuration on the way there and now, as find_history
+    makes them; and what the run remembers of its spikes.
     Raises: CheckpointFailed if there are checkpoints, and all of them are damaged or one cannot be read.
     """
     rank, ranks, run_dir = dist.get_rank(), dist.get_world_size(), Path(config.run_dir)
@@ -119,7 +120,7 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
             f"every checkpoint in '{checkpoints}' is damaged: choose another run_dir to begin from scratch, or delete "
             "that folder"
         )
-    return 0, []
+    return 0, [], SpikeMemory()
 
 
 def _set_aside(folder: Path, fault: str) -> None:
@@ -146,7 +147,7 @@ def _read(folder: Path) -> tuple[Checkpoint | None, str, str]:
 
 def _restore(
     checkpoint: Checkpoint, config: Config, data: DataIdentity, engine: "Engine", ema: "EMA"
-) -> tuple[int, list[dict]]:
+) -> tuple[int, list[dict], SpikeMemory]:
     rank, size = dist.get_rank(), engine.master.numel()
     reader = of_first_rank(checkpoint.reader)
     start, stop = rank * size, (rank + 1) * size
@@ -159,9 +160,12 @@ def _restore(
     engine.restore(checkpoint.step, schedule_step, reader.read("master", start, stop), moments)
     ema.average.copy_(reader.read("ema", start, stop))
     history, line = find_history(checkpoint, config, data, dist.get_world_size())
+    memory = SpikeMemory(**(checkpoint.manifest.get("spikes") or {}))  # one from before spikes were judged has none
     if rank == 0:
         print(line, flush=True)
-    return checkpoint.step, history
+        if memory.batches:
+            print(f"leaves out the batches {memory.batches} for spikes", flush=True)
+    return checkpoint.step, history, memory
 
 
 def find_history(checkpoint: Checkpoint, config: Config, data: DataIdentity, ranks: int) -> tuple[list[dict], str]:

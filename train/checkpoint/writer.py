@@ -34,6 +34,7 @@ from train.faults.compile_cache import keep_cache
 from train.faults.limits import SAVE
 from train.faults.preempt import RankConsensus
 from train.faults.quarantine import node_name
+from train.faults.spikes import SpikeMemory
 from train.faults.watchdog import Watchdog
 
 
@@ -62,7 +63,7 @@ class CheckpointWriter:
         self._stalled, self._since = 0.0, time.perf_counter()
         self._aside = Path()
 
-    def begin(self, step: int, engine: Engine, ema: EMA) -> None:
+    def begin(self, step: int, engine: Engine, ema: EMA, spikes: SpikeMemory) -> None:
         """Copy the state of a step to the host and start to write it."""
         self.finish()  # which gives the watchdog the time of a save
         began = time.perf_counter()
@@ -72,7 +73,7 @@ class CheckpointWriter:
         state = {"master": engine.master.detach(), "ema": ema.average, **moments}
         sums = {name: int(checksum([value])) for name, value in state.items()}
         snapshot = {name: value.to("cpu", copy=True) for name, value in state.items()}
-        manifest = self._manifest(step, engine)
+        manifest = self._manifest(step, engine) | {"spikes": asdict(spikes)}
 
         def write() -> None:
             # run_dir itself is not created: if it is gone, so is the disk it was on, and nothing belongs on the disk

@@ -84,6 +84,20 @@ class RankConsensus:
 
         return answer
 
+    def mean(self, values: torch.Tensor) -> Callable[[], list[float]]:
+        """The means over the ranks of some numbers on the host, float64; a collective call that waits for nobody.
+
+        Returns a function that waits for the answer.
+        """
+        summed = values.clone()
+        asked = dist.all_reduce(summed, group=self._group, async_op=True)
+
+        def answer() -> list[float]:
+            asked.wait()
+            return (summed / dist.get_world_size()).tolist()
+
+        return answer
+
     def gather(self, value: object) -> list:
         """The values of all ranks, by rank; a collective call, for small values."""
         values: list = [None] * dist.get_world_size()

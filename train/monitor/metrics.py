@@ -2,24 +2,22 @@
 
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.config import Config
+from train.config import Config, accumulation
 from train.ema import EMA
 from train.engine import Engine
 from train.monitor.flops import peak_flops, training_flops
+from train.monitor.phases import OWN, PHASES, PhaseTimes
+from train.monitor.stragglers import Place, Stragglers
 from train.noise import DeviceBatch
 
 QUARTERS = 4
 BY_QUARTER = ("mse", "mse_mean")
-PHASES = ("data", "forward", "backward", "step", "save", "sample", "validate")
-# Timed on the host. Of the other phases the device keeps the time: the host only enqueues their work.
-ON_HOST = ("data", "save", "sample", "validate")
 # Norms are estimated from every 64th weight: over that many weights the estimate is exact to a few parts in a thousand.
 STRIDE = 64
 
@@ -38,6 +36,8 @@ class Metrics:
         self._peak = peak_flops(device)
         self._flops = training_flops(config.model, config.data.tokens, config.lora).total if self._peak else 0.0
         self._weights_before: Tensor | None = None
+        self._times = PhaseTimes(device, accumulation(config, dist.get_world_size() if dist.is_initialized() else 1))
+        self._stragglers = Stragglers()
         self._reset()
 
     def _reset(self) -> None:
@@ -50,22 +50,15 @@ class Metrics:
         self._steps, self._samples, self._started = 0, 0, time.perf_counter()
         self._bad: dict[str, int] = {}
         self._lacks = 0
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the block as one of PHASES; on a GPU by events in its stream, so that the host does not wait."""
-        if self.device.type == "cuda" and name not in ON_HOST:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._events.append((name, start, end))
-            return
-        began = time.perf_counter()
-        yield
-        self._seconds[name] += time.perf_counter() - began
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time the block as one of PHASES, without a wait for the device."""
+        return self._times.phase(name)
+
+    @property
+    def slowest(self) -> Place | None:
+        """Where the rank runs that is furthest behind the others, if that is known."""
+        return self._stragglers.slowest
 
     @torch.no_grad()
     def add_micro_batch(self, losses: dict[str, Tensor], batch: DeviceBatch) -> None:
@@ -103,8 +96,10 @@ class Metrics:
         """Means over all ranks since the last call; then the sums start again from zero. A collective call."""
         seconds, ranks = time.perf_counter() - self._started, dist.get_world_size()
         weights = engine.master.detach()[::STRIDE]
-        memory = torch.zeros(ranks)
+        memory, own = torch.zeros(ranks), torch.zeros(ranks, len(OWN))
         memory[dist.get_rank()] = self._memory()
+        self._times.read()  # before this step's end all of them have passed: the host waited for its gradient
+        own[dist.get_rank()] = torch.tensor(self._times.own())
         local = {
             "losses": torch.stack([*self._loss_sums.values()]) if self._loss_sums else torch.empty(0),
             "counts": torch.tensor([self._samples, sum(self._bad.values()), self._lacks]),
@@ -114,12 +109,14 @@ class Metrics:
             "update_to_weight": torch.stack([self._update_square, self._weight_square]),
             "ema_distance": torch.stack([(weights - ema.average[::STRIDE]).square().sum(), weights.square().sum()]),
             "memory": memory,
+            "own": own,
         }
         # One tensor, so that there is one collective and one wait for the device.
         packed = torch.cat([v.reshape(-1).to(self.device, torch.float64) for v in local.values()])
         dist.all_reduce(packed)
         sums = dict(zip(local, packed.cpu().split([v.numel() for v in local.values()]), strict=True))
-        self._read_events()  # the device has passed all of them, since the sums above were read from it
+        self._times.read()  # the rest, since the sums above were read from the device
+        by_phase = self._times.take()
 
         (samples, bad, lacks), steps = sums["counts"].tolist(), max(self._steps, 1)
         good = max(float(sums["good"]), 1.0)
@@ -136,12 +133,13 @@ class Metrics:
         values |= {
             "images_per_second": samples / seconds,
             "images_per_second_per_gpu": per_gpu,
-            "data_wait_share": self._seconds["data"] / seconds,
+            "data_wait_share": by_phase["data"] / seconds,
             "memory_gb": float(sums["memory"].max()) / 1e9,
             "bad_samples": bad,
             "samples": samples,
         }
-        values |= {f"seconds_{name}": self._seconds[name] / steps for name in PHASES}
+        values |= {f"seconds_{name}": by_phase[name] / steps for name in PHASES}
+        values |= self._stragglers.add(sums["own"].view(ranks, -1))
         if self._peak:
             values["mfu"] = per_gpu * self._flops / self._peak
         if self._several_captions:
@@ -159,11 +157,6 @@ class Metrics:
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return float(peak)
-
-    def _read_events(self) -> None:
-        for name, start, end in self._events:
-            self._seconds[name] += start.elapsed_time(end) / 1000
-        self._events.clear()
 
     def _bad_of_all_ranks(self) -> dict[str, float]:
         """Bad samples by reason; a collective call, which every rank makes because the summed count is not zero."""

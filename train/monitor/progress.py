@@ -15,10 +15,13 @@ from model.unet import UNet
 from train.checkpoint.format import latest_checkpoint
 from train.config import Config
 from train.faults.preempt import mark_done
+from train.faults.quarantine import record_node_fault
 from train.inputs import Inputs
-from train.monitor.alerts import Alerts
+from train.monitor.alerts import STRAGGLER, Alerts
+from train.monitor.metrics import Metrics
 from train.monitor.plots import plot_curves, plot_grid
 from train.monitor.run_log import read_metrics
+from train.monitor.stragglers import Place
 from train.monitor.tracker import Tracker
 
 # Decay of the exponential average that smooths the loss, a log line at a time.
@@ -39,17 +42,19 @@ class RunProgress:
         self.alerts = Alerts(self._alert)
         self._sum = self._weight = 0.0
         self._shown: dict[str, str] = {}
+        self._slowest: Place | None = None
         for line in self.tracker.lines:
             self._smooth(line["loss"])
 
-    def log(self, step: int, values: dict[str, float], bad_counts: dict[str, int]) -> None:
-        """Log a line of metrics and show the most important ones beside the bar.
-
-        bad_counts: the bad samples of this rank since the start, by reason.
-        """
+    def log(self, step: int, values: dict[str, float], metrics: Metrics) -> None:
+        """Log a line of metrics and show the most important ones beside the bar."""
+        bad_counts, self._slowest = metrics.bad_counts, metrics.slowest
         values = values | {"loss_smoothed": self._smooth(values["loss"])}
-        self.tracker.log(step, values)
-        self.alerts.check(step, values)
+        where: dict[str, float | str] = {}
+        if self._slowest:
+            where = {"straggler_node": self._slowest.node, "straggler_gpu": self._slowest.gpu}
+        self.tracker.log(step, {**values, **where})
+        self.alerts.check(step, values, self._slowest)
         self.bar.update(step - self.bar.n)
         shown = {
             "loss": f"{values['loss']:.4f}",
@@ -100,6 +105,8 @@ class RunProgress:
     def _alert(self, title: str, text: str) -> None:
         self.bar.write(f"ALERT {title}: {text}", file=sys.stderr)
         self.tracker.alert(title, text)
+        if title.startswith(STRAGGLER) and self._slowest:
+            record_node_fault(self.run_dir, self._slowest.node, STRAGGLER, f"GPU {self._slowest.gpu}, {text}")
 
     def close(self, done: bool) -> None:
         """Draw the curves and print where the files are.  done: whether all steps are made, which is marked."""

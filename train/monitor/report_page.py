@@ -48,6 +48,11 @@ CURVES = (
         ),
         False,
     ),
+    (
+        "Slowest rank: share of its own time behind the median, by phase",
+        ("straggler_behind", "straggler_data", "straggler_forward", "straggler_backward"),
+        False,
+    ),
     ("Memory, GB", ("memory_gb",), False),
     ("Bad samples and skipped steps of each line", ("bad_samples", "skipped_steps"), False),
 )
@@ -158,6 +163,7 @@ def _summary(runs: list[Run]) -> str:
         "lowest loss of a line": [_lowest(run.lines, "loss") for run in runs],
         "images per second": [_number(run.lines[-1], "images_per_second") for run in runs],
         "MFU": [_number(run.lines[-1], "mfu") for run in runs],
+        "slowest rank": [_straggler(run.lines[-1]) for run in runs],
         "bad samples": [total(run, "bad_samples") for run in runs],
         "steps skipped": [total(run, "skipped_steps") for run in runs],
         "starts": [f"{max(len(run.starts), 1)}" for run in runs],
@@ -185,6 +191,13 @@ def _number(line: dict, *names: str) -> str:
         if isinstance(line.get(name), (int, float)):
             return f"{line[name]:.4g}"
     return "-"
+
+
+def _straggler(line: dict) -> str:
+    if "straggler_node" not in line:
+        return "-"
+    behind, place = _number(line, "straggler_behind"), f"{line['straggler_node']} GPU {line.get('straggler_gpu')}"
+    return f"{place}, {behind} of its own time behind the median"
 
 
 def _table(heads: list[str], rows: dict[str, list[str]], mark: bool = False) -> str:

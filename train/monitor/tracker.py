@@ -6,7 +6,7 @@ RUN_DIR/starts.jsonl gets a line for each start of the run (train/monitor/proven
 import json
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import wandb
@@ -76,7 +76,7 @@ class Tracker:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Write the metrics of a step."""
         line = {"step": step, **metrics}
         self._file.write(json.dumps(line) + "\n")

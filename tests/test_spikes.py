@@ -1,0 +1,128 @@
+"""A spike is found by robust statistics, told with its samples, and by choice left out: bit for bit as if never met."""
+
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.chaos import TINY, differences
+from tests.support.trainings import launch, make_data
+from train.checkpoint.format import latest_checkpoint, read_manifest
+from train.faults.spikes import MIN_STEPS, WINDOW, SpikeMemory, Spikes, spike_limit
+
+STEPS = 36
+RUN = (*TINY, f"steps={STEPS}", "global_batch=4", "micro_batch=2", "save_every=6", "keep_checkpoints=99",
+       "data.cond_drop_prob=0", "optim.lr_peak=1e-4", "optim.lr_start=1e-5")  # fmt: skip
+
+
+class Alone:
+    """One rank's consensus."""
+
+    def mean(self, values: torch.Tensor):
+        return values.tolist
+
+
+def found(values: list[float], factor: float = 20.0, norm=lambda step: 1.0, memory: SpikeMemory | None = None):
+    """The steps at which a series of losses is told, each with the step in which that is known."""
+    spikes, told = Spikes(factor, memory or SpikeMemory(), Alone()), []
+    for step, value in enumerate(values):
+        spikes.add(step, [(step, torch.tensor([value, value]))], torch.tensor(norm(step)))
+        while spike := spikes.judge():
+            told.append((spike[0].step, step, spike[1]))
+    while spike := spikes.judge(all_steps=True):
+        told.append((spike[0].step, len(values), spike[1]))
+    return told
+
+
+def test_a_leap_is_found_two_steps_later_and_noise_is_none():
+    draw = random.Random(0)
+    values = [0.1 * (1 + 3 / (1 + i)) * draw.lognormvariate(0, 0.2) for i in range(600)]
+    assert not found(values)
+    values[MIN_STEPS - 1] = values[400] = values[598] = 3.0
+    told = found(values)
+    assert [(step, when) for step, when, _ in told] == [(400, 402), (598, 600)], "none before there is a median"
+    assert "loss 3 (the median of the 200 steps before is 0.1" in told[0][2] and "grad_norm" not in told[0][2]
+    (by_norm,) = found([0.1] * 60, norm=lambda step: 50.0 if step == 55 else 1.0)
+    assert by_norm[0] == 55 and by_norm[2].startswith("grad_norm 50 (the median of the 55 steps before is 1,")
+    assert not found([0.1] * 40 + [0.1001] * 40), "equal values have no deviation, and rounding is no spike"
+
+
+def test_a_new_level_becomes_the_usual_and_spikes_before_hide_none():
+    told = [step for step, _, _ in found([0.1] * 200 + [1.0] * 200)]
+    assert told == list(range(200, 300)), "until the median has followed"
+    every_tenth = [5.0 if step % 10 == 9 else 0.1 for step in range(100)]
+    assert [step for step, _, _ in found(every_tenth)] == list(range(39, 100, 10))
+
+
+def test_the_limit_is_that_of_median_and_deviation():
+    values = np.random.default_rng(0).normal(10.0, 1.0, 200_000).tolist()
+    assert spike_limit(values, 6.0) == pytest.approx(16.0, abs=0.05)
+    assert spike_limit(values[:1000] + [1e9] * 200, 6.0) < 18.0
+
+
+def test_what_is_remembered_goes_on_as_if_nothing_had_stopped():
+    draw = random.Random(1)
+    values = [draw.lognormvariate(0, 0.3) for _ in range(300)]
+    values[120] = values[250] = 40.0
+    memory = SpikeMemory()
+    first = found(values[:110], memory=memory)
+    rest = [(step + 110, text) for step, _, text in found(values[110:], memory=memory)]
+    assert not first and rest == [(step, text) for step, _, text in found(values)]
+    assert len(memory.window["loss"]) == WINDOW
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def go_on_from(run_dir: Path, of: Path, step: int) -> Path:
+    """A copy of a run, without its checkpoints after a step."""
+    shutil.copytree(of, run_dir)
+    for folder in (run_dir / "checkpoints").iterdir():
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    return run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_goes_back_equals_one_that_never_met_the_batch(repo, data, tmp_path, ranks):
+    """At so low a factor usual batches are spikes: that of step 33 for one."""
+    back = launch(repo, data, tmp_path / "back", *RUN, "on_spike=rollback", "spike_factor=1.8", ranks=ranks)
+    assert back.returncode == 0, back.stdout[-2000:] + back.stderr[-3000:]
+    told = re.findall(r"SPIKE step (\d+), batch (\d+): (.*); highest losses: (.*)", back.stdout)
+    left_out = read_manifest(latest_checkpoint(tmp_path / "back"))["spikes"]["left_out"]
+    batches = [entry["batch"] for entry in left_out]
+    assert batches == [int(batch) for _, batch, _, _ in told] and 0 < len(batches) < 10
+    assert back.stdout.count("back to the latest checkpoint, and without batch") == len(batches)
+    assert f"leaves out the batches {batches} for spikes" in back.stdout
+    step, batch, what, samples = told[0]
+    assert int(step) == int(batch) + 1 > MIN_STEPS and what.startswith("loss ") and "the limit" in what
+    names = [re.sub(r" \(.*", "", sample) for sample in samples.split(", ")]
+    assert len(names) == 4, "the samples of the batch"
+    listed = "".join(file.read_text() for file in (tmp_path / "back/quarantine").iterdir())
+    assert all(f'"sample": "{name}", "reason": "in a spike, loss' in listed for name in names)
+
+    # From before the spike on, by a run that leaves the batches out as it comes to them; and an interrupted one.
+    before = (int(step) - 1) // 6 * 6
+    never = go_on_from(tmp_path / "never", tmp_path / "back", before - 6)
+    again = go_on_from(tmp_path / "again", tmp_path / "back", before)
+    for run_dir in (never, again):
+        assert [entry["batch"] for entry in read_manifest(latest_checkpoint(run_dir))["spikes"]["left_out"]] == batches
+        done = launch(repo, data, run_dir, *RUN, ranks=ranks)
+        assert done.returncode == 0 and "SPIKE" not in done.stdout, done.stderr[-3000:]
+        assert not differences(run_dir, tmp_path / "back")
+
+
+@pytest.mark.slow
+def test_a_run_ends_in_one_line_after_so_many_rollbacks(repo, data, tmp_path):
+    # Where each loss above the median by a deviation is a spike, there soon is another one.
+    done = launch(repo, data, tmp_path / "run", *RUN, "on_spike=rollback", "spike_factor=1", "max_rollbacks=1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "the run left out 1 batches for spikes before, max_rollbacks=1: lower optim.lr_peak" in line
