@@ -124,7 +124,7 @@ def test_the_faults_of_a_node_are_counted_and_make_it_bad(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"death": {}}}', '{"a": {"death": {"times": "x"}}}'])
 def test_a_damaged_list_of_nodes_is_named_and_kept(tmp_path, caplog, content):
     (tmp_path / NODES).write_text(content)
-    with pytest.raises(ValueError, match="is no list of nodes.*or delete it to forget them"):
+    with pytest.raises(ValueError, match=r"is no list of nodes.*or delete it to forget them"):
         bad_nodes(tmp_path, 3)
     record_node_fault(tmp_path, "node7", "death", "killed")
     assert "the fault of node7 (death: killed) is not recorded" in caplog.text
