@@ -75,6 +75,13 @@ def look(options: Options, config: Config, ranks: int, nodes: int) -> Report:
     return report
 
 
+def training_ranks(ranks: int, nodes: int, spares: int) -> int:
+    """How many of the ranks train where so many of the nodes wait.  Raises: ValueError if none does."""
+    if not 0 <= spares < nodes:
+        raise ValueError(f"spares={spares} must be a number below the {nodes} nodes that are checked")
+    return ranks // nodes * (nodes - spares)
+
+
 def compare(reports: list[Report]) -> list[str]:
     """The faults of all ranks, and those whose code, packages or devices differ from most others'."""
     faults = [f"{r.node}, rank {i}: {fault}" for i, r in enumerate(reports) for fault in r.faults]
@@ -134,7 +141,7 @@ def preflight(argv: list[str]) -> None:
     names: list = [None] * ranks
     dist.all_gather_object(names, node_name())
     nodes = len(set(names))
-    check_accumulation(config, ranks * (nodes - options.spares) // nodes)
+    check_accumulation(config, training_ranks(ranks, nodes, options.spares))
     reports: list = [None] * ranks
     dist.all_gather_object(reports, look(options, config, ranks, nodes))
     shared = shared_run_dir_faults(config, names)

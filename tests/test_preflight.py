@@ -12,7 +12,7 @@ import pytest
 
 from launch.nodes.cpus import Cpus, cpu_faults, find_cpus
 from launch.nodes.network import tournament
-from launch.preflight import record, slow_pairs
+from launch.preflight import record, slow_pairs, training_ranks
 from tests.support.trainings import SMALL, free_port, make_data
 from train.faults.quarantine import read_node_faults
 
@@ -84,6 +84,12 @@ def test_everyone_meets_everyone_once(nodes):
     assert sorted(met) == list(combinations(range(nodes), 2))
     for pairs in rounds:
         assert len({player for pair in pairs for player in pair}) == 2 * len(pairs)
+
+
+def test_the_ranks_of_spare_nodes_have_no_part_of_the_batch():
+    assert training_ranks(520, 65, 1) == 512 and training_ranks(16, 2, 0) == 16
+    with pytest.raises(ValueError, match="spares=2 must be a number below the 2 nodes"):
+        training_ranks(16, 2, 2)
 
 
 def test_a_slow_pair_is_named():

@@ -113,7 +113,7 @@ def test_started_again_in_place_with_a_spare_node(cluster, repo, data, tmp_path)
     run_dir, log = tmp_path / "run", tmp_path / "job.log"
     given = [*(o for o in FIRST if not o.startswith("save_every")), "save_every=2", "keep_checkpoints=100"]
     given += [f"run_dir={run_dir}", f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
-    job = submit(cluster, repo, log, *given, options=("--nodes=3",), SPARES="1")
+    job = submit(cluster, repo, log, *given, options=("--nodes=3",), SPARES="1", PREFLIGHT="0")
     try:
         wait_until(lambda: steps_made(run_dir) >= 4 and latest_checkpoint(run_dir), "a checkpoint", log, 600)
         cluster.command("scontrol", "update", "nodename=node2", "state=down", "reason=test")
@@ -130,7 +130,7 @@ def test_started_again_in_place_with_a_spare_node(cluster, repo, data, tmp_path)
     output = log.read_text()
     assert cluster.state(job) == "COMPLETED", output[-3000:]
     assert "Restarts=0" in cluster.command("scontrol", "show", "job", job) and "requeued" not in output
-    assert "preflight: 3 nodes x 1" in output and output.count("train: 2 nodes x 1") == 3
+    assert output.count("train: 2 nodes x 1") == 3
     assert "first on node3: starts again in place, from step" in output, "no other node is left"
     assert fault_counts(run_dir) == {"node2": 1, "node3": 1}
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1)), "each step once, none lost"
