@@ -6,6 +6,7 @@ tests/benchmarks/silent_corruption.py.
 """
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -138,8 +139,10 @@ def ways(trial: Trial, now: Moment) -> list[tuple]:
     if trial.what in in_memory:
         return [around(Engine, "backward", first=once(in_memory[trial.what]))]
 
+    own = torch.Generator().manual_seed(os.getpid())  # torch's own has one seed on all ranks
+
     def noise(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output * (1 + 0.01 * torch.randn_like(output))
+        return output * (1 + 0.01 * torch.randn(output.shape, generator=own).to(output))
 
     return {
         "none": list,
