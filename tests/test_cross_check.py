@@ -91,7 +91,7 @@ def test_the_masters_have_a_vote_on_the_weights_that_were_made_of_them():
 def run_trials(repo: Path, folder: Path, ranks: int, *trials: dict) -> list[dict]:
     make_data(folder / "data")
     arguments = ("-m", "tests.support.flipped_bits", str(folder / "data"), str(folder / "out"), json.dumps(trials))
-    run_ranks(repo, ranks, *arguments)
+    print(run_ranks(repo, ranks, *arguments))
     return json.loads((folder / "out").read_text())
 
 
@@ -121,11 +121,13 @@ def test_what_lies_idle_or_is_computed_is_compared_by_two_ranks(repo, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_three_ranks_the_one_that_computes_otherwise_is_named(repo, tmp_path):
-    activation, gradient, fp32 = run_trials(
+def test_of_three_ranks_the_one_that_computes_otherwise_is_named(repo, tmp_path, capsys):
+    activation, gradient, fp32, noise = run_trials(
         repo, tmp_path, 3, {"what": "activation, always", "rank": 2}, {"what": "gradient, always", "rank": 0},
-        {"what": "activation, always", "precision": "fp32", "optimizer": "adamw"},
+        {"what": "activation, always", "precision": "fp32", "optimizer": "adamw"}, {"what": "noise", "rank": -1},
     )  # fmt: skip
+    assert not noise["found"], "where no rank repeats its own bits, they are compared within a tolerance"
+    assert capsys.readouterr().out.count("equal inputs do not give equal bits here (3 of 3 ranks do not repeat") == 1
     for found, rank in ((activation, 2), (gradient, 0), (fp32, 1)):
         assert found["found"] == CHECK_EVERY and not found["saved"]
         assert f"step {CHECK_EVERY}: rank {rank} (device {rank} of node" in found["said"]

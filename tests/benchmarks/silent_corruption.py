@@ -4,6 +4,7 @@ Prints a table of docs/measurements/corruption.md, and what the checks cost in p
 """
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
@@ -60,25 +61,26 @@ def measure(args: Corruption) -> None:
     cost, none, *results = json.loads((work / "out").read_text())
     assert not cost["found"] and not none["found"], (cost, none)
     tell_cost(cost)
-    rows = defaultdict(list)
-    for trial, result in zip(trials[2:], results, strict=True):
-        rows[trial["what"], trial["step"]].append(result)
     print(f"{args.ranks} ranks, check_every={CHECK_EVERY}")
-    print("| what is flipped | from step | found | in step | named | not found: masters differ at the end |")
+    tell_found(trials[2:], results, none["masters"])
+
+
+def tell_found(trials: list[dict], results: list[dict], undisturbed: int) -> None:
+    """Print a row for each place.  undisturbed: the checksum of the masters of a training without a flip."""
+    rows = defaultdict(list)
+    for trial, result in zip(trials, results, strict=True):
+        rows[trial["what"], trial["step"]].append(result)
+    print("| what is flipped | from step | found | ended in step | named | not found: masters differ at the end |")
     print("|---|---:|---:|---:|---|---:|")
-    for (what, step), found in rows.items():
-        detected = [result for result in found if result["found"]]
-        named = {
-            "the rank" if result["said"].count("rank 1 (") and result["said"].count("(device") == 1
-            else "both" if args.ranks == 2 and result["said"].count("(device") == 2 else "others"
-            for result in detected
-        }  # fmt: skip
-        unfound = [result for result in found if not result["found"]]
-        harmed = sum(result["masters"] != none["masters"] for result in unfound)
-        steps = ", ".join(str(step) for step in sorted({result["found"] for result in detected})) or "-"
+    for (what, step), of_bits in rows.items():
+        found = [result for result in of_bits if result["found"]]
+        named = {", ".join(sorted(set(re.findall(r"rank (\d+)[ :]", result["said"])))) for result in found}
+        unfound = [result for result in of_bits if not result["found"]]
+        harmed = sum(result["masters"] != undisturbed for result in unfound)
+        ends = sorted({str(result["found"]) for result in found})
         print(
-            f"| {what} | {step} | {len(detected)} of {len(found)} | {steps} | {', '.join(sorted(named)) or '-'} "
-            f"| {f'{harmed} of {len(unfound)}' if unfound else '-'} |"
+            f"| {what} | {step} | {len(found)} of {len(of_bits)} | {', '.join(ends) or '-'} "
+            f"| {' or '.join(sorted(named)) or '-'} | {f'{harmed} of {len(unfound)}' if unfound else '-'} |"
         )
 
 

@@ -6,6 +6,7 @@ tests/benchmarks/silent_corruption.py.
 """
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.chaos import TINY
 from tests.support.counted_waits import replace
@@ -45,7 +46,11 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 @dataclass(slots=True)
 class Trial:
-    """One training.  what: of WAYS, or none.  bit: of BITS.  step: the first in which it is flipped, on this rank."""
+    """One training.
+
+    what: one of ways(), none, or noise, which is no bit but an activation that is never the same.  bit: of BITS.
+    step: the first in which it is flipped.  rank: on which it is; -1 for all.
+    """
 
     what: str
     bit: str = "mantissa, lowest"
@@ -133,8 +138,21 @@ def ways(trial: Trial, now: Moment) -> list[tuple]:
     in_memory = {"weights": lambda engine: engine.weights, "masters": lambda engine: engine.master, "moments": moments}
     if trial.what in in_memory:
         return [around(Engine, "backward", first=once(in_memory[trial.what]))]
+
+    own = torch.Generator().manual_seed(os.getpid())  # torch's own has one seed on all ranks
+
+    def noise(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output * (1 + 0.01 * torch.randn(output.shape, generator=own).to(output))
+
     return {
         "none": list,
+        "noise": lambda: [
+            around(
+                CrossCheck,
+                "__init__",
+                then=lambda checks, _: checks._engine.model.middle_block[0].register_forward_hook(noise),
+            )
+        ],
         "checkpoint in host memory": lambda: [replace(writer, "save_file", save_flipped(now, trial))],
         "average": lambda: [around(CrossCheck, "check", then=at_the_end)],
         "gradient, once": lambda: [around(Engine, "backward", then=once(gradient))],
@@ -211,7 +229,7 @@ def flipping(trial: Trial, rank: int) -> Iterator[Moment]:
         now.step_began = time.process_time()
         now.checked.append(0.0)
 
-    restored = ways(trial, now) if rank == trial.rank else []
+    restored = ways(trial, now) if trial.rank in (rank, -1) else []
     restored += [
         around(CrossCheck, "__init__", then=begins),
         around(Engine, "backward", then=counts),
