@@ -27,6 +27,8 @@ TINY = (
     "wandb.mode=disabled", "model.image_size=16", "model.channel_mult=[1,1]", "model.attention_resolutions=[8]",
     "model.num_res_blocks=1", "save_every=3", "keep_checkpoints=3", "log_every=1",
 )  # fmt: skip
+# How long a folder is gone at most, or processes stand still.
+AWAY_SECONDS = 5.0
 SAME = ("step", "loss", "mse", "vb", "lr", "grad_norm", "samples", "bad_samples", "skipped_steps")
 
 
@@ -145,11 +147,48 @@ def end_all(run: Run, draw: random.Random) -> str:
 
 def kill_a_worker(run: Run, draw: random.Random) -> str:
     """A loader worker, with SIGKILL; the run goes on, and is asked to leave a little later."""
-    rank = draw.choice(run.ranks())
-    draw.choice(rank.children()).kill()
+    draw.choice(draw.choice(run.ranks()).children()).kill()
+    return ask_what_goes_on(run, draw, "loader worker killed")
+
+
+def lose_the_folder(run: Run, draw: random.Random) -> str:
+    """The run's folder is gone for some seconds, as a mount is; a save in that time ends the run."""
+    away = run.run_dir.with_name("away")
+    run.run_dir.rename(away)
+    time.sleep(draw.uniform(1, AWAY_SECONDS))
+    # What a run would write on the disk below a lost mount must not hide what comes back.
+    assert not run.run_dir.exists(), f"{run.run_dir} was made anew: {sorted(run.run_dir.rglob('*'))}"
+    away.rename(run.run_dir)
+    return ask_what_goes_on(run, draw, "folder lost")
+
+
+def stall_the_data(run: Run, draw: random.Random) -> str:
+    """The loader workers of a rank stand still for some seconds, as on a storage that does not answer."""
+    return pause(run, draw, draw.choice(run.ranks()).children(), "storage stalled")
+
+
+def pause_a_rank(run: Run, draw: random.Random) -> str:
+    """A rank stands still for some seconds, and the others wait for it."""
+    return pause(run, draw, [draw.choice(run.ranks())], "rank paused")
+
+
+def pause(run: Run, draw: random.Random, processes: list[psutil.Process], name: str) -> str:
+    for process in processes:
+        process.suspend()
+    time.sleep(draw.uniform(1, AWAY_SECONDS))
+    for process in processes:
+        process.resume()
+    return ask_what_goes_on(run, draw, name)
+
+
+def ask_what_goes_on(run: Run, draw: random.Random, name: str) -> str:
+    """After a fault that a run may survive: a few steps on, it is asked to leave."""
     run.wait_for(run._made() + 4)
-    rank.send_signal(signal.SIGUSR1)
-    return "loader worker killed"
+    if run.process.poll() is not None:
+        return f"{name}, which ended the run"
+    with contextlib.suppress(psutil.Error, IndexError):  # it may be about to end
+        ask_a_rank(run, draw)
+    return name
 
 
 @contextlib.contextmanager
@@ -183,6 +222,9 @@ def slow_a_rank(run: Run, draw: random.Random) -> str:
             time.sleep(0.05)
     rank.send_signal(signal.SIGUSR1)
     return "rank slowed"
+
+
+OTHERS = [ask_a_rank, end_all, kill_a_worker, lose_the_folder, stall_the_data, pause_a_rank, slow_a_rank]
 
 
 def fault_of(folder: Path) -> str:
@@ -223,7 +265,7 @@ def chaos(args: Chaos) -> dict:
     done = launch(REPO, data, out / "undisturbed", *TINY, steps, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     kills = [kill_a_rank, kill_a_rank_that_saves, kill_everything]
-    plan = [kills[i % 3] for i in range(args.kills)] + [ask_a_rank, end_all, kill_a_worker, slow_a_rank] * args.others
+    plan = [kills[i % 3] for i in range(args.kills)] + OTHERS * args.others
     draw.shuffle(plan)
     happened: Counter[str] = Counter()
     slowest, run_dir = 0.0, out / "disturbed"
