@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -207,42 +206,8 @@ def flip_a_bit(run: Run, draw: random.Random) -> str:
     return "bit flipped"
 
 
-@contextlib.contextmanager
-def slowed(process: psutil.Process, share: float, pulse: float = 0.005):
-    """Inside the block a process is stopped for a share of the time, in pulses of so many seconds."""
-    over = threading.Event()
-
-    def stop_and_go() -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            while not over.is_set():
-                process.suspend()
-                time.sleep(pulse)
-                process.resume()
-                over.wait(pulse * (1 - share) / share)
-
-    thread = threading.Thread(target=stop_and_go)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def slow_a_rank(run: Run, draw: random.Random) -> str:
-    """By half, until that is told; then it is asked to leave."""
-    rank, until = draw.choice(run.ranks()), time.monotonic() + 120
-    with slowed(rank, 0.5):
-        while "ALERT straggler" not in run.said():
-            assert time.monotonic() < until, run.said()[-3000:]
-            time.sleep(0.05)
-    rank.send_signal(signal.SIGUSR1)
-    return "rank slowed"
-
-
 OTHERS = [
     ask_a_rank, end_all, kill_a_worker, kill_the_launcher, lose_the_folder, stall_the_data, pause_a_rank, flip_a_bit,
-    slow_a_rank,
 ]  # fmt: skip
 
 

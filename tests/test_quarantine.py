@@ -133,5 +133,7 @@ def test_a_damaged_list_of_nodes_is_named_and_kept(tmp_path, caplog, content):
 
 def test_a_fault_is_told_where_it_cannot_be_recorded(tmp_path, caplog):
     (tmp_path / "run").write_text("a file where the folder should be")
-    record_node_fault(tmp_path / "run", "node7", "death", "killed")
+    for run_dir in (tmp_path / "run", tmp_path / "gone"):
+        record_node_fault(run_dir, "node7", "death", "killed")
+    assert not (tmp_path / "gone").exists() and caplog.text.count("is not recorded") == 2
     assert "the fault of node7 (death: killed) is not recorded" in caplog.text

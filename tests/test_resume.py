@@ -281,7 +281,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_begins_anew(tmp_path, alo
             resume(config, DATA, None, None)
         assert capsys.readouterr().err.count("DAMAGED CHECKPOINT") == (0 if attempt else 2)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert resume(config, DATA, None, None) == (0, [])
+    assert resume(config, DATA, None, None) == (0, [], SpikeMemory())
 
 
 def test_a_fault_of_the_machine_is_no_damage(tmp_path, alone):

@@ -74,6 +74,8 @@ def record_node_fault(run_dir: Path, node: str, kind: str, what: str) -> None:
     assert kind in KINDS, kind
     path = run_dir / NODES
     try:
+        if not run_dir.is_dir():  # as when its disk is gone: nothing belongs on the disk below its mount point
+            raise FileNotFoundError(f"there is no folder '{run_dir}'")
         nodes = read_node_faults(run_dir)
         faults = nodes.setdefault(node, {})
         times = faults.get(kind, {}).get("times", 0) + 1
