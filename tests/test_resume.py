@@ -28,6 +28,7 @@ from train.checkpoint.resume import check_resumable, find_history, resume
 from train.compose import compose_config
 from train.config import Config, OptimConfig
 from train.engine import one_cycle
+from train.faults.spikes import SpikeMemory
 from train.report import Report, write_report
 from train.weights.model_card import model_card
 
