@@ -20,12 +20,15 @@ from data.storage.shards import find_shards
 from tests.benchmarks.commands import run
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.eval_set import Pictures
+from train.evaluation.scene_alignment import alignment
 from train.monitor.plots import plot_grid, save_figure
 from train.monitor.run_log import METRICS, read_metrics
 
 # Pictures beside each other in the picture of samples.
 SHOWN = 8
 VALIDATION = "validation/mse"
+# Of an alignment.
+PARTS = ("colour", "shape", "size", "count", "relation", "tone")
 # In a line of scores, what is no score.
 UNDRAWN = ("guidance_scale", "manifest")
 
@@ -93,15 +96,38 @@ def _band(axes: plt.Axes, steps: list[int], values: list[list[float]], label: st
     axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0)
 
 
+def tell_parts(args: OverTraining, step: int, scales: list[float], rest: list[str]) -> None:
+    """Print the parts of the alignment at a step, over all runs, and of the true pictures at that size."""
+    pictures = _pictures(rest)
+    captions, n = pictures.captions(0, pictures.samples), pictures.samples
+    drawn = {
+        f"guidance {scale:g}": np.concatenate([_drawn(run_dir, step, scale, n).read() for run_dir in args.runs])
+        for scale in scales
+    }
+    size = next(iter(drawn.values())).shape[-1]
+    print(f"\n| step {step} | {' | '.join(PARTS)} |\n|---|{'---:|' * len(PARTS)}")
+    for name, images in {**drawn, "true pictures": pictures.pictures(0, n, size)}.items():
+        found = [
+            alignment(np.ascontiguousarray(image.transpose(1, 2, 0)), captions[i % n]) for i, image in enumerate(images)
+        ]
+        given = {part: [v for one in found if (v := getattr(one, part)) is not None] for part in PARTS}
+        print(f"| {name} | {' | '.join(f'{statistics.mean(values):.2f}' for values in given.values())} |")
+
+
+def _pictures(rest: list[str]) -> Pictures:
+    given = dict(arg.split("=", 1) for arg in rest)
+    return Pictures(find_shards(given["shards"]), int(given["samples"]), int(given.get("seed", 0)))
+
+
+def _drawn(run_dir: str, step: int, scale: float, samples: int) -> ChunkedArray:
+    return ChunkedArray(folder(run_dir, step) / f"guidance-{scale:g}", "images", samples)
+
+
 def draw_samples(args: OverTraining, steps: list[int], scales: list[float], rest: list[str]) -> None:
     """The first pictures of the first run at each checkpoint: the same captions and seeds in every row."""
-    given = dict(arg.split("=", 1) for arg in rest)
-    pictures = Pictures(find_shards(given["shards"]), int(given["samples"]), int(given.get("seed", 0)))
+    pictures = _pictures(rest)
     rows = [(step, scale) for step in steps for scale in scales]
-    drawn = [
-        ChunkedArray(folder(args.runs[0], step) / f"guidance-{scale:g}", "images", pictures.samples).read(0, SHOWN)
-        for step, scale in rows
-    ]
+    drawn = [_drawn(args.runs[0], step, scale, pictures.samples).read(0, SHOWN) for step, scale in rows]
     labels = [f"step {step}, guidance {scale:g}" for step, scale in rows]
     captions = pictures.captions(0, SHOWN) * len(rows)
     title = "captions that it was not trained on; the same noise in each column"
@@ -123,10 +149,13 @@ def evaluate(argv: list[str]) -> None:
         for lines in zip(*found[step], strict=True):
             cells = [_cell([line[name] for line in lines]) for name in names]
             print(f"| {step} | {' | '.join(cells)} |")
+    scales = [line["guidance_scale"] for line in found[steps[0]][0]]
+    if "alignment" in names:
+        tell_parts(args, steps[-1], scales, rest)
     if args.picture:
         draw(args, steps, found)
     if args.samples_picture:
-        draw_samples(args, steps, [line["guidance_scale"] for line in found[steps[0]][0]], rest)
+        draw_samples(args, steps, scales, rest)
 
 
 def _cell(values: list[float]) -> str:
