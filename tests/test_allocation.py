@@ -9,7 +9,7 @@ import pytest
 
 from data.cli import CORRUPTED, LOST, MISTAKE, REQUEUE
 from launch.slurm.allocation import Allocation, check_hostfile, find_allocation, free_port, ranks_per_node
-from launch.slurm.batch import LAUNCHER, MISTAKE, NODE, main, split_srun_args, verdict
+from launch.slurm.batch import LAUNCHER, NODE, main, split_srun_args, verdict
 from launch.slurm.in_place import End, choose_nodes, first_to_fail, read_ends, spare_nodes
 from train.faults.launched import check_launched
 
