@@ -31,8 +31,8 @@ T = TypeVar("T")
 HELP = {"-h", "--help", "help"}
 # Exit statuses: a mistake that the user can fix; a training that was asked to leave and is to be started again
 # (EX_TEMPFAIL of sysexits.h); one whose rank ends for a fault that
-# another one tells (EX_PROTOCOL).
-MISTAKE, REQUEUE, LOST = 2, 75, 76
+# another one tells (EX_PROTOCOL); one whose ranks found that a device makes errors.
+MISTAKE, REQUEUE, LOST, CORRUPTED = 2, 75, 76, 77
 WIDTH = 110
 # An item of a list a,b: a comma within a pair of quotes does not part it.
 ITEM = re.compile(r"""(?:^|,)\s*("[^"]*"(?=\s*(?:,|$))|'[^']*'(?=\s*(?:,|$))|[^,]*)""")

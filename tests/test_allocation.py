@@ -7,10 +7,10 @@ import subprocess
 
 import pytest
 
-from data.cli import LOST, REQUEUE
+from data.cli import CORRUPTED, LOST, MISTAKE, REQUEUE
 from launch.slurm.allocation import Allocation, check_hostfile, find_allocation, free_port, ranks_per_node
-from launch.slurm.batch import LAUNCHER, MISTAKE, NODE, main, split_srun_args, verdict
-from launch.slurm.in_place import choose_nodes, first_to_fail, spare_nodes
+from launch.slurm.batch import LAUNCHER, NODE, main, split_srun_args, verdict
+from launch.slurm.in_place import End, choose_nodes, first_to_fail, read_ends, spare_nodes
 from train.faults.launched import check_launched
 
 JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[1-2]"}
@@ -132,12 +132,17 @@ def test_the_nodes_of_the_next_start(usable, failed, wanted, divides, chosen):
 
 def test_the_node_that_failed_first(tmp_path):
     log, told = f"{tmp_path}/train-1", {
-        "node1": f"{LOST} 10.5\n", "node2": "1 12.25\n", "node3": "247 11.5\n", "node4": "0 9.0\n", "node5": "1 x\n",
+        "node1": f"{LOST} 10.5 0\n", "node2": "1 12.25 0\n", "node3": "247 11.5 0\n", "node4": "0 9.0 0\n",
+        "node5": "1 x\n", "node6": "1 11.0 1\n", "node7": f"{MISTAKE} 10.0 0\n",
     }  # fmt: skip
     for node, text in told.items():
         (tmp_path / f"train-1-{node}.status").write_text(text)
-    assert first_to_fail(log, [*told, "node6"]) == "node3", "not those whose ranks ended since another was gone"
-    assert not list(tmp_path.iterdir()) and first_to_fail(log, told) == ""
+    ends = read_ends(log, [*told, "node8"])
+    assert set(ends) == {*told} - {"node5"} and not list(tmp_path.iterdir()) and not read_ends(log, told)
+    assert first_to_fail(ends) == "node3", "not one that Slurm ended, nor those whose ranks lost another"
+    assert first_to_fail({"node6": ends["node6"], "node1": ends["node1"]}) == "node6"
+    corrupted = ends | {"node2": End(CORRUPTED, 11.0, False)}
+    assert first_to_fail(corrupted) == first_to_fail({}) == "", "its node is counted already"
 
 
 def test_a_start_on_other_nodes_has_a_port_of_its_own():

@@ -143,7 +143,7 @@ def test_a_run_ends_before_the_checkpoint_and_goes_on_as_if_nothing_had_happened
     assert done.returncode == 0, done.stderr[-3000:]
     flipped = {"script": repo / "tests/support/flipped_run.py", "before": ("5",)}
     done = launch(repo, data, run_dir, *TINY, "steps=9", ranks=2, **flipped)
-    assert done.returncode == 76 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 77 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "error: step 6: rank 1 (device 1 of node" in done.stderr
     assert "its masters changed while nothing wrote to them. Nothing is saved of it; leave out" in done.stderr
     assert [step_of(folder) for folder in complete_checkpoints(run_dir)] == [3]

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
     handle_ctrl_c()
 
-from data.cli import HELP, LOST, MISTAKE, REQUEUE, arguments, reason
+from data.cli import CORRUPTED, HELP, LOST, MISTAKE, REQUEUE, arguments, reason
 from data.quiet import quiet_libraries
 from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
@@ -34,7 +34,7 @@ LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 def main(argv: list[str] | None = None) -> None:
     """Exits: 2 with one line for what the user can fix; 75 when asked to leave before the end; 130 for Ctrl-C before
-    the first step, or a second one; 76 when another rank is gone.
+    the first step, or a second one; 76 when another rank is gone; 77 when a device makes errors.
     """
     # Of the tasks that srun starts without a launcher, one tells what is wrong.
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
@@ -174,7 +174,7 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
     from train.checkpoint.format import CheckpointFailed
     from train.checkpoint.resume import check_same_everywhere
     from train.engine import init_distributed
-    from train.faults.cross_check import Corrupted
+    from train.faults.checksum import Corrupted
     from train.faults.guard import NotFinite, RollBack, TooManyBad, TooManySpikes
     from train.faults.run_lock import InUse, lock_run_dir
     from train.inputs import share_inputs
@@ -202,7 +202,7 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
     except (TooManyBad, NotFinite, TooManySpikes, CheckpointFailed, InUse) as error:
         leave(error, tell=rank == 0)
     except Corrupted as error:
-        leave(error, tell=rank == 0, status=LOST)  # all ranks leave together, and the node is recorded already
+        leave(error, tell=rank == 0, status=CORRUPTED)
     except (OSError, LoaderDied, ShardUnreadable, WrongSidecar) as error:
         leave(error, tell=True)
     except RuntimeError as error:
@@ -228,14 +228,20 @@ def start_again() -> NoReturn:
     """
     import torch.distributed as dist
 
-    dist.barrier()
-    dist.destroy_process_group()
-    # Of two signals the handlers end with this process, and their default would end the next one before it has its own.
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    # Whatever is to be done at the end of a process: the loader workers leave, and so does W&B's own process.
+    from train.faults.preempt import stop_requested
+
+    # Whatever is to be done at the end of a process: the loader workers leave, and so does W&B's own process. It comes
+    # before the ranks meet, since the first one keeps the port of the next meeting until it is replaced.
     atexit._run_exitfuncs()
     sys.stdout.flush()
+    sys.stderr.flush()
+    asked = [False] * dist.get_world_size()
+    dist.all_gather_object(asked, stop_requested())
+    dist.destroy_process_group()
+    # What is sent from now on waits for the handlers of the next process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+    if any(asked) or stop_requested():
+        sys.exit(REQUEUE)  # the checkpoints leave the batch out already
     os.execv(sys.executable, sys.orig_argv)
 
 

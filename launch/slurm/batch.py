@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from launch.slurm.in_place import (
     choose_nodes,
     fault_counts,
     first_to_fail,
+    read_ends,
     spare_nodes,
     usable_nodes,
 )
@@ -39,11 +41,11 @@ from train.faults.quarantine import NODES, bad_nodes, record_node_fault
 NODE = """
 log=$1-$SLURMD_NODENAME.log hostfile=$2 address=$3 port=$4; shift 4
 exec >>"$log" 2>&1; trap "" USR1
-trap : TERM  # so that the status is told; the launcher gets the signal too
+asked=0; trap 'asked=1' TERM  # so that the status is told; the launcher gets the signal too
 "$0" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" --hostfile "$hostfile" \\
     --master_addr "$address" --master_port "$port" --no_python \\
     env ${CUDA_VISIBLE_DEVICES+"CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"} "${0%/*}/python" -u "$@"
-status=$?; echo "$status $(date +%s.%N)" >"${log%.log}.status"; exit "$status"
+status=$?; echo "$status $(date +%s.%N) $asked" >"${log%.log}.status"; exit "$status"
 """
 # By its full path: the `deepspeed` on PATH may be launch/slurm/bin/deepspeed.
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -176,13 +178,14 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
     while True:
         began_at, nodes = latest_step(run_dir), job.allocation.nodes
         status = job.run("train", "train/main.py", *overrides)
-        reached, first = latest_step(run_dir), first_to_fail(job.log("train"), nodes)
+        reached, ends = latest_step(run_dir), read_ends(job.log("train"), nodes)
+        first = first_to_fail(ends)
+        # Where one rank found a mistake, srun's status is that of the others, which lost it.
+        if any(end.status == MISTAKE for end in ends.values()):
+            return MISTAKE
         if (run_dir / "done").exists() or status == MISTAKE or not reached or job.warned or job.cancelled:
             return status
         fruitless = 0 if reached > began_at else fruitless + 1
-        if fruitless == TRIES:
-            say(f"{TRIES} starts in a row made no checkpoint later than step {reached}")
-            return status
         if fruitless and not job.goes_on_after(SETTLE_SECONDS):
             return status
         before, usable, start = usable, usable_nodes(whole), start + 1
@@ -190,10 +193,18 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
         for node in sorted({*lost, *([first] if first else [])}):
             what = "the node went down" if node in lost else "the training failed there first"
             record_node_fault(run_dir, node, "death", f"after step {reached}: {what}")
-        bad, failed = bad_nodes(run_dir, faults), fault_counts(run_dir)
+        try:
+            bad, failed = bad_nodes(run_dir, faults), fault_counts(run_dir)
+        except (OSError, ValueError) as error:
+            say(f"the faults of the nodes are not known: {error}")
+            bad, failed = {}, Counter()
         left = [node for node in usable if node not in bad]
         for node in sorted(set(nodes) & set(bad)):
             say(f"{node} is left out: {bad[node]}; MAX_NODE_FAULTS={faults}")
+            fruitless = 0
+        if fruitless == TRIES:
+            say(f"{TRIES} starts in a row made no checkpoint later than step {reached}")
+            return status
         chosen = choose_nodes(whole.nodes, left, failed, wanted, lambda n: _fits(config, n * whole.ranks_per_node))
         at_fault = f", first on {first}" if first else ""
         if not chosen:
@@ -226,9 +237,15 @@ def requeue(job_id: str, avoid: list[str]) -> bool:
     """Requeue this job, from now on without some nodes, and those that sbatch was told; False if it could not be."""
     shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False).stdout
     before = [word.partition("=")[2] for word in shown.split() if word.startswith("ExcNodeList=")]
-    nodes = ",".join([*(name for name in before if name != "(null)"), *avoid]) if avoid else ""
+    # Of one name that Slurm does not know, such as that of a node that is gone, it would take none.
+    known = [node for node in avoid if _is_known(node)]
+    nodes = ",".join([*(name for name in before if name != "(null)"), *known]) if known else ""
     command = ["bash", "-c", REQUEUE_WITHOUT, job_id, nodes]
     return subprocess.run(command, check=False, start_new_session=True).returncode == 0
+
+
+def _is_known(node: str) -> bool:
+    return subprocess.run(["scontrol", "show", "node", node], capture_output=True, check=False).returncode == 0
 
 
 def leave_out_bad_nodes(allocation: Allocation, run_dir: Path, most: int, restarts: int) -> None:
@@ -249,6 +266,7 @@ def leave_out_bad_nodes(allocation: Allocation, run_dir: Path, most: int, restar
             f"requeued without {', '.join(bad)}; where Slurm has no others, the job waits until you forget their faults"
         )
         signal.pause()
+        sys.exit(REQUEUE)
     raise ValueError(
         f"{', '.join(here)} failed too often, and this job cannot be requeued without: submit it with --exclude="
         f"{','.join(bad)}; or, if they are repaired, delete them in {run_dir / NODES}"
@@ -279,7 +297,7 @@ def batch(overrides: list[str]) -> None:
     job.install_signal_handlers()
     most, faults = int(os.environ.get("MAX_RESTARTS", "100")), int(os.environ.get("MAX_NODE_FAULTS", "3"))
     leave_out_bad_nodes(allocation, run_dir, faults, most)
-    if os.environ.get("PREFLIGHT", "1") != "0" and not allocation.restarts:
+    if os.environ.get("PREFLIGHT", "1") != "0" and not (allocation.restarts and latest_step(run_dir)):
         if spares:
             job.use(whole)
         status = job.run("preflight", "-m", "launch.preflight", *([f"spares={spares}"] if spares else []), *overrides)
@@ -297,11 +315,19 @@ def batch(overrides: list[str]) -> None:
     say(why)
     if again and not job.cancelled:
         # It ends this script, scontrol included, and the script's own status then does not count.
-        if not requeue(allocation.job_id, list(bad_nodes(run_dir, faults))):
+        if not requeue(allocation.job_id, _bad_nodes_if_known(run_dir, faults)):
             say("it could not be requeued (only what sbatch submitted can be): start it again")
         elif not job.cancelled:
             signal.pause()
     sys.exit(0 if (run_dir / "done").exists() else status or 1)
+
+
+def _bad_nodes_if_known(run_dir: Path, faults: int) -> list[str]:
+    try:
+        return list(bad_nodes(run_dir, faults))
+    except (OSError, ValueError) as error:
+        say(f"the faults of the nodes are not known: {error}")
+        return []
 
 
 def help_page() -> str:

@@ -4,9 +4,10 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from data.cli import LOST, REQUEUE
+from data.cli import CORRUPTED, LOST, MISTAKE, REQUEUE
 from launch.slurm.allocation import Allocation, expand_nodelist
 from train.faults.quarantine import read_node_faults
 
@@ -16,9 +17,21 @@ TRIES, SETTLE_SECONDS = 3, 150.0
 # With fewer of the nodes than this a requeue is faster than to go on.
 LEAST_SHARE = 0.75
 # States of a node of the job that can run something. A * behind it says that the node does not respond.
-USABLE = {"allocated", "mixed", "idle", "completing"}
-# What the launcher of a node leaves beside its log (NODE in launch/slurm/batch.py): its status, and when it ended.
-TOLD = re.compile(r"(\d+) (\d+\.\d+)\n")
+USABLE = {"allocated", "mixed", "idle", "completing", "draining"}
+# What sinfo writes behind a state that changes nothing here: of power, of reservations, of what it plans.
+FLAGS = "$-+@^!%#~"
+# What the launcher of a node leaves beside its log (NODE in launch/slurm/batch.py): its status, when it ended, and
+# whether it was asked to.
+TOLD = re.compile(r"(\d+) (\d+\.\d+) ([01])\n")
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How the launcher of a node ended.  asked: by SIGTERM, as Slurm sends once another one has ended."""
+
+    status: int
+    time: float
+    asked: bool
 
 
 def spare_nodes(environment: Mapping[str, str], nodes: int) -> int:
@@ -41,7 +54,7 @@ def usable_nodes(allocation: Allocation) -> list[str]:
     still = set(expand_nodelist(of_job.strip())) if of_job.strip() else set(allocation.nodes)
     states = _ask("sinfo", "--Node", f"--nodes={','.join(allocation.nodes)}", "--format=%N %T").splitlines()
     # A node may be in several partitions, each with a line.
-    out = {line.split()[0] for line in states if line.split()[1] not in USABLE}
+    out = {line.split()[0] for line in states if line.split()[1].rstrip(FLAGS) not in USABLE}
     return [node for node in allocation.nodes if node in still - out]
 
 
@@ -58,18 +71,29 @@ def fault_counts(run_dir: Path) -> Counter[str]:
     return Counter({node: sum(kind["times"] for kind in kinds.values()) for node, kinds in faults.items()})
 
 
-def first_to_fail(log: str, nodes: Iterable[str]) -> str:
-    """The node whose launcher ended first, of those whose ranks did not end because another was gone; '' if none told.
+def read_ends(log: str, nodes: Iterable[str]) -> dict[str, End]:
+    """How the launchers of the nodes ended, of those that told; what they told is removed.
 
-    What the launchers told is removed.  log: where the logs of the nodes lie, without -NODE.log.
+    log: where the logs of the nodes lie, without -NODE.log.
     """
-    ended = {}
+    ends = {}
     for node in nodes:
         path = Path(f"{log}-{node}.status")
-        if path.exists() and (told := TOLD.fullmatch(path.read_text())) and int(told[1]) not in (0, LOST, REQUEUE):
-            ended[node] = float(told[2])
+        if path.exists() and (told := TOLD.fullmatch(path.read_text())):
+            ends[node] = End(int(told[1]), float(told[2]), told[3] == "1")
         path.unlink(missing_ok=True)
-    return min(ended, key=lambda node: ended[node], default="")
+    return ends
+
+
+def first_to_fail(ends: Mapping[str, End]) -> str:
+    """The node whose launcher ended first by itself, of those whose ranks did not end because another was gone.
+
+    '' if there is none, or the ranks found a device that makes errors, which they have counted already.
+    """
+    if any(end.status == CORRUPTED for end in ends.values()):
+        return ""
+    failed = {node: end for node, end in ends.items() if end.status not in (0, MISTAKE, LOST, REQUEUE)}
+    return min(failed, key=lambda node: (failed[node].asked, failed[node].time), default="")
 
 
 def choose_nodes(

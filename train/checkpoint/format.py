@@ -86,7 +86,7 @@ def leave_out(folder: Path, entry: dict) -> None:
     Raises: ValueError if the manifest is damaged; OSError if it cannot be read or written.
     """
     manifest = read_manifest(folder)
-    spikes = manifest.get("spikes") or {"left_out": [], "window": {}}
+    spikes = manifest.get("spikes") or {"left_out": []}
     manifest["spikes"] = spikes | {"left_out": [*spikes["left_out"], entry]}
     with atomic_file(folder / MANIFEST) as aside:
         aside.write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")

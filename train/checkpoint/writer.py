@@ -29,11 +29,11 @@ from train.checkpoint.identity import DataIdentity
 from train.config import Config
 from train.ema import EMA
 from train.engine import Engine
-from train.faults.checksum import checksum
+from train.faults.checksum import Corrupted, checksum
 from train.faults.compile_cache import keep_cache
 from train.faults.limits import SAVE
 from train.faults.preempt import RankConsensus
-from train.faults.quarantine import node_name
+from train.faults.quarantine import node_name, record_node_fault
 from train.faults.spikes import SpikeMemory
 from train.faults.watchdog import Watchdog
 
@@ -59,6 +59,7 @@ class CheckpointWriter:
         # What the first rank does once all ranks have written; None while no checkpoint is under way.
         self._publish: Callable[[list[tuple[int, str]]], None] | None = None
         self._publishing = False
+        self._corrupted = ""
         self._error, self._written = "", (0, "")  # of this rank's thread: its error; size and SHA-256 of its file
         self._stalled, self._since = 0.0, time.perf_counter()
         self._aside = Path()
@@ -85,8 +86,8 @@ class CheckpointWriter:
             flush_to_disk(file)
             written = load_file(file)
             if changed := [name for name, value in sums.items() if int(checksum([written[name]])) != value]:
-                lost = f"{', '.join(changed)} is not in the file as it was on the device"
-                raise OSError(f"{lost}: the memory, the bus or the storage of {node_name()} makes errors")
+                self._corrupted = f"{', '.join(changed)} is not in the file as it was on the device"
+                raise OSError(f"{self._corrupted}: the memory, the bus or the storage of {node_name()} makes errors")
             self._written = (file.stat().st_size, file_sha256(file))
 
         def publish(written: list[tuple[int, str]]) -> None:
@@ -171,10 +172,19 @@ class CheckpointWriter:
         self._thread.start()
 
     def _fail(self) -> None:
-        problems = list(filter(None, self._consensus.gather(self._error)))
+        found = self._consensus.gather((self._error, self._corrupted, node_name()))
+        problems = [error for error, _, _ in found if error]
+        corrupted = {node: what for _, what, node in found if what}
         if self._rank == 0:
             shutil.rmtree(self._aside, ignore_errors=True)  # half a checkpoint must not keep a full disk full
+            for node, what in corrupted.items():
+                record_node_fault(Path(self._config.run_dir), node, "corruption", what)
         self._consensus.gather(None)  # no rank leaves before, or the first one would be ended before it has said why
+        if corrupted:
+            raise Corrupted(
+                f"the checkpoint '{self._aside}' is wrong ({problems[0]}); those before are intact: leave out "
+                f"{', '.join(corrupted)}, and run the same command"
+            )
         raise CheckpointFailed(
             f"the checkpoint '{self._aside}' could not be written ({problems[0]}); those before are intact: "
             "make room or repair the storage, then run the same command"

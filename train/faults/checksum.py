@@ -12,6 +12,10 @@ CHUNK = 1 << 20
 MULTIPLIER, MIXER = -7046029254386353131, -4417276706812531889
 
 
+class Corrupted(RuntimeError):
+    """A rank has other numbers than it should have; all ranks raise it together, before they save."""
+
+
 @torch.no_grad()
 def checksum(tensors: Iterable[Tensor]) -> Tensor:
     """A number, int64 [] on their device, that changes with any bit of the tensors, and with their order.

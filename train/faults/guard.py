@@ -144,11 +144,12 @@ class Guard:
     def _on_spike(self, judged: JudgedStep, what: str) -> None:
         """Tell a spike with the samples of its batch that have the highest losses, then go back if that is chosen."""
         number, losses = judged.losses[0][0], torch.cat([values for _, values in judged.losses]).tolist()
-        highest = sorted(range(len(losses)), key=losses.__getitem__, reverse=True)[:MAX_NAMED]
-        size = self._stream.micro_batch
-        named = [(losses[i], self._stream.sample_name(number + i // size, i % size)) for i in highest]
+        own = sorted(((loss, self._rank, i) for i, loss in enumerate(losses)), reverse=True)[:MAX_NAMED]
+        highest = sorted((entry for found in self._consensus.gather(own) for entry in found), reverse=True)[:MAX_NAMED]
+        # To name a sample its shard is read, so each rank names only what is told.
+        named = [(loss, self._name(number, i)) for loss, rank, i in highest if rank == self._rank]
         self._quarantine.add(judged.step, [(name, f"in a spike, loss {loss:.4g}") for loss, name in named])
-        of_all = sorted((pair for pairs in self._consensus.gather(named) for pair in pairs), reverse=True)[:MAX_NAMED]
+        of_all = sorted((pair for pairs in self._consensus.gather(named) for pair in pairs), reverse=True)
         batch = self._stream.batch_of(number)
         worst = ", ".join(f"{name} ({loss:.4g})" for loss, name in of_all)
         text = f"step {judged.step}, batch {batch}: {what}; highest losses: {worst}"
@@ -156,6 +157,13 @@ class Guard:
             logger.warning("SPIKE %s", text)
         if self._config.on_spike == "rollback":
             self._roll_back(batch, text)
+
+    def _name(self, number: int, i: int) -> str:
+        size = self._stream.micro_batch
+        try:
+            return self._stream.sample_name(number + i // size, i % size)
+        except OSError as error:
+            return f"one whose name cannot be read ({error})"
 
     def _roll_back(self, batch: int, what: str) -> None:
         """Raises: RollBack; TooManySpikes."""

@@ -32,6 +32,7 @@ def install_signal_handlers() -> None:
     _state["process"] = os.getpid()
     for number in SIGNALS:
         signal.signal(number, _on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # after a rollback they are blocked
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

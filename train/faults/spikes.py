@@ -31,6 +31,9 @@ class SpikeMemory:
     left_out: list[dict] = field(default_factory=list)
     window: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in QUANTITIES})
 
+    def __post_init__(self) -> None:
+        self.window = {name: self.window.get(name, []) for name in QUANTITIES}
+
     @property
     def batches(self) -> list[int]:
         """The batches that are left out."""

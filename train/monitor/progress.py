@@ -43,6 +43,7 @@ class RunProgress:
         self._sum = self._weight = 0.0
         self._shown: dict[str, str] = {}
         self._slowest: Place | None = None
+        self._counted: set[str] = set()
         for line in self.tracker.lines:
             self._smooth(line["loss"])
 
@@ -105,7 +106,9 @@ class RunProgress:
     def _alert(self, title: str, text: str) -> None:
         self.bar.write(f"ALERT {title}: {text}", file=sys.stderr)
         self.tracker.alert(title, text)
-        if title.startswith(STRAGGLER) and self._slowest:
+        # Once a start: two nodes that are slow in turns would soon have too many faults.
+        if title.startswith(STRAGGLER) and self._slowest and self._slowest.node not in self._counted:
+            self._counted.add(self._slowest.node)
             record_node_fault(self.run_dir, self._slowest.node, STRAGGLER, f"GPU {self._slowest.gpu}, {text}")
 
     def close(self, done: bool) -> None:
