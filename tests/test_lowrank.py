@@ -292,6 +292,11 @@ def test_the_plan_counts_its_bytes(base):
         sizes.append(_embedding_size(dataset, TOKENS, 48))
     average = np.mean([path.stat().st_size for path in (base / "text").glob("*.tar")]) / 10
     assert sizes[0] == pytest.approx(average, rel=0.2) and sizes[1] == 512 + 3584
+    dataset.text = str(base / "text")
+    dataset.shards = [replace(dataset.shards[0], count=0), *dataset.shards]
+    assert _embedding_size(dataset, TOKENS, 48) == sizes[0], "an empty shard tells nothing"
+    dataset.shards = [replace(shard, location=shard.location + "x") for shard in dataset.shards]
+    assert _embedding_size(dataset, TOKENS, 48) > 512, "no sidecar"
 
 
 def test_data_inspect_shows_it(base, tmp_path, capsys):
