@@ -318,6 +318,10 @@ def test_fidelity_measures_the_forms_and_recommends_the_smallest_that_fits(base,
     assert recommend(list(forms.values()), 0.01).name == "lowrank error=0.01"
     assert recommend(list(forms.values()), 0.0011).name in ("float16", "bfloat16")
     assert recommend(list(forms.values()), 1e-9).name == "float16"
+    found[-1, 0, 4], told = 1e5, list[str]()  # beyond float16
+    left = [form.name for form in measure_forms(found, lengths, replace(META, dtype="float32"), say=told.append)]
+    assert "float16" not in left and "bfloat16" in left
+    assert len(told) == 1 and told[0].startswith("float16 is left out: ")
 
 
 @pytest.mark.parametrize(
