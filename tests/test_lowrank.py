@@ -23,12 +23,13 @@ from data.loader.dataset import find_datasets
 from data.loader.prompts import stored_prompts
 from data.loader.stream import MicroBatches
 from data.storage.tars import read_shard
-from data.text import lowrank
+from data.text import embedding_job, lowrank
 from data.text.embeddings import from_bytes, read_empty, read_into, store
 from data.text.encoder import TextEncoder
 from data.text.fidelity import measure_forms, recommend
 from data.text.lowrank import measure_channels, register_channels
 from data.text.meta import TextMeta
+from data.text.some_captions import encode_captions
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from launch.cost.estimate import _embedding_size
 from tests.test_text_modes import SAMPLES, TOKENS, write_shards
@@ -243,6 +244,20 @@ def test_data_embed_writes_checks_and_repairs_it(base, tmp_path, capsys):
     assert (base / "text" / "00001.tar").read_bytes() == before
     embed(Embed(str(base / "shards"), str(base / "text")))
     assert "0 new" in capsys.readouterr().out
+
+
+def test_a_meta_file_that_another_process_wrote_meanwhile_is_kept(base, monkeypatch):
+    out, other, calls = base / "raced", base / "text" / ".." / "t5", list[int]()
+
+    def slow(encoder, captions, batch, renew):
+        calls.append(len(list(out.glob("*.claim"))))
+        found = encode_captions(encoder, captions, batch, renew)
+        replace(TextMeta.read(base / "text"), encoder=str(other)).write(out)  # as one that took the claim for stale
+        return found
+
+    monkeypatch.setattr(embedding_job, "encode_captions", slow)
+    make(base, "raced")
+    assert calls == [1] and TextMeta.read(out).encoder == str(other)
 
 
 def test_other_forms_keep_the_meta_file_that_they_had(base):
