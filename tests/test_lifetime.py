@@ -124,7 +124,7 @@ def test_a_copy_in_memory_is_no_checkpoint():
     """Of two faults before the first checkpoint, the second loses all: once the copies, once the steps in them."""
     life = replace(REAL, save_every=10**6, steps=20_000, memory_every=50, spares=1000, job=0.0)
     only = replace(life, rates={"process": 1 / 5000})
-    both = replace(life, rates={"process": 1 / 5000, "corruption": 1 / 5000})
+    both = replace(life, rates={"process": 1 / 500, "corruption": 1 / 5000})
     assert sum(outcome.redone for outcome in simulate_runs(only, 10)) < 50 * 100
     redone, corrupted = (
         sum(counted(outcome) for outcome in simulate_runs(both, 10))
