@@ -12,7 +12,7 @@ from launch.cost.options import PlanOptions
 from launch.interruptions import young_daly
 from launch.interruptions.events import BEGIN, LIMIT, REQUEUE_SECONDS, Life, shares, simulate, simulate_runs
 from launch.interruptions.options import KINDS, LifetimeOptions
-from launch.interruptions.page import Runs
+from launch.interruptions.page import Runs, percent
 from launch.lifetime import main
 from tests.test_plan import TINY
 from train.compose import compose_config
@@ -96,6 +96,41 @@ def test_the_time_limit_by_hand():
     assert outcome.lost[BEGIN, "start"] == first and outcome.lost[LIMIT, "start"] == 2 * later
     assert outcome.redone == 0 and outcome.seconds == pytest.approx(200_000 + first + 2 * later + 240, abs=1)
     assert simulate(replace(never, job=0.0), np.random.default_rng(0)).seconds == 200_000 + first
+
+
+@pytest.mark.parametrize(
+    "never",
+    [
+        replace(REAL, job=3600.0, compiling=4000.0, rates={"process": 1e-9}),
+        replace(REAL, rates={"process": 1.0}),
+        replace(REAL, rates={"process": 1e9}, end=0.0, write=0.0),
+    ],
+)
+def test_a_run_that_never_ends_is_refused(never):
+    with pytest.raises(ValueError, match="never ends"):
+        simulate(never, np.random.default_rng(0))
+    if never.job == 3600:
+        assert percent(Runs.of(never, LifetimeOptions(runs=3)).share) == "-"
+    assert young_daly.share(replace(never, rates={"process": 1.0})) < 1e-9
+
+
+def test_a_compilation_that_was_cut_short_is_made_again():
+    life = replace(REAL, rates={"process": 1 / 300}, compiling=5000.0, start=0.0, load=0.0, cached=0.0, steps=100)
+    with pytest.raises(ValueError, match="never ends"):
+        simulate(replace(life, rates={"process": 1 / 100}), np.random.default_rng(0))
+
+
+def test_a_copy_in_memory_is_no_checkpoint():
+    """Of two faults before the first checkpoint, the second loses all: once the copies, once the steps in them."""
+    life = replace(REAL, save_every=10**6, steps=20_000, memory_every=50, spares=1000, job=0.0)
+    only = replace(life, rates={"process": 1 / 5000})
+    both = replace(life, rates={"process": 1 / 500, "corruption": 1 / 5000})
+    assert sum(outcome.redone for outcome in simulate_runs(only, 10)) < 50 * 100
+    redone, corrupted = (
+        sum(counted(outcome) for outcome in simulate_runs(both, 10))
+        for counted in (lambda outcome: outcome.redone, lambda outcome: outcome.faults["corruption"])
+    )
+    assert redone > 2500 * corrupted
 
 
 def test_spares_keep_the_job_out_of_the_queue():

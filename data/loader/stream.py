@@ -20,7 +20,7 @@ from data.loader.workers import HANG_SECONDS, Workers
 from data.storage.machine import raise_if_machine
 from data.text.decode import decode_caption
 from data.text.embeddings import read_empty, read_into
-from data.text.meta import TextMeta
+from data.text.meta import LOWRANK, TextMeta
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,9 @@ class Collator:
         self.crops, self.dropouts = Draws(seed, Draw.CROP), Draws(seed, Draw.DROPOUT)
         self.encoder = datasets[0].encoder
         self.empty = self.encoder.token_ids([""])[0] if self.encoder else read_empty(datasets[0].text, meta)
+        if meta.dtype == LOWRANK and not self.encoder:
+            for dataset in datasets:  # each was measured on its own captions: makes its channels known to the workers
+                TextMeta.read(dataset.text)
 
     def new_buffer(self, micro_batch: int) -> Batch:
         """A micro batch of zeros in shared memory."""

@@ -46,19 +46,22 @@ def open_embeddings(
     shards, caption: whose captions a new lowrank is measured on.
     Raises: ValueError if a chosen setting is not that of the meta file, or the encoder cannot be used; OSError.
     """
+    if "error" in chosen and {**defaults, **chosen}["dtype"] != LOWRANK and not exists(join(out, META)):
+        raise ValueError(f"error={chosen['error']:g} belongs to dtype=lowrank: add that, or leave out error")
     device = default_device()
     make_folder(out)
     while not (exists(join(out, META)) and exists(join(out, EMPTY))):
         if held := claim_location(join(out, META)):
             with held:
-                return _load_or_create_meta(out, chosen, defaults, device, shards, caption)
+                return _load_or_create_meta(out, chosen, defaults, device, shards, caption, held)
         time.sleep(POLL_SECONDS)
     return _load_or_create_meta(out, chosen, defaults, device, shards, caption)
 
 
 def _load_or_create_meta(
-    out: str, chosen: Settings, defaults: Settings, device: torch.device, shards: list[Shard], caption: str
-) -> tuple[TextEncoder, TextMeta]:
+    out: str, chosen: Settings, defaults: Settings, device: torch.device, shards: list[Shard], caption: str,
+    held: Claim | ObjectClaim | None = None,
+) -> tuple[TextEncoder, TextMeta]:  # fmt: skip
     if exists(join(out, META)):
         meta = TextMeta.read(out)
         differing = [
@@ -80,7 +83,11 @@ def _load_or_create_meta(
         encoder = TextEncoder(name, tokens, compute, device, settings["cleaning"])
         meta = encoder.meta(settings["dtype"])
         if meta.dtype == LOWRANK:
-            measured = encode_captions(encoder, some_captions(shards, MEASURED, caption), MEASURED_BATCH)
+            renew = held.renew if held else lambda: None
+            renew()
+            measured = encode_captions(encoder, some_captions(shards, MEASURED, caption), MEASURED_BATCH, renew)
+            if exists(join(out, META)):  # this took so long that another process was given the claim
+                return _load_or_create_meta(out, chosen, defaults, device, shards, caption)
             meta = replace(meta, error=settings["error"], channels=measure_channels(*measured).to_text())
         # The meta file comes first, so that a folder begun with one encoder is never continued with another.
         meta.write(out)

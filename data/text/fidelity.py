@@ -63,21 +63,27 @@ def row_of(form: Form) -> str:
 
 
 def measure_forms(
-    states: np.ndarray, lengths: np.ndarray, meta: TextMeta, errors: tuple[float, ...] = ERRORS, measured: int = 0
-) -> list[Form]:
+    states: np.ndarray, lengths: np.ndarray, meta: TextMeta, errors: tuple[float, ...] = ERRORS, measured: int = 0,
+    say: Callable[[str], object] = print,
+) -> list[Form]:  # fmt: skip
     """All forms of states [N, tokens, dim] float32, of which lengths [N] tokens are no padding.
 
-    measured: so many of the first captions are for the channels alone; half by default.
+    measured: so many of the first captions are for the channels alone; half by default.  say: is told of each form that
+    does not hold the states, and is left out.
     """
     measured = measured or len(states) // 2
     known = measure_channels(states[:measured], lengths[:measured])
     tried = states[measured:], lengths[measured:], known.scale
-    forms = []
-    for dtype in ("float16", "bfloat16", "int8"):
-        forms.append(_measure(dtype, replace(meta, dtype=dtype, error=0.0, channels=""), *tried))
+    plain = ("float16", "bfloat16", "int8")
+    metas = {dtype: replace(meta, dtype=dtype, error=0.0, channels="") for dtype in plain}
     for error in errors:
-        of_error = replace(meta, dtype=LOWRANK, error=error, channels=known.to_text())
-        forms.append(_measure(f"lowrank error={error:g}", of_error, *tried))
+        metas[f"lowrank error={error:g}"] = replace(meta, dtype=LOWRANK, error=error, channels=known.to_text())
+    forms = []
+    for name, of_form in metas.items():
+        try:
+            forms.append(_measure(name, of_form, *tried))
+        except ValueError as error:
+            say(f"{name} is left out: {error}")
     return forms
 
 
@@ -134,7 +140,7 @@ def compare_forms(
     states, lengths = encode_captions(encoder, captions, batch)
     meta, error = encoder.meta("float32"), settings["error"]
     measured = min(MEASURED, len(captions) // 2)
-    forms = measure_forms(states, lengths, meta, tuple(sorted({*ERRORS, error})), measured)
+    forms = measure_forms(states, lengths, meta, tuple(sorted({*ERRORS, error})), measured, say)
     say(
         f"{len(captions) - measured} captions of {lengths[measured:].mean():.1f} tokens on average, {meta.tokens} x "
         f"{meta.dim}; the channels are measured on {measured} others\n\n{HEADER}"

@@ -28,6 +28,8 @@ ALIKE = 2**0.5
 LEVEL = 1
 VERSION = 1
 MAX_SHIFT = 16
+# Deviations beyond which states are refused before float32 overflows, and how far the error may exceed what is asked.
+FARTHEST, ABOVE = 1e9, 1.05
 # Of a caption: version, hash of the channels, tokens that are no padding.  Of a group: rank, step, bytes of the
 # coefficients.  Of components that are coded together: their number, bits below, the largest if several share a byte,
 # bytes.
@@ -53,11 +55,13 @@ class Channels:
 def measure_channels(states: np.ndarray, lengths: np.ndarray) -> Channels:
     """The channels of states [N, tokens, dim] of N captions, of which lengths [N] tokens are no padding.
 
-    Raises: ValueError if there are none.
+    Raises: ValueError if there are none, or all is padding.
     """
     if not len(states):
         raise ValueError("there are no captions to measure the encoder's channels on")
     padding = np.arange(states.shape[1]) >= lengths[:, None]
+    if padding.all():
+        raise ValueError("the captions that the encoder's channels are measured on have no tokens but padding")
     tokens = states[~padding].astype(np.float64)
     mean, std = tokens.mean(0), tokens.std(0)
     least = np.median(std) * LEAST_SCALE
@@ -93,34 +97,40 @@ def encode(states: np.ndarray, length: int, channels: str, error: float) -> byte
     """States [tokens, dim] float32, of which the first `length` are no padding.
 
     error: root mean square over a group of its error, in standard deviations of each channel.
-    Raises: ValueError if the states are too far from what the channels say.
+    Raises: ValueError if the states are too far from what the channels say, or the error is not between 0 and 1.
     """
+    if not 0 < error < 1:
+        raise ValueError(f"error={error} must lie between 0 and 1")
     code, known = register_channels(channels, states.shape[1])
     data = [_HEAD.pack(VERSION, code, length)]
     for center, rows in zip(known.center, (states[:length], states[length:]), strict=True):
         if len(rows):
-            data.append(_encode_group((rows - center) / known.scale, error))
+            with np.errstate(over="ignore"):  # what is infinite is refused
+                scaled = (rows - center) / known.scale
+            data.append(_encode_group(scaled, error))
     return b"".join(data)
 
 
 def _encode_group(rows: np.ndarray, error: float) -> bytes:
+    if not np.abs(rows).max() < FARTHEST:
+        raise _too_far(rows)
     energy, vectors = np.linalg.eigh((rows @ rows.T).astype(np.float64))
     energy = np.maximum(energy[::-1] / rows.shape[1], 0)
     # Components below the floor are dropped; the others each get the floor as their error.
     floor = _water_level(energy, error**2 * len(rows))
-    rank, step = int((energy > floor).sum()), float(np.float32((12 * floor) ** 0.5))
-    coefficients = np.rint(vectors[:, ::-1][:, :rank] * (1 << UNIT)).astype(np.int16)
+    rank = int((energy > floor).sum())
     if not rank:
         return _GROUP.pack(0, 0.0, 0)
-    # The components are those that fit best to the coefficients as they are rounded.
-    rounded = coefficients.astype(np.float64) / (1 << UNIT)
-    solved = np.linalg.solve(rounded.T @ rounded, rounded.T).astype(np.float32)
-    components = np.rint(solved @ rows / np.float32(step))
-    if not np.abs(components).max() < 127 << MAX_SHIFT:
-        raise ValueError(f"states that are {np.abs(rows).max():.3g} times as large as those of other captions")
+    coefficients, components, step = _round(rows, vectors[:, ::-1][:, :rank], floor)
+    if rank < len(rows):
+        # Few strong components: what rounding takes from their coefficients is more than the error. All of them fit
+        # exactly, however they are rounded.
+        off = rows - coefficients.astype(np.float32) @ (components * np.float32(step / (1 << UNIT)))
+        if np.square(off, dtype=np.float64).mean() > (ABOVE * error) ** 2:
+            rank = len(rows)
+            coefficients, components, step = _round(rows, vectors[:, ::-1], error**2)
     packed = _compress(_planes(coefficients.T))
     data = [_GROUP.pack(rank, step, len(packed)), packed]
-    components = components.astype(np.int32)
     size = np.sqrt(np.square(components, dtype=np.float64).mean(1))
     first = 0
     while first < rank:
@@ -129,6 +139,27 @@ def _encode_group(rows: np.ndarray, error: float) -> bytes:
         data.append(_encode_part(components[first:stop]))
         first = stop
     return b"".join(data)
+
+
+def _round(rows: np.ndarray, vectors: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """Coefficients [rows, rank] int16, components [rank, dim] int32 and their step, of vectors [rows, rank].
+
+    vectors: orthonormal.  floor: mean square of the error of each component.
+    Raises: ValueError if a component is too large.
+    """
+    step = float(np.float32((12 * floor) ** 0.5))
+    coefficients = np.rint(vectors * (1 << UNIT)).astype(np.int16)
+    # The components are those that fit best to the coefficients as they are rounded.
+    rounded = coefficients.astype(np.float64) / (1 << UNIT)
+    solved = np.linalg.solve(rounded.T @ rounded, rounded.T).astype(np.float32)
+    components = np.rint(solved @ rows / np.float32(step))
+    if not np.abs(components).max() < 127 << MAX_SHIFT:
+        raise _too_far(rows)
+    return coefficients, components.astype(np.int32), step
+
+
+def _too_far(rows: np.ndarray) -> ValueError:
+    return ValueError(f"states that are {np.abs(rows).max():.3g} times as large as those of other captions")
 
 
 def _water_level(energy: np.ndarray, total: float) -> float:
@@ -201,7 +232,9 @@ def _decode_group(out: np.ndarray, reader: "_Reader", center: np.ndarray, scale:
         _decode_part(components[first : first + rows], reader, shift, most, size)
         first += rows
     # No sum of whole numbers below this depends on the order in which it is added up, nor on the machine.
-    largest = np.abs(coefficients).max(0).astype(np.float64) @ np.abs(components).max(1).astype(np.float64)
+    largest = np.abs(coefficients.astype(np.int32)).max(0).astype(np.float64) @ np.abs(components).max(1).astype(
+        np.float64
+    )
     kind = np.float32 if largest < EXACT else np.float64
     if kind is np.float32:
         np.matmul(coefficients.astype(kind), components, out=out)

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,10 @@ class TextMeta:
         if self.channels:
             register_channels(self.channels, self.dim)
 
+    def __reduce__(self) -> tuple:
+        # Made anew where it is unpickled, so that its channels are known there too.
+        return TextMeta, tuple(getattr(self, one.name) for one in fields(self))
+
     @property
     def exact(self) -> "TextMeta":
         """That of the same states in float32, as those of the empty caption are stored beside lowrank."""
@@ -104,6 +108,8 @@ class TextMeta:
                 raise ValueError(f"dtype {meta.dtype} is none of {', '.join(DTYPES)}")
             if meta.dtype == LOWRANK and not meta.channels:
                 raise ValueError("dtype lowrank without channels")
+            if meta.dtype == LOWRANK and not 0 < meta.error < 1:
+                raise ValueError(f"dtype lowrank with error {meta.error}, which must lie between 0 and 1")
             return meta
         except FileNotFoundError:
             raise ValueError(

@@ -1,5 +1,7 @@
 """Some captions of shards, and their states: what an encoder's states look like is measured on them."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -39,9 +41,12 @@ def some_captions(shards: list[Shard], number: int, field: str = TXT) -> list[st
     return list(found)
 
 
-def encode_captions(encoder: TextEncoder, captions: list[str], batch: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_captions(
+    encoder: TextEncoder, captions: list[str], batch: int, after_each: Callable[[], object] = lambda: None
+) -> tuple[np.ndarray, np.ndarray]:
     """The states [N, tokens, dim] float32 of captions, and how many tokens [N] are no padding.
 
+    after_each: called after each batch.
     Raises: ValueError if a state is not finite.
     """
     states, lengths = np.empty((len(captions), encoder.tokens, encoder.dim), np.float32), np.empty(len(captions), int)
@@ -51,4 +56,5 @@ def encode_captions(encoder: TextEncoder, captions: list[str], batch: int) -> tu
         found = encoder.states(torch.from_numpy(ids)).float()
         encoder.check_finite(found, part)
         states[first : first + batch], lengths[first : first + batch] = found.cpu().numpy(), (ids >= 0).sum(1)
+        after_each()
     return states, lengths

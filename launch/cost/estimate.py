@@ -1,6 +1,7 @@
 """The cost of a run: memory, time and traffic, counted on the real net with tensors that have no contents."""
 
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from tqdm import tqdm
@@ -237,9 +238,11 @@ def estimate_reading(options: PlanOptions, config: Config) -> Reading:
 def _embedding_size(dataset: Dataset, tokens: int, dim: int) -> int:
     """Bytes of a caption's embedding in its tar; of lowrank, whose captions differ, the first sidecar's average.
 
-    Raises: ValueError, OSError.
+    Without a sidecar, as with text.mode=online, they are taken to be those of float16.
+    Raises: ValueError.
     """
-    meta, shard = TextMeta.read(dataset.text), dataset.shards[0]
-    if meta.dtype == LOWRANK:
-        return file_size(sidecar_location(shard, caption_folder(dataset.text, dataset.fields[0]))) // shard.count
+    meta, shard = TextMeta.read(dataset.text), next((shard for shard in dataset.shards if shard.count), None)
+    if meta.dtype == LOWRANK and shard:
+        with suppress(OSError):
+            return file_size(sidecar_location(shard, caption_folder(dataset.text, dataset.fields[0]))) // shard.count
     return embedding_bytes(tokens, dim, {"float16": 2, "float32": 4}.get(meta.dtype, 2))

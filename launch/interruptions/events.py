@@ -20,6 +20,14 @@ SILENT = ("link", "hang")
 WARNING_SECONDS, REQUEUE_SECONDS = 600.0, 120.0
 
 
+# A run that takes so many times as long as its steps, or starts so often, is taken to never end.
+LONGEST, MOST_STARTS = 100, 50_000
+
+
+class NeverEnds(ValueError):
+    """A run is taken to never end."""
+
+
 @dataclass(frozen=True)
 class Life:
     """A run in seconds and steps.
@@ -111,11 +119,16 @@ class Outcome:
 
 
 def simulate(life: Life, random: np.random.Generator) -> Outcome:
-    """One run, its faults a Poisson process. Faults strike a start too; what is ending or queued has none."""
+    """One run, its faults a Poisson process. Faults strike a start too; what is ending or queued has none.
+
+    Raises: NeverEnds.
+    """
     kinds, shares = list(life.rates), np.array(list(life.rates.values())) / life.rate
     out = Outcome(saving=life.pause * (life.steps // life.save_every))
     lost = out.lost
-    begin, cause, cold, spares = 0, BEGIN, True, life.spares
+    # The step that a start begins from, and that of the last checkpoint: after a copy in memory an earlier one.
+    begin, stored = 0, 0
+    cause, cold, spares = BEGIN, True, life.spares
     job_ends = life.job or np.inf
 
     def requeue() -> None:
@@ -125,25 +138,29 @@ def simulate(life: Life, random: np.random.Generator) -> Outcome:
         out.seconds += wait
         out.requeues += 1
         # Other nodes may be among those of the next job.
-        job_ends, spares, cold = out.seconds + (life.job or np.inf), life.spares, not life.shared_cache
+        job_ends, spares, cold = out.seconds + (life.job or np.inf), life.spares, cold or not life.shared_cache
 
-    while True:
+    for _ in range(MOST_STARTS):
+        if out.seconds > LONGEST * life.steps * life.step:
+            break
         starts = life.until_first_step(cold, loads=begin > 0)
         whole = starts + life.elapsed(begin, life.steps)
         fault, limit = random.exponential(1 / life.rate), max(0.0, job_ends - out.seconds - WARNING_SECONDS)
         if whole <= min(fault, limit):
             lost[cause, "start"] += starts
             out.seconds += whole
-            break
+            return out
         until = min(fault, limit)
+        cold = cold and until < starts
         lost[cause, "start"] += min(starts, until)
         ran = max(0.0, until - starts)
         made, saved = life.made(begin, ran)
+        stored = saved if saved > begin else stored
         if limit <= fault:
-            cause, kept, end = LIMIT, made, life.copy + life.write
+            cause, end = LIMIT, life.copy + life.write
             lost[cause, "end"] += ran - life.elapsed(begin, made) + end
             out.seconds += until + end
-            begin = kept
+            begin = stored = made
             requeue()
             continue
         cause = kinds[random.choice(len(kinds), p=shares)]
@@ -151,18 +168,24 @@ def simulate(life: Life, random: np.random.Generator) -> Outcome:
         takes_node = cause in TAKES_NODE
         in_place = life.in_place and (not takes_node or spares > 0)
         in_memory = bool(life.memory_every) and in_place and cause != "corruption"
-        kept = max(saved, made - made % life.memory_every) if in_memory else saved
+        kept = max(stored, made - made % life.memory_every) if in_memory else stored
         end = life.until_all_ended(cause, made)
-        lost[cause, "redo"] += ran - life.elapsed(begin, kept)
+        redo = ran - life.elapsed(begin, kept)
+        lost[cause, "redo"] += max(0.0, redo)
+        out.saving += min(0.0, redo)  # of a save that the fault cuts short
         lost[cause, "end"] += end
         out.redone += made - kept
         out.seconds += until + end
         begin = kept
         if in_place:
-            spares, cold = spares - takes_node, takes_node and not life.shared_cache
+            spares, cold = spares - takes_node, cold or (takes_node and not life.shared_cache)
         else:
             requeue()
-    return out
+    raise NeverEnds(
+        f"a run with a fault every {1 / life.rate:,.0f} s, starts of up to {life.until_first_step(True, True):,.0f} s "
+        f"and jobs of {life.job / 3600:g} h (0: no limit) never ends: lower the rates, shorten the start, or raise "
+        "job_hours"
+    )
 
 
 def simulate_runs(life: Life, runs: int) -> list[Outcome]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from launch.cost.page import row
 from launch.interruptions import young_daly
-from launch.interruptions.events import BEGIN, LIMIT, PARTS, Life, Outcome, shares, simulate_runs
+from launch.interruptions.events import BEGIN, LIMIT, PARTS, Life, NeverEnds, Outcome, shares, simulate_runs
 from launch.interruptions.from_plan import DAY, with_faults
 from launch.interruptions.options import COMPARED, KINDS, LifetimeOptions
 
@@ -28,17 +28,24 @@ class Runs:
 
     @classmethod
     def of(cls, life: Life, options: LifetimeOptions) -> "Runs":
-        """Simulate them."""
-        return cls(life, options, simulate_runs(life, options.runs))
+        """Simulate them; none if they never end."""
+        try:
+            return cls(life, options, simulate_runs(life, options.runs))
+        except NeverEnds:
+            return cls(life, options, [])
 
     @property
     def share(self) -> float:
-        """Effective training time, the mean of the runs."""
+        """Effective training time, the mean of the runs; 0 if they never end."""
+        if not self.outcomes:
+            return 0.0
         return float(shares(self.life, self.outcomes).mean())
 
     @property
     def spread(self) -> tuple[float, float]:
         """From the 5th to the 95th of 100 runs."""
+        if not self.outcomes:
+            return 0.0, 0.0
         low, high = np.percentile(shares(self.life, self.outcomes), [5, 95])
         return float(low), float(high)
 
@@ -74,13 +81,13 @@ class Runs:
 
 def render(life: Life, options: LifetimeOptions) -> str:
     """The page: share by rate of faults, hours by cause, save_every, what would change it, what was assumed."""
-    runs = Runs.of(life, options)
+    runs = Runs(life, options, simulate_runs(life, options.runs))
     parts = (head(runs), rates(runs), causes(runs), intervals(runs), changes(runs), assumptions(runs))
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def percent(share: float) -> str:
-    return f"{share:.2%}"
+    return f"{share:.2%}" if share else "-"
 
 
 def head(runs: Runs) -> list[str]:
@@ -103,8 +110,11 @@ def rates(runs: Runs) -> list[str]:
     lines = [cells("FAULTS PER 1,000 NODE-DAYS", *titles)]
     for rate in sorted({*COMPARED, given}):
         at = runs if rate == given else Runs.of(with_faults(runs.life, runs.options, rate), runs.options)
-        low, high = at.spread
         name = f"{rate:g}, a fault every {1 / at.life.rate / 3600:,.1f} h"
+        if not at.outcomes:
+            lines.append(cells(name, "-", "", percent(young_daly.share(at.life)), "never ends"))
+            continue
+        low, high = at.spread
         lines.append(
             cells(
                 name, percent(at.share), f"{low:.1%}-{high:.1%}", percent(young_daly.share(at.life)),
@@ -148,7 +158,8 @@ def intervals(runs: Runs) -> list[str]:
         every = at.life.save_every
         minutes = f"{every * at.life.step / 60:.1f}"
         name = f"{every:,}" + (", as configured" if every == runs.life.save_every else "")
-        found = (percent(at.share), percent(young_daly.share(at.life)), f"{at.mean('redone'):,.0f}")
+        redone = f"{at.mean('redone'):,.0f}" if at.outcomes else "-"
+        found = (percent(at.share), percent(young_daly.share(at.life)), redone)
         lines.append(cells(name, minutes, *found))
     best = max(compared, key=lambda at: at.share)
     return [

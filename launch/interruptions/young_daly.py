@@ -14,7 +14,10 @@ def share(life: Life) -> float:
     """
     between, period = 1 / life.rate, life.save_every * life.step
     restart = mean_restart(life) + life.write
-    expected = between * math.exp(restart / between) * math.expm1((period + life.pause) / between)
+    try:
+        expected = between * math.exp(restart / between) * math.expm1((period + life.pause) / between)
+    except OverflowError:
+        return 0.0
     if not life.job:
         return period / expected
     # In each job: the save at its end, the wait, and the next start.

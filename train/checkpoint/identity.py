@@ -44,9 +44,14 @@ class DataIdentity:
     def entries(self) -> dict[str, object]:
         """The entries of a checkpoint's manifest."""
         return {
-            "samples": self.samples, "data": self.digests, "text": asdict(self.text), "base": self.base,
+            "samples": self.samples, "data": self.digests, "text": describe_text(self.text), "base": self.base,
             "selections": self.selections,
         }  # fmt: skip
+
+
+def describe_text(text: TextMeta) -> dict[str, object]:
+    """What a manifest keeps of the embeddings: not their channels, which are long and with which each is read."""
+    return {name: value for name, value in text.entries().items() if name != "channels"}
 
 
 def identity(config: dict) -> dict[str, object]:

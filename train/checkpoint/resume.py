@@ -20,7 +20,7 @@ from data.text.meta import EMPTY
 from train.checkpoint.changes import describe_changes, find_changes, rate_change
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import MANIFEST, CheckpointFailed, latest_checkpoint, step_folders
-from train.checkpoint.identity import DataIdentity, check_same_run
+from train.checkpoint.identity import DataIdentity, check_same_run, describe_text
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
 from train.faults.spikes import SpikeMemory
@@ -175,7 +175,7 @@ def find_history(checkpoint: Checkpoint, config: Config, data: DataIdentity, ran
     """
     manifest, step = checkpoint.manifest, checkpoint.step
     before = _comparable(manifest["config"], manifest["text"], checkpoint.ranks)
-    now = _comparable(json.loads(json.dumps(asdict(config))), asdict(data.text), ranks)
+    now = _comparable(json.loads(json.dumps(asdict(config))), describe_text(data.text), ranks)
     changes = find_changes(before, now)
     if step == config.steps:
         end = f"all {step} steps are already made"

@@ -11,6 +11,7 @@ import torch
 
 from data.cli import reason
 from data.storage.tars import write_json
+from data.text.meta import TextMeta
 from model.unet import UNet
 from train.checkpoint.identity import weights_digest
 from train.evaluation.eval_set import EvalSet
@@ -39,12 +40,20 @@ def make_manifest(
         "net": asdict(unet.config),
         "prompts": prompts,
         "references": references,
-        "text": {name: value for name, value in asdict(eval_set.meta).items() if name != "encoder"},
+        "text": _text(eval_set.meta),
         "extractors": {extract.name: extract.digest for extract in extractors},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "packages": {name: version(name) for name in PACKAGES},
     }
     return json.loads(json.dumps(manifest))  # as it is read back: a tuple is then a list
+
+
+def _text(meta: TextMeta) -> dict[str, object]:
+    """What decides the text states; of the channels of lowrank, which are long, a hash."""
+    entries = {name: value for name, value in meta.entries().items() if name != "encoder"}
+    if "channels" in entries:
+        entries["channels"] = hashlib.sha256(meta.channels.encode()).hexdigest()[:SHORT]
+    return entries
 
 
 def name_of(manifest: dict, scale: float) -> str:
