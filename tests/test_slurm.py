@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from data.device import find_machine
-from launch.slurm.in_place import fault_counts
 from tests.support.slurm_cluster import Cluster, install
 from tests.support.trainings import SMALL, make_data, metrics
 from train.checkpoint.format import latest_checkpoint, read_manifest
-from train.faults.quarantine import record_node_fault
+from train.faults.quarantine import read_node_faults, record_node_fault
 
 pytestmark = pytest.mark.slow
 STEPS = 30
@@ -132,7 +131,9 @@ def test_started_again_in_place_with_a_spare_node(cluster, repo, data, tmp_path)
     assert "Restarts=0" in cluster.command("scontrol", "show", "job", job) and "requeued" not in output
     assert output.count("train: 2 nodes x 1") == 3
     assert "first on node3: starts again in place, from step" in output, "no other node is left"
-    assert fault_counts(run_dir) == {"node2": 1, "node3": 1}
+    # On cores that are shared one of them may be called slow as well.
+    deaths = {node: faults["death"]["times"] for node, faults in read_node_faults(run_dir).items() if "death" in faults}
+    assert deaths == {"node2": 1, "node3": 1}
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1)), "each step once, none lost"
     assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2
 

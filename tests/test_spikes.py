@@ -11,7 +11,7 @@ import torch
 
 from tests.chaos import TINY, differences
 from tests.support.trainings import launch, make_data
-from train.checkpoint.format import latest_checkpoint, read_manifest
+from train.checkpoint.format import latest_checkpoint, leave_out, read_manifest
 from train.faults.spikes import MIN_STEPS, WINDOW, SpikeMemory, Spikes, spike_limit
 
 STEPS = 36
@@ -121,11 +121,14 @@ def test_a_run_that_goes_back_equals_one_that_never_met_the_batch(repo, data, tm
 
 @pytest.mark.slow
 def test_a_run_ends_in_one_line_after_so_many_rollbacks(repo, data, tmp_path):
-    # Where each loss above the median by half a deviation is a spike, there soon is another one.
-    done = launch(repo, data, tmp_path / "run", *RUN, "on_spike=rollback", "spike_factor=0.5", "max_rollbacks=1")
+    done = launch(repo, data, tmp_path / "told", *RUN, "spike_factor=1.8")
+    assert done.returncode == 0 and "SPIKE" in done.stdout, done.stderr[-3000:]
+    run_dir = go_on_from(tmp_path / "run", tmp_path / "told", 30)
+    leave_out(latest_checkpoint(run_dir), {"batch": 10_000, "what": "another spike"})
+    done = launch(repo, data, run_dir, *RUN, "on_spike=rollback", "spike_factor=1.8", "max_rollbacks=1")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "the run left out 1 batches for spikes before, max_rollbacks=1: lower optim.lr_peak" in line
+    assert "error: step " in done.stderr
+    assert "the run left out 1 batches for spikes before, max_rollbacks=1: lower optim.lr_peak" in done.stderr
 
 
 def test_a_checkpoint_from_before_spikes_were_judged_has_an_empty_window():

@@ -179,7 +179,6 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
         began_at, nodes = latest_step(run_dir), job.allocation.nodes
         status = job.run("train", "train/main.py", *overrides)
         reached, ends = latest_step(run_dir), read_ends(job.log("train"), nodes)
-        first = first_to_fail(ends)
         # Where one rank found a mistake, srun's status is that of the others, which lost it.
         if any(end.status == MISTAKE for end in ends.values()):
             return MISTAKE
@@ -190,6 +189,8 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
             return status
         before, usable, start = usable, usable_nodes(whole), start + 1
         lost = sorted(set(before) - set(usable))
+        # With a lost node the ranks of the others fail too.
+        first = "" if lost else first_to_fail(ends)
         for node in sorted({*lost, *([first] if first else [])}):
             what = "the node went down" if node in lost else "the training failed there first"
             record_node_fault(run_dir, node, "death", f"after step {reached}: {what}")
