@@ -15,6 +15,7 @@ from tests.support.trainings import run_ranks
 from train.config import Config
 from train.faults.quarantine import read_node_faults
 from train.monitor import phases
+from train.monitor import stragglers as straggling
 from train.monitor.alerts import BEHIND, Alerts
 from train.monitor.metrics import Metrics
 from train.monitor.phases import PhaseTimes
@@ -37,6 +38,7 @@ class State:
 
 def rank_that_sleeps(out: str) -> None:
     """Steps of three ranks that sleep where they would compute and sum in each backward; the second one is slower."""
+    straggling.MIN_SECONDS = 0.0  # its steps are short
     dist.init_process_group("gloo", init_method="env://")
     rank, lines = dist.get_rank(), {}
     for slow, seconds in SLOWED.items():
@@ -72,6 +74,7 @@ def test_a_rank_that_is_a_fifth_slower_is_named_with_its_phase(repo, tmp_path, m
 
 
 def test_one_of_512_ranks_is_found_in_the_noise_and_a_pause_makes_none(monkeypatch):
+    monkeypatch.setattr(straggling, "MIN_SECONDS", 0.5)
     monkeypatch.setattr(dist, "all_gather_object", lambda places, _: places.__setitem__(slice(None), many))
     many, draw = [Place(f"node{rank // 8}", rank % 8) for rank in range(512)], random.Random(0)
     stragglers, paused = Stragglers(), Stragglers()
@@ -87,6 +90,8 @@ def test_one_of_512_ranks_is_found_in_the_noise_and_a_pause_makes_none(monkeypat
     assert values["straggler_behind"] == pytest.approx(0.2, abs=0.03)
     assert values["straggler_forward"] == pytest.approx(0.2, abs=0.03) and abs(values["straggler_data"]) < 0.02
     assert quiet["straggler_behind"] < BEHIND / 2
+    monkeypatch.setattr(straggling, "MIN_SECONDS", 60.0)
+    assert stragglers.add(own) and stragglers.slowest is None, "short steps scatter, so nobody is called slow"
     assert Stragglers().add(own[:1]) == {}, "one rank alone is not behind"
 
 

@@ -13,6 +13,8 @@ from train.monitor.phases import OWN
 
 # A rank is judged by the median of its last lines, so that one pause makes no straggler.
 LINES = 5
+# And those lines hold so many seconds of the usual own time at least: a few short steps scatter.
+MIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Place:
 class Stragglers:
     """Finds the rank that is furthest behind the others; on all ranks the same one.
 
-    slowest: where it runs; None before it is known, or with one rank alone.
+    slowest: where it runs; None before it is known for sure, or with one rank alone.
     """
 
     def __init__(self) -> None:
@@ -55,7 +57,8 @@ class Stragglers:
         ]
         whole = [sum(times) for times in of_ranks]
         rank, usual = max(range(len(whole)), key=whole.__getitem__), max(median_low(whole), 1e-9)
-        self.slowest = self._places[rank]
+        own_seconds = sum(sum(median_low(times) for times in zip(*line, strict=True)) for line in self._lines)
+        self.slowest = self._places[rank] if own_seconds >= MIN_SECONDS else None
         values = {"straggler_rank": float(rank), "straggler_behind": whole[rank] / usual - 1}
         for i, phase in enumerate(OWN):
             values[f"straggler_{phase}"] = (of_ranks[rank][i] - median_low(times[i] for times in of_ranks)) / usual
