@@ -32,6 +32,7 @@ from data.text.meta import TextMeta
 from data.text.some_captions import encode_captions
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from launch.cost.estimate import _embedding_size
+from tests.support.trainings import launch, make_data, metrics
 from tests.test_text_modes import SAMPLES, TOKENS, write_shards
 from train.checkpoint.identity import describe_text
 from train.evaluation.manifest import _text
@@ -358,3 +359,19 @@ def test_what_cannot_be_is_refused(base, more, told):
 def test_another_error_than_that_of_the_folder_is_refused(base):
     with pytest.raises(ValueError, match=r"error 0\.01 there, 0\.02 now"):
         make(base, "text", error=0.02)
+
+
+@pytest.mark.slow
+def test_a_training_of_two_ranks_reads_it(repo, tmp_path):
+    data = make_data(tmp_path / "data")
+    text = tmp_path / "lowrank"
+    embed(Embed(f"{data}/shards", str(text), f"{data}/t5", 16, "float32", "lowrank", error=0.01))
+    losses = []
+    for name, folder in (("exact", data / "text"), ("stored", text)):
+        done = launch(repo, data, tmp_path / name, f"data.text={folder}", ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert all(line["bad_samples"] == 0 for line in metrics(tmp_path / name))
+        losses.append([line["loss"] for line in metrics(tmp_path / name)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3) and losses[0] != losses[1]
+    resumed = launch(repo, data, tmp_path / "stored", f"data.text={text}", "steps=8", ranks=1)
+    assert resumed.returncode == 0 and "embeddings" not in resumed.stdout, resumed.stdout[-2000:]
