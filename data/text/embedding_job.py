@@ -23,12 +23,12 @@ from data.text.lowrank import measure_channels
 from data.text.meta import EMPTY, LOWRANK, META, TextMeta, sidecar_location
 from data.text.sidecar_check import DAMAGED, check_sidecar, find_outdated, summarize_sidecars
 from data.text.sidecars import UnreadableShard, write_sidecar
-from data.text.some_captions import encode_captions, some_captions
+from data.text.some_captions import MEASURED, encode_captions, some_captions
 
 # Seconds between looks at what other processes are making.
 POLL_SECONDS = 2.0
-# Captions on which the channels of lowrank are measured, and how many of them are encoded together.
-MEASURED, MEASURED_BATCH = 256, 16
+# Captions that are encoded together where the channels of lowrank are measured.
+MEASURED_BATCH = 16
 
 # Any of encoder, tokens, compute, dtype, error and cleaning, as TextMeta has them.
 Settings = Mapping[str, Any]

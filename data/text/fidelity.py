@@ -14,10 +14,10 @@ from data.text.embeddings import from_bytes, read_into, store
 from data.text.encoder import TextEncoder
 from data.text.lowrank import measure_channels
 from data.text.meta import LOWRANK, TextMeta
-from data.text.some_captions import encode_captions, some_captions
+from data.text.some_captions import MEASURED, encode_captions, some_captions
 
-# Captions that the channels are measured on, and others that are stored and read again.
-MEASURED, TRIED = 256, 200
+# Captions that are stored and read again, beside those that the channels are measured on.
+TRIED = 200
 # Of these the forms are made, besides the error that is asked for.
 ERRORS = (0.005, 0.01, 0.02, 0.05)
 DECODE_SECONDS = 0.5

@@ -13,8 +13,8 @@ from data.storage.tars import read_shard
 from data.text.decode import decode_caption
 from data.text.encoder import TextEncoder
 
-# Shards among which the captions are taken, at most.
-SHARDS = 8
+# Shards among which the captions are taken, at most; and captions that the channels of lowrank are measured on.
+SHARDS, MEASURED = 8, 256
 
 
 def some_captions(shards: list[Shard], number: int, field: str = TXT) -> list[str]:

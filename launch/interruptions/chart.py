@@ -36,7 +36,11 @@ def draw(life: Life, options: LifetimeOptions, path: Path) -> None:
         hours = [runs.lost(cause, part) for cause in causes]
         right.bar(causes, hours, bottom=so_far, label=PART_NAMES[part])
         so_far = [a + b for a, b in zip(so_far, hours, strict=True)]
-    right.set(ylabel="GPU-hours lost", title=f"{sum(options.rates.values()):g} faults per 1,000 node-days")
+    right.set(
+        ylim=(0, 1.05 * max(so_far)),
+        ylabel="GPU-hours lost",
+        title=f"{sum(options.rates.values()):g} faults per 1,000 node-days",
+    )
     right.tick_params(axis="x", rotation=20)
     right.legend()
     save_figure(figure, path)

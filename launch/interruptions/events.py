@@ -37,7 +37,7 @@ class Life:
     rates: faults a second, by kind.  hang: until ranks that wait end by themselves.  end: from the death of a rank to
     the end of all.  start, load: until the first step.  compiling, cached: the first step without and with a cache.
     job: time limit, 0 for none.  queue: mean wait beyond REQUEUE_SECONDS.
-    in_place, spares, shared_cache, check_every, memory_every: as in LifetimeOptions.
+    in_place, spares, shared_cache, memory_every: as in LifetimeOptions.  check_every: of the training.
     """
 
     steps: int

@@ -16,6 +16,8 @@ def make_life(options: LifetimeOptions, config: Config) -> Life:
     Raises: ValueError for a value that cannot be, or a micro batch that does not divide the batch.
     """
     check_options(options)
+    if options.corruptions and not config.check_every:
+        raise ValueError("check_every=0 finds no corruption, so no time of it is known: set corruptions=0 as well")
     step, checkpoint = estimate_step(options.plan, config)
     through_storage = checkpoint / (options.storage * GB)
     return Life(
@@ -36,7 +38,7 @@ def make_life(options: LifetimeOptions, config: Config) -> Life:
         in_place=options.restart == "in_place",
         spares=options.spares,
         shared_cache=options.shared_compile_cache,
-        check_every=options.check_every,
+        check_every=config.check_every or 1,  # without checks no corruption is simulated
         memory_every=options.memory_every,
     )
 

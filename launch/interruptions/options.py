@@ -35,7 +35,6 @@ class LifetimeOptions:
     start_seconds: from there to the first step, but for loading and compiling.
     compile_seconds: the first step, with nothing in the cache of torch.compile.
     cached_share: share of it that is left with a cache.
-    check_every: steps between two looks for corruption.
     memory_every: steps between copies of the state in a neighbour's memory; 0 for none, which is what there is.
     storage: GB/s at which all nodes together read and write checkpoints.
     host_copy: GB/s at which a rank copies its part of a checkpoint to the host, while the training stands still.
@@ -59,7 +58,6 @@ class LifetimeOptions:
     start_seconds: float = 60.0
     compile_seconds: float = 600.0
     cached_share: float = 0.04
-    check_every: int = 100
     memory_every: int = 0
     storage: float = 10.0
     host_copy: float = 2.0
@@ -98,8 +96,7 @@ def check_options(options: LifetimeOptions) -> None:
     for name in (*KINDS.values(), "spares", "job_hours", "queue_minutes", "detect_seconds", "start_seconds",
                  "compile_seconds", "cached_share", "memory_every", "step_seconds"):  # fmt: skip
         check_at_least(name, getattr(options, name), 0)
-    for name in ("check_every", "runs"):
-        check_at_least(name, getattr(options, name), 1)
+    check_at_least("runs", options.runs, 1)
     for name in ("storage", "host_copy"):
         check_at_least(name, getattr(options, name), 0.001)
     if not sum(options.rates.values()):

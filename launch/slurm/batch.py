@@ -24,7 +24,6 @@ from launch.slurm.in_place import (
     SETTLE_SECONDS,
     TRIES,
     choose_nodes,
-    fault_counts,
     first_to_fail,
     read_ends,
     spare_nodes,
@@ -32,7 +31,7 @@ from launch.slurm.in_place import (
 )
 from train.compose import ROOT, compose_config, training_help
 from train.config import Config, check_accumulation
-from train.faults.quarantine import NODES, bad_nodes, record_node_fault
+from train.faults.quarantine import NODES, bad_nodes, fault_counts, record_node_fault
 
 # The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
 # The name of the log has Slurm's name of the node, which may differ from the machine's.
@@ -194,11 +193,7 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
         for node in sorted({*lost, *([first] if first else [])}):
             what = "the node went down" if node in lost else "the training failed there first"
             record_node_fault(run_dir, node, "death", f"after step {reached}: {what}")
-        try:
-            bad, failed = bad_nodes(run_dir, faults), fault_counts(run_dir)
-        except (OSError, ValueError) as error:
-            say(f"the faults of the nodes are not known: {error}")
-            bad, failed = {}, Counter()
+        bad, failed = _known_faults(run_dir, faults)
         left = [node for node in usable if node not in bad]
         for node in sorted(set(nodes) & set(bad)):
             say(f"{node} is left out: {bad[node]}; MAX_NODE_FAULTS={faults}")
@@ -215,6 +210,15 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
         change = f" without {','.join(out)}" * bool(out) + f", with {','.join(new)}" * bool(new)
         say(f"ended with status {status}{at_fault}: starts again in place{change}, from step {reached}")
         job.use(whole.on(chosen, start))
+
+
+def _known_faults(run_dir: Path, most: int) -> tuple[dict[str, str], Counter[str]]:
+    """bad_nodes and fault_counts; none, said in a line, where they cannot be read: a run that is under way goes on."""
+    try:
+        return bad_nodes(run_dir, most), fault_counts(run_dir)
+    except (OSError, ValueError) as error:
+        say(f"the faults of the nodes are not known: {error}")
+        return {}, Counter()
 
 
 def _fits(config: Config, ranks: int) -> bool:
@@ -316,19 +320,11 @@ def batch(overrides: list[str]) -> None:
     say(why)
     if again and not job.cancelled:
         # It ends this script, scontrol included, and the script's own status then does not count.
-        if not requeue(allocation.job_id, _bad_nodes_if_known(run_dir, faults)):
+        if not requeue(allocation.job_id, list(_known_faults(run_dir, faults)[0])):
             say("it could not be requeued (only what sbatch submitted can be): start it again")
         elif not job.cancelled:
             signal.pause()
     sys.exit(0 if (run_dir / "done").exists() else status or 1)
-
-
-def _bad_nodes_if_known(run_dir: Path, faults: int) -> list[str]:
-    try:
-        return list(bad_nodes(run_dir, faults))
-    except (OSError, ValueError) as error:
-        say(f"the faults of the nodes are not known: {error}")
-        return []
 
 
 def help_page() -> str:

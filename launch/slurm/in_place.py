@@ -2,14 +2,12 @@
 
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.cli import CORRUPTED, LOST, MISTAKE, REQUEUE
 from launch.slurm.allocation import Allocation, expand_nodelist
-from train.faults.quarantine import read_node_faults
 
 # Starts in a row that may end without a later checkpoint. Between them Slurm has time to see that a node is gone, which
 # takes its SlurmdTimeout (300 s by default).
@@ -60,15 +58,6 @@ def usable_nodes(allocation: Allocation) -> list[str]:
 
 def _ask(*command: str) -> str:
     return subprocess.run([*command, "--noheader"], capture_output=True, text=True, check=False).stdout
-
-
-def fault_counts(run_dir: Path) -> Counter[str]:
-    """How often each node has failed in this run, by what RUN_DIR/nodes.json says.
-
-    Raises: ValueError if it is no such file; OSError if it cannot be read.
-    """
-    faults = read_node_faults(run_dir)
-    return Counter({node: sum(kind["times"] for kind in kinds.values()) for node, kinds in faults.items()})
 
 
 def read_ends(log: str, nodes: Iterable[str]) -> dict[str, End]:

@@ -59,8 +59,8 @@ class CheckpointWriter:
         # What the first rank does once all ranks have written; None while no checkpoint is under way.
         self._publish: Callable[[list[tuple[int, str]]], None] | None = None
         self._publishing = False
-        self._corrupted = ""
-        self._error, self._written = "", (0, "")  # of this rank's thread: its error; size and SHA-256 of its file
+        # Of this rank's thread: its error, and what was corrupted if that is the error; size and SHA-256 of its file.
+        self._error, self._corrupted, self._written = "", "", (0, "")
         self._stalled, self._since = 0.0, time.perf_counter()
         self._aside = Path()
 

@@ -171,7 +171,7 @@ class CrossCheck:
         losses = training_losses(self._diffusion, model_output, batch.x_start, x_t, batch.t, batch.noise)["loss"]
         loss = (losses * batch.weight).mean()
         gradient, norm = gradient_checksum(loss, [p for p in net.parameters() if p.requires_grad])
-        return Computed(int(checksum([losses, gradient])), float(loss), float(norm))
+        return Computed(int(checksum([losses, gradient])), float(loss.detach()), float(norm))
 
     def _end(self, step: int, faults: dict[int, list[str]]) -> None:
         """Raises: Corrupted, on all ranks, with the rank, device and node of each fault."""

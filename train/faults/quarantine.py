@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -103,13 +104,25 @@ def read_node_faults(run_dir: Path) -> dict[str, dict[str, dict]]:
     return nodes
 
 
+def fault_counts(run_dir: Path) -> Counter[str]:
+    """How often each node has failed in this run, whatever the kind.
+
+    Raises: ValueError, OSError as read_node_faults.
+    """
+    nodes = read_node_faults(run_dir)
+    return Counter({node: sum(fault["times"] for fault in faults.values()) for node, faults in nodes.items()})
+
+
 def bad_nodes(run_dir: Path, most: int) -> dict[str, str]:
     """The nodes with at least so many faults, and in words what they were; none for 0.
 
     Raises: ValueError, OSError as read_node_faults.
     """
-    found = {}
-    for node, faults in read_node_faults(run_dir).items() if most else ():
-        if sum(fault["times"] for fault in faults.values()) >= most:
-            found[node] = ", ".join(f"{kind} {fault['times']} x ({fault['what']})" for kind, fault in faults.items())
-    return found
+    if not most:
+        return {}
+    nodes, counts = read_node_faults(run_dir), fault_counts(run_dir)
+    return {
+        node: ", ".join(f"{kind} {fault['times']} x ({fault['what']})" for kind, fault in faults.items())
+        for node, faults in nodes.items()
+        if counts[node] >= most
+    }
