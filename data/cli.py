@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, field, fields, is_dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -193,7 +192,7 @@ def help_text(schema: type, usage: str = "") -> str:
     """What a command does, how it is called, and each key with its type, default and meaning."""
     intro, _ = describe(schema)
     required = [f"{f.name}=..." for f in fields(schema) if _default(f) == "required"]
-    usage = usage or " ".join(["python -m", _module(), *required, "[key=value ...]"])
+    usage = usage or " ".join([how_called(), *required, "[key=value ...]"])
     return "\n".join([textwrap.fill(intro, WIDTH), "", f"usage: {usage}", "", *key_lines(schema)])
 
 
@@ -335,10 +334,10 @@ def _without_none(kind: Any) -> Any:
     return kind
 
 
-def _module() -> str:
-    """How the command was called: data.demo for `python -m data.demo`."""
+def how_called() -> str:
+    """How the command was called: `python -m data.demo`, or `if-train demo`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
 
 
 def _default(f: Field) -> str:

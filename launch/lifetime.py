@@ -5,7 +5,7 @@ Other arguments than its own are those of train/main.py.
 
 from pathlib import Path
 
-from data.cli import run_command
+from data.cli import how_called, run_command
 from launch.interruptions.options import LifetimeOptions
 from train.compose import help_with_training, parse_with_config
 
@@ -29,7 +29,7 @@ def lifetime(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_command(lifetime, lambda: help_with_training(LifetimeOptions, "python -m launch.lifetime"), argv)
+    run_command(lifetime, lambda: help_with_training(LifetimeOptions, how_called()), argv)
 
 
 if __name__ == "__main__":

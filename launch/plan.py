@@ -3,7 +3,7 @@
 Other arguments than its own are those of train/main.py.
 """
 
-from data.cli import run_command
+from data.cli import how_called, run_command
 from launch.cost.options import PlanOptions
 from train.compose import help_with_training, parse_with_config
 
@@ -22,7 +22,7 @@ def plan(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_command(plan, lambda: help_with_training(PlanOptions, "python -m launch.plan"), argv)
+    run_command(plan, lambda: help_with_training(PlanOptions, how_called()), argv)
 
 
 if __name__ == "__main__":

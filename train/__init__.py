@@ -1,3 +1,7 @@
 """The training and the commands around a run."""
 
-import data  # noqa: F401  Ctrl-C is handled from here on, in a command of this package too
+from if_train import refuse_foreign_packages
+
+refuse_foreign_packages()
+
+import data  # noqa: E402, F401  Ctrl-C is handled from here on, in a command of this package too

@@ -1,4 +1,4 @@
-"""The command: `deepspeed train/main.py +experiment=smoke`. Composes and checks the configuration, then trains."""
+"""Composes and checks the configuration, then trains: `deepspeed train/main.py +experiment=smoke`."""
 
 import atexit
 import faulthandler
@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
     handle_ctrl_c()
 
-from data.cli import CORRUPTED, HELP, LOST, MISTAKE, REQUEUE, arguments, reason
+from data.cli import CORRUPTED, HELP, LOST, MISTAKE, REQUEUE, arguments, how_called, reason
 from data.quiet import quiet_libraries
 from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
@@ -53,7 +53,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def help_page() -> str:
     """What the command does, the experiments there are, and all keys."""
-    usage = "deepspeed train/main.py +experiment=NAME [key=value ...]"
+    installed = how_called() == "if-train train"
+    called = "if-train train" if installed else "deepspeed train/main.py"
+    usage = f"{called} +experiment=NAME [key=value ...]"
+    if installed:
+        usage += "\non several GPUs: deepspeed --module train.main +experiment=NAME [key=value ...]"
     return f"Trains the net that an experiment describes.\n\nusage: {usage}\n\n{training_help()}"
 
 

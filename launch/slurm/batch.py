@@ -105,8 +105,9 @@ class Job:
         # The one task of a node starts all of its ranks and their loader workers: it must not be bound to one CPU.
         command += ["--kill-on-bad-exit=1", "--cpu-bind=none", *self.srun_args, "bash", "-c", NODE, str(LAUNCHER), log]
         command += [str(self.hostfile), allocation.master_addr, str(allocation.master_port), *program]
-        # In a session of its own, so that signals to this script do not end it.
-        step = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        # In the current folder, from which run_dir is reckoned; in a session of its own, so that signals to this script
+        # do not end it.
+        step = subprocess.Popen(command, start_new_session=True)
         while True:
             try:
                 status = step.wait()
@@ -176,7 +177,8 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
     start = fruitless = 0
     while True:
         began_at, nodes = latest_step(run_dir), job.allocation.nodes
-        status = job.run("train", "train/main.py", *overrides)
+        # train/main.py in the repository's root, a longer path where the package is installed.
+        status = job.run("train", os.path.relpath(ROOT / "train" / "main.py"), *overrides)
         reached, ends = latest_step(run_dir), read_ends(job.log("train"), nodes)
         # Where one rank found a mistake, srun's status is that of the others, which lost it.
         if any(end.status == MISTAKE for end in ends.values()):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from data.storage.atomic import WRITE_ERRORS, flush_to_disk
+from if_train import project_version
 from train.checkpoint.format import (
     MANIFEST,
     CheckpointFailed,
@@ -157,7 +158,7 @@ class CheckpointWriter:
             "config": asdict(self._config),
             "changes": self._changes,
             "versions": {name: version(name) for name in ("torch", "deepspeed", "bitsandbytes", "safetensors")}
-            | {"python": platform.python_version()},
+            | {"python": platform.python_version(), "if-stage1-train": project_version()},
         }
 
     def _start(self, action: Callable[[], None]) -> None:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from data.cli import arguments
-from train.config import Config
+from if_train import project_version
+from train.config import CODE, Config
 
 PACKAGES = ("torch", "deepspeed", "bitsandbytes", "diffusers", "transformers", "numpy", "pillow", "webdataset")
 # Environment variables that decide how a job runs; none of them holds a secret.
@@ -33,6 +34,7 @@ def describe_start(config: Config, step: int, selections: Sequence[dict | None] 
         "step": step,
         "launch": [Path(sys.executable).name, sys.argv[0], *arguments(None)],
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "version": project_version(),
         "git": git_revision(),
         "device": gpu or platform.processor() or platform.machine(),
         "platform": platform.platform(),
@@ -47,10 +49,15 @@ def describe_start(config: Config, step: int, selections: Sequence[dict | None] 
 
 
 def git_revision() -> str:
-    """The revision of this checkout, with -dirty appended if tracked files were changed; '' outside a repository."""
+    """The revision of this checkout, with -dirty appended if tracked files were changed; '' if it is none.
+
+    An installed package may lie in somebody else's repository, below its .venv: that one's revision is not ours.
+    """
+    if not (CODE / ".git").exists():
+        return ""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, cwd=CODE, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
