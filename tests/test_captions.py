@@ -98,7 +98,7 @@ def test_markup_is_cut_and_what_no_parser_takes_is_kept():
         theirs("a cat <![<![")
     assert if_twice("a cat <![<![") == "a cat <! <!"
     number = "a cat ＆＃" + "9" * 5000
-    with pytest.raises(ValueError, match="4300 digits"):
+    with pytest.raises(ValueError, match="4300"):
         theirs(number + "a")
     assert if_twice(number + "a") == if_twice(number[:30] + "a") == theirs(number[:30] + "a")
 

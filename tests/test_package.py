@@ -153,30 +153,38 @@ def test_a_misspelt_command_is_one_line(capsys):
     )
 
 
+def stand_in_front(folder: Path, name: str) -> tuple[Path, Path]:
+    """A package of another project, and a module of the same name, each in a folder of its own."""
+    package, module = folder / "package" / name / "__init__.py", folder / "module" / f"{name}.py"
+    for file in (package, module):
+        file.parent.mkdir(parents=True)
+        file.write_text("print('imported')")
+    return package, module
+
+
 @pytest.mark.parametrize("name", ["data", "model", "train"])
 def test_a_package_of_another_project_is_told_and_not_imported(repo, tmp_path, name):
-    """On PYTHONPATH, and in the current folder, as a package and as a file."""
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "__init__.py").write_text("print('imported')")
-    (tmp_path / "one_file").mkdir()
-    (tmp_path / "one_file" / f"{name}.py").write_text("print('imported')")
     command = (sys.executable, "-m", "launch.plan" if name == "train" else "train.report", "--help")
-    for cwd, place in ((tmp_path, tmp_path / name / "__init__.py"), (tmp_path / "one_file",) * 2):
-        done = run(*command, cwd=cwd, PYTHONPATH=str(repo))
-        found = place if place.is_file() else place / f"{name}.py"
+    for found, folder in zip(stand_in_front(tmp_path, name), ("package", "module"), strict=True):
+        done = run(*command, cwd=tmp_path / folder, PYTHONPATH=str(repo))
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == (
             f"error: Python finds another project's '{name}', '{found}', before this project's, '{repo / name}': run "
             "the command in another folder, or as if-train COMMAND, which does not look in the current one\n"
         )
-    if_train = f"import sys; sys.path[0] = '{tmp_path}'; from if_train import main; main(['pack', '--help'])"
-    done = run(sys.executable, "-c", if_train, cwd=repo, PYTHONPATH=os.pathsep.join([str(tmp_path), str(repo)]))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.endswith(f"take '{tmp_path}' out of PYTHONPATH\n") and done.stderr.count("\n") == 1
-    done = run(sys.executable, "-c", "import train" if name != "train" else "import launch", cwd=tmp_path,
-               PYTHONPATH=str(repo))  # fmt: skip
-    assert done.returncode == 1 and "ImportError: Python finds another project's" in done.stderr
-    assert "imported\n" not in done.stdout
+
+
+def test_a_package_of_another_project_on_the_path(repo, tmp_path):
+    """Told by if-train too; a program that imports ours gets an error with the same words."""
+    stand_in_front(tmp_path, "data")
+    path = os.pathsep.join([str(tmp_path / "package"), str(repo)])
+    if_train = "import sys; del sys.path[0]; from if_train import main; main(['pack', '--help'])"
+    done = run(sys.executable, "-c", if_train, cwd=tmp_path, PYTHONPATH=path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.endswith(f"take '{tmp_path / 'package'}' out of PYTHONPATH\n")
+    done = run(sys.executable, "-c", "import train", cwd=tmp_path, PYTHONPATH=path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith("ImportError: Python finds another project's 'data', ")
 
 
 def test_a_folder_of_pictures_called_data_is_no_package(repo, tmp_path):

@@ -39,7 +39,9 @@ def prepare_cache(config: Config, kept_in: Path = KEPT) -> None:
         if folder.exists() or not kept.exists() or os.environ.get("LOCAL_RANK", "0") != "0":
             return
         with atomic_folder(folder) as aside, tarfile.open(kept) as archive:
-            archive.extractall(aside, filter="data")
+            # Before 3.10.12 and 3.11.4 Python has no filters; what is unpacked is code that will be run in any case.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(aside)
     except (OSError, tarfile.TarError) as error:
         logger.warning("the net is compiled again, since what was kept of it cannot be used: %s", error)
 
