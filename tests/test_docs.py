@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from data.cli import keys
+from if_train import COMMANDS
 from train.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +148,7 @@ def keys_of(module: str) -> frozenset[str]:
            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)}  # fmt: skip
     if module == "tests.benchmarks.over_training":
         return frozenset(own) | keys_of("train.evaluate")
-    return frozenset(own | CONFIG_KEYS if module.startswith("launch.") else own)
+    return frozenset(own | CONFIG_KEYS if module.startswith("launch.") or module == "train.main" else own)
 
 
 # What is wrong.
@@ -232,6 +233,11 @@ def command_faults(line: str) -> Iterator[str]:
                 return
             main = f"{word}.__main__"
             arguments, known = words[i + 1 :], keys_of(main if module_file(main) else word)
+        elif before == "if-train" and not word.startswith("-") and not word.isupper():
+            if word not in COMMANDS:
+                yield f"no command if-train {word}"
+                return
+            arguments, known = words[i + 1 :], keys_of(COMMANDS[word])
         elif word in ("train/main.py", "launch/slurm/train.sbatch"):
             arguments, known = words[i + 1 :], frozenset(CONFIG_KEYS)
         elif word == "make" and i == 0:
@@ -349,6 +355,9 @@ def test_the_table_of_keys_is_that_of_the_dataclasses():
         "    deepspeed --num_gpus 1 train/main.py +experiment=smoke stpes=4",
         "    deepspeed --num_gpus 1 train/main.py +experiment=smoek",
         "    deepspeed train/main.py +experiment=smoke model=if_i_xxl",
+        "    deepspeed --module train.main +experiment=smoke stpes=4",
+        "    if-train pakc source=DIR out=DIR",
+        "`if-train pack souce=DIR out=DIR`",
         "    deepspeed --module train.evaluate chekpoint=DIR",
         "    sbatch launch/slurm/train.sbatch +experiment=if_i_xl stpes=4",
         "```python\nfrom train.sampling.sampler import make_shceduler\n```",
@@ -366,6 +375,8 @@ def test_what_is_right_passes():
 
     python -m data.pack source=DIR out=DIR [shard_size=10]   # packs=it
     python -m launch.plan +experiment=if_i_xl nodes=64 optim.lr_peak=1e-4
+    if-train train +experiment=smoke steps=4
+    if-train --help
     deepspeed --num_gpus 2 train/main.py +experiment=NAME data.mixture.art.weight=2 \\
         model=if_i_m dry_run=true
 """
