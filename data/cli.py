@@ -337,7 +337,8 @@ def _without_none(kind: Any) -> Any:
 def how_called() -> str:
     """How the command was called: `python -m data.demo`, or `if-train demo`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
+    # if_train puts its command into argv, and has no spec as a script.
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec and spec.name != "if_train" else sys.argv[0]
 
 
 def _default(f: Field) -> str:

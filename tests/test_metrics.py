@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import CaptionConfig, DataConfig
+from if_train import project_version
 from model.config import UNetConfig
 from train.config import Config
 from train.monitor.alerts import Alerts
@@ -189,4 +190,5 @@ def test_a_start_is_described_without_secrets(monkeypatch):
     assert (start["step"], start["ranks"], start["environment"]["NCCL_DEBUG"]) == (40, 1, "WARN")
     assert start["config"]["global_batch"] == 3072 and start["packages"]["torch"].startswith("2.")
     assert len(start["launch"]) >= 1 and "secret-of-mine" not in text
+    assert start["version"] == project_version()
     assert start["git"] == "" or len(start["git"].removesuffix("-dirty")) == 40

@@ -18,6 +18,7 @@ from data.index import Index, index
 from data.loader.dataset import Dataset
 from data.loader.held_out import HeldOut
 from data.storage.shards import find_shards
+from if_train import project_version
 from model.diffusion import Diffusion
 from model.unet import UNet
 from tests.support.faulty_server import serving
@@ -193,6 +194,7 @@ def test_a_run_over_http_through_failures_is_the_one_from_disk(repo, data, two_r
 
 def test_a_checkpoint_is_a_state_dict_of_the_released_names(two_ranks):
     checkpoint = Checkpoint.open(two_ranks)
+    assert checkpoint.manifest["versions"]["if-stage1-train"] == project_version()
     assert (checkpoint.config["data"]["tokens"], checkpoint.model.encoder_dim) == (16, 64), "not given: the embeddings'"
     unet = UNet(checkpoint.model)
     for name in ("ema", "master"):
