@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 
-from data.checks import check_at_least, check_choice, check_share
+from data.checks import check_at_least, check_choice, check_share, check_size
 from data.cli import location
 from data.storage.caption_fields import TXT, check_fields
 
@@ -137,6 +137,7 @@ class DataConfig:
     crop_shift: largest shift of the crop from the centre, as a share of its side.
     cond_drop_prob: share of captions that are replaced by the empty one.
     streams: number of parts of a batch, each read from its own shards; at most global_batch. docs/reference/order.md.
+        -1 follows the number of samples.
     phases: number of sets of streams. Successive steps take turns among the sets, so that as many workers can read at
         the same time.
     shuffle_block: samples of a stream that are shuffled together.
@@ -167,7 +168,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("tokens", "crop_shift", "workers"):
             check_at_least(f"data.{name}", getattr(self, name), 0)
-        for name in ("streams", "phases", "shuffle_block"):
+        check_size("data.streams", self.streams, 1)
+        for name in ("phases", "shuffle_block"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
         for name in ("cond_drop_prob", "max_bad_share"):
             check_share(f"data.{name}", getattr(self, name))

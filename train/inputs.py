@@ -23,6 +23,7 @@ from train.checkpoint.format import latest_checkpoint
 from train.checkpoint.identity import DataIdentity, data_digest, describe_selection, weights_digest
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
+from train.sizes import follow_data
 from train.weights.pretrained import load_pretrained
 
 if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online needs it
@@ -43,6 +44,7 @@ class Inputs:
     '' without LoRA.
     held_out: the samples of the validation, if the run has one.
     prompts: on the first rank the captions of one's own for the sample grids, if any, with embeddings [tokens, dim].
+    sizes: on the first rank which sizes of the configuration follow the data, in a line; '' for none.
     """
 
     datasets: list[Dataset]
@@ -53,6 +55,7 @@ class Inputs:
     base: str = ""
     held_out: list[Dataset] = field(default_factory=list)
     prompts: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    sizes: str = ""
 
     def to(self, device: torch.device) -> None:
         """Move the text encoder to the device, if the run has one."""
@@ -71,7 +74,7 @@ class Inputs:
 
 
 def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
-    """Find and check everything; sets data.tokens and model.encoder_dim to those of the embeddings if not given.
+    """Find and check everything; sets what of the configuration follows the data: the embeddings' shape, and sizes.
 
     readable_only: only whether data and embeddings can be read here, without the weights and prompts of a training.
     Raises: ValueError if shards, embeddings or weights are missing or don't fit the model.
@@ -84,6 +87,8 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
             min(config.model.widths) // MIN_GROUP_CHANNELS,
         )  # fmt: skip
     datasets = find_datasets(config.data)
+    if told := follow_data(config, sum(dataset.samples for dataset in datasets)):
+        logger.info(told)
     held_out = _find_held_out(config, datasets)
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
@@ -104,7 +109,7 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
         read_empty(dataset.text, meta)
     _set_text_shape(config, *metas[0].shape)
     encoder = _load_encoder(config, [*datasets, *held_out], metas[0]) if online else None
-    found = Inputs(datasets, metas[0], encoder=encoder, held_out=held_out)
+    found = Inputs(datasets, metas[0], encoder=encoder, held_out=held_out, sizes=told)
     if readable_only:
         return found
     _warn_of_seen(datasets, held_out)
@@ -123,7 +128,7 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
     """The first rank's inputs on all ranks, None if it found none; a collective call.
 
     The others look at no shard and no checkpoint: 512 ranks that each did would keep a file system busy. They load the
-    text encoder, if there is one, and set data.tokens and model.encoder_dim as find_inputs does.
+    text encoder, if there is one, and set what of the configuration follows the data as find_inputs does.
     found: of the first rank; the weights and the prompts stay there.
     Raises: ValueError on all ranks if one of them cannot load the encoder.
     """
@@ -143,6 +148,7 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
         inputs = found
     else:
         _set_text_shape(config, *inputs.meta.shape)
+        follow_data(config, sum(dataset.samples for dataset in inputs.datasets))
         try:
             inputs.encoder = (
                 _load_encoder(config, [*inputs.datasets, *inputs.held_out], inputs.meta)
@@ -234,6 +240,18 @@ def resolve_text_shape(config: Config) -> bool:
             raise
     _set_text_shape(config, *shape)
     return assumed
+
+
+def resolve_sizes(config: Config, otherwise: int) -> None:
+    """Set the sizes that follow the data, for a run that is described before its data need be there.
+
+    otherwise: number of samples where no shards are found.
+    """
+    try:
+        samples = sum(dataset.samples for dataset in find_datasets(config.data))
+    except (ValueError, OSError):
+        samples = otherwise
+    follow_data(config, samples)
 
 
 def _set_text_shape(config: Config, tokens: int, dim: int) -> None:

@@ -27,12 +27,15 @@ def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> di
 
     trained, frozen: numbers of parameters.
     """
-    on_gpu = uses_gpu()
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    on_gpu = uses_gpu() or (config.needs_gpu and not on_cpu)  # what needs a GPU is looked at where there is none, too
     device, host = needed_bytes(config, ranks, trained, frozen, on_gpu)
     of_this_node = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     available = available_bytes()
     lines = {}
-    if on_gpu:
+    if on_gpu and not uses_gpu():
+        lines["GPU memory"] = f"about {device / GB:.1f} GB per rank, beside CUDA's own; this machine has no GPU"
+    elif on_gpu:
         free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
         of = f"{free / GB:.1f} of {total / GB:.1f} GB are free"
         lines["GPU memory"] = f"about {device / GB:.1f} GB per rank; {of}{_verdict(device, free)}"
