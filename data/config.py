@@ -111,13 +111,19 @@ class TextConfig:
     mode: stored reads them from data.text; online computes them on every rank with the frozen encoder that the
         meta.json in data.text names.
     encoder: where that encoder lies now, if not where meta.json says.
+    cache_gb: GB of the host in which each rank of mode=online may keep the states of all captions, so that the encoder
+        runs in the first epoch alone; 0 keeps none. docs/reference/text.md.
     """
 
     mode: str = "stored"
     encoder: str = location("")
+    cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("text.mode", self.mode, ("stored", "online"))
+        check_at_least("text.cache_gb", self.cache_gb, 0)
+        if self.cache_gb and self.mode == "stored":
+            raise ValueError(f"text.cache_gb={self.cache_gb:g} belongs to text.mode=online: stored states are not kept")
 
 
 @dataclass(slots=True)

@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.checks import count
+from data.loader.batch import Batch
 from data.loader.dataset import Dataset, check_captions, find_datasets, validation_datasets
 from data.loader.mixture import share_out
 from data.storage.locations import absolute
 from data.storage.shards import find_shards
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
+from data.text.state_cache import StateCache
 from model.config import MIN_GROUP_CHANNELS
 from train.checkpoint.format import latest_checkpoint
 from train.checkpoint.identity import DataIdentity, data_digest, describe_selection, weights_digest
@@ -31,6 +33,7 @@ if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online needs
 
 logger = logging.getLogger(__name__)
 
+GB = 1e9
 # Tokens and width of the text states of T5-XXL, which the released nets were trained on.
 RELEASED_TEXT = (77, 4096)
 
@@ -40,8 +43,8 @@ class Inputs:
     """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin from, if any.
 
     from_weights: whether all weights that are trained begin from some, there being no checkpoint to go on from.
-    encoder: makes the embeddings where they are not stored.  base: weights_digest of the net that a LoRA is added to,
-    '' without LoRA.
+    encoder: makes the embeddings where they are not stored.  cache: keeps what it made, if asked for.
+    base: weights_digest of the net that a LoRA is added to, '' without LoRA.
     held_out: the samples of the validation, if the run has one.
     prompts: on the first rank the captions of one's own for the sample grids, if any, with embeddings [tokens, dim].
     sizes: on the first rank which sizes of the configuration follow the data, in a line; '' for none.
@@ -56,15 +59,25 @@ class Inputs:
     held_out: list[Dataset] = field(default_factory=list)
     prompts: list[tuple[str, np.ndarray]] = field(default_factory=list)
     sizes: str = ""
+    cache: StateCache | None = None
 
     def to(self, device: torch.device) -> None:
         """Move the text encoder to the device, if the run has one."""
         if self.encoder:
             self.encoder.to(device)
 
-    def text_emb(self, loaded: Tensor) -> Tensor:
-        """[N, L, D] of a batch's text_emb on the device: as loaded, or made by the frozen encoder of its tokens."""
+    def text_emb(self, loaded: Tensor, on_host: Batch | None = None) -> Tensor:
+        """[N, L, D] of a batch's text_emb on the device: as loaded, or made by the frozen encoder of its tokens.
+
+        on_host: the batch as it came, for the cache, which without it is not asked.
+        """
+        if self.cache and on_host:
+            return self.cache.states(loaded, on_host.text_emb)
         return self.encoder.states(loaded) if self.encoder else loaded
+
+    def pop_counts(self) -> dict[str, float]:
+        """What this rank's cache did since the last call; {} without a cache."""
+        return {"text_cache_share": self.cache.pop_share()} if self.cache else {}
 
     @property
     def identity(self) -> DataIdentity:
@@ -110,6 +123,7 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     _set_text_shape(config, *metas[0].shape)
     encoder = _load_encoder(config, [*datasets, *held_out], metas[0]) if online else None
     found = Inputs(datasets, metas[0], encoder=encoder, held_out=held_out, sizes=told)
+    found.cache = _make_cache(config, found)
     if readable_only:
         return found
     _warn_of_seen(datasets, held_out)
@@ -139,7 +153,7 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
         datasets, held_out = (
             [replace(dataset, encoder=None) for dataset in part] for part in (found.datasets, found.held_out)
         )
-        return replace(found, datasets=datasets, held_out=held_out, weights=None, encoder=None, prompts=[])
+        return replace(found, datasets=datasets, held_out=held_out, weights=None, encoder=None, cache=None, prompts=[])
 
     inputs, fault = of_first_rank(to_share), ""
     if inputs is None:
@@ -155,6 +169,7 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
                 if config.text.mode == "online"
                 else None
             )
+            inputs.cache = _make_cache(config, inputs)
         except (OSError, ValueError) as error:
             fault = f"rank {dist.get_rank()}: {error}"
     raise_on_all(fault)
@@ -269,3 +284,20 @@ def _load_encoder(config: Config, datasets: list[Dataset], meta: TextMeta) -> "T
     for dataset in datasets:
         dataset.encoder = encoder
     return encoder
+
+
+def _make_cache(config: Config, inputs: Inputs) -> StateCache | None:
+    """The cache of text.cache_gb; None if none is asked for. Raises: ValueError if not all captions fit."""
+    if not config.text.cache_gb or not inputs.encoder:
+        return None
+    # Of several captions of a sample each has states of its own, and so has the empty one.
+    captions = sum(dataset.samples * len(dataset.fields) for dataset in inputs.datasets) + 1
+    tokens, dim = inputs.meta.shape
+    needed = captions * tokens * dim * inputs.encoder.model.dtype.itemsize / GB
+    if needed > config.text.cache_gb:
+        raise ValueError(
+            f"text.cache_gb={config.text.cache_gb:g} is less than the {needed:.3g} GB of the states of "
+            f"{count(captions, 'caption')}: of a part of them it would save next to nothing; raise it, set it to 0, or "
+            "store the states with data.embed"
+        )
+    return StateCache(inputs.encoder, captions)

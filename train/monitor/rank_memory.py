@@ -65,8 +65,9 @@ def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: 
     # Each worker is some messages ahead and writes the next one; a message has one micro batch or more.
     loaded = config.data.workers * (PREFETCH + 1) * max(SAMPLES_PER_MESSAGE, config.micro_batch) * sample
     checkpoint = held.master + held.moments + held.ema
+    beside = PROCESS_BYTES + config.data.workers * WORKER_BYTES + int(config.text.cache_gb * GB)
     built = construction(trained, ranks, weight_bytes, frozen)
-    return max(held.total + most, built), PROCESS_BYTES + config.data.workers * WORKER_BYTES + loaded + checkpoint
+    return max(held.total + most, built), beside + loaded + checkpoint
 
 
 def available_bytes() -> int:
