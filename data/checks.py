@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-# The value of a size that follows the number of samples; train/sizes.py has the rule.
+# The value of a size that follows the number of samples; train/compose.py has the rule.
 FROM_DATA = -1
 
 

@@ -17,11 +17,10 @@ from launch.cost.estimate import estimate_step
 from launch.cost.options import PlanOptions
 from model.config import MIN_GROUP_CHANNELS
 from tests.support.trainings import launch, make_data, metrics
-from train.compose import compose_config
+from train.compose import compose_config, follow_data, sizes_to_set
 from train.config import Config
 from train.inputs import find_inputs
 from train.monitor.run_time import MOST_TRIED, describe_time, duration
-from train.sizes import follow_data, sizes_to_set
 from train.summary import describe, forwards_beside
 
 OWN = ("own_small", "own_gpu")

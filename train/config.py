@@ -123,8 +123,8 @@ class Config:
     init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; default: random weights. It
         has no effect once run_dir has a checkpoint.
     seed: seed of every random draw.
-    steps: optimizer steps of the whole run; -1 follows the number of samples, by the rule of train/sizes.py, as do the
-        other keys that may be -1. docs/guide/own_pictures.md.
+    steps: optimizer steps of the whole run; -1 follows the number of samples, by the rule of train/compose.py, which
+        holds for the other keys that may be -1 too. docs/guide/own_pictures.md.
     global_batch: samples of an optimizer step, over all ranks.
     micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks; with
         bf16 the accumulation is at most 64, see docs/recipe.md.

@@ -23,9 +23,9 @@ from data.text.state_cache import StateCache
 from model.config import MIN_GROUP_CHANNELS
 from train.checkpoint.format import latest_checkpoint
 from train.checkpoint.identity import DataIdentity, data_digest, describe_selection, weights_digest
+from train.compose import follow_data
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
-from train.sizes import follow_data
 from train.weights.pretrained import load_pretrained
 
 if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online needs it

@@ -5,12 +5,12 @@ from data.loader.dataset import Dataset
 from data.loader.held_out import micro_batches
 from data.loader.mixture import share_out
 from data.storage.caption_fields import TXT
+from train.compose import sizes_to_set
 from train.config import Config, accumulation, summed_in
 from train.evaluation.validation import TIMESTEPS
 from train.inputs import Inputs, resolve_text_shape
 from train.monitor.rank_memory import describe_memory
 from train.monitor.run_time import describe_time
-from train.sizes import sizes_to_set
 from train.weights.lora import unet_on_meta
 
 
