@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+# The value of a size that follows the number of samples; train/compose.py has the rule.
+FROM_DATA = -1
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint to append to an error: the known word nearest to a misspelt one, or '' if none is near."""
@@ -36,6 +39,12 @@ def check_at_least(name: str, value: float, least: float) -> None:
     """Raises: ValueError if the value is smaller, infinite or not a number."""
     if not least <= value < math.inf:
         raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_size(name: str, value: int, least: int) -> None:
+    """Raises: ValueError if the value is smaller, and not FROM_DATA."""
+    if value != FROM_DATA:
+        check_at_least(name, value, least)
 
 
 def check_share(name: str, value: float) -> None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 
-from data.checks import check_at_least, check_choice, check_share
+from data.checks import check_at_least, check_choice, check_share, check_size
 from data.cli import location
 from data.storage.caption_fields import TXT, check_fields
 
@@ -111,13 +111,19 @@ class TextConfig:
     mode: stored reads them from data.text; online computes them on every rank with the frozen encoder that the
         meta.json in data.text names.
     encoder: where that encoder lies now, if not where meta.json says.
+    cache_gb: GB of the host in which each rank of mode=online may keep the states of all captions, so that the encoder
+        runs in the first epoch alone; 0 keeps none. docs/reference/text.md.
     """
 
     mode: str = "stored"
     encoder: str = location("")
+    cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("text.mode", self.mode, ("stored", "online"))
+        check_at_least("text.cache_gb", self.cache_gb, 0)
+        if self.cache_gb and self.mode == "stored":
+            raise ValueError(f"text.cache_gb={self.cache_gb:g} belongs to text.mode=online: stored states are not kept")
 
 
 @dataclass(slots=True)
@@ -137,6 +143,7 @@ class DataConfig:
     crop_shift: largest shift of the crop from the centre, as a share of its side.
     cond_drop_prob: share of captions that are replaced by the empty one.
     streams: number of parts of a batch, each read from its own shards; at most global_batch. docs/reference/order.md.
+        -1 follows the number of samples.
     phases: number of sets of streams. Successive steps take turns among the sets, so that as many workers can read at
         the same time.
     shuffle_block: samples of a stream that are shuffled together.
@@ -167,7 +174,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("tokens", "crop_shift", "workers"):
             check_at_least(f"data.{name}", getattr(self, name), 0)
-        for name in ("streams", "phases", "shuffle_block"):
+        check_size("data.streams", self.streams, 1)
+        for name in ("phases", "shuffle_block"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
         for name in ("cond_drop_prob", "max_bad_share"):
             check_share(f"data.{name}", getattr(self, name))

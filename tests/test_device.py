@@ -140,9 +140,9 @@ def test_a_dry_run_needs_no_gpu_and_says_that_the_training_would(repo, tmp_path)
     assert "needs_gpu" not in done.stderr
 
 
-def test_only_the_released_nets_need_a_gpu():
+def test_only_the_large_nets_need_a_gpu():
     needing = {name for name in names("experiment") if compose_config([f"+experiment={name}", "init_from=a"]).needs_gpu}
-    assert needing == {"if_i_m", "if_i_l", "if_i_xl", "finetune_lora", "finetune_dreambooth"}
+    assert needing == {"if_i_m", "if_i_l", "if_i_xl", "own_gpu", "finetune_lora", "finetune_dreambooth"}
 
 
 def test_the_driver_that_the_install_names_is_that_of_the_pinned_cuda(repo):

@@ -18,7 +18,9 @@ from data.loader.prompts import stored_prompts
 from data.loader.stream import MicroBatches, micro_batches
 from data.storage.tars import write_shard
 from data.text.embeddings import read_empty
+from data.text.encoder import load_encoder
 from data.text.meta import TextMeta
+from data.text.state_cache import StateCache
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.config import UNetConfig
 from tests.checkpoints import write_run
@@ -54,11 +56,11 @@ def base(tmp_path_factory) -> Path:
     return base
 
 
-def inputs(base: Path, mode: str, drop: float) -> tuple[Config, Inputs]:
+def inputs(base: Path, mode: str, drop: float, cache_gb: float = 0.0) -> tuple[Config, Inputs]:
     text = base / ("text" if mode == "stored" else "meta-alone")
     data = DataConfig(shards=str(base / "shards"), text=str(text), streams=4, shuffle_block=5, cond_drop_prob=drop)
     model = UNetConfig(image_size=8, attention_resolutions=[8], att_pool_heads=4)
-    config = Config(data=data, text=TextConfig(mode), model=model)
+    config = Config(data=data, text=TextConfig(mode, cache_gb=cache_gb), model=model)
     found = find_inputs(config)
     assert (config.data.tokens, config.model.encoder_dim) == (TOKENS, 48), "as the meta file of the embeddings says"
     return config, found
@@ -90,6 +92,47 @@ def test_online_gives_what_is_stored(base, workers, ranks):
         assert (expected - found).abs().max() < 1e-5
     assert without_embedding == {("00001.tar:00017", "no embedding")}
     assert without_caption == {("00001.tar:00017", "no caption")}
+
+
+def test_a_cache_gives_the_bits_of_the_encoder_which_runs_in_the_first_epoch_alone(base, monkeypatch):
+    config, found = inputs(base, "online", 0.05, cache_gb=0.001)
+    assert found.cache and found.pop_counts() == {"text_cache_share": 0.0}
+    stream = MicroBatches(config.data, found.datasets, found.meta, image_size=8, seed=0, global_batch=8, micro_batch=8)
+    shares, encoded = [], []
+    monkeypatch.setattr(
+        found.encoder, "states", lambda ids, states=found.encoder.states: encoded.append(1) or states(ids)
+    )
+    for batch, _ in zip(micro_batches(stream, 0, pin_memory=False), range(25), strict=False):  # five epochs
+        expected = found.text_emb(batch.text_emb)
+        given, before = found.text_emb(batch.text_emb, batch), len(encoded)
+        assert torch.equal(given, expected) and given.dtype == expected.dtype
+        given.zero_()  # a batch of its own: what is kept stays
+        shares.append(found.pop_counts()["text_cache_share"])
+        assert len(encoded) == before
+    # 38 captions and the empty one; what the dropout spares for the first time is encoded, with its whole batch.
+    assert shares[:4] == [0.0] * 4 and set(shares) == {0.0, 1.0}
+    assert shares[-10:] == [1.0] * 10
+    assert len(encoded) == 25 + shares.count(0.0)
+    (kept,) = (found.cache._kept,)
+    assert kept is not None and kept.nbytes == (SAMPLES + 1) * TOKENS * 48 * 4 and kept.nbytes <= 1e6
+
+
+def test_a_batch_with_one_new_caption_is_encoded_whole_and_no_more_is_kept_than_there_is_room_for(base):
+    encoder = load_encoder(TextMeta.read(base / "text"))
+    ids = torch.from_numpy(encoder.token_ids([f"a picture of {n} cats" for n in range(6)]))
+    cache, batches_encoded = StateCache(encoder, captions=4), []
+    for rows in ([0, 1], [1, 0], [0, 2], [2, 2], [3, 4], [3, 3], [4, 4], [0, 4]):
+        assert torch.equal(cache.states(ids[rows], ids[rows]), encoder.states(ids[rows]))
+        batches_encoded.append(cache.pop_share() == 0.0)
+    assert batches_encoded == [True, False, True, False, True, False, True, True], "the fifth caption has no room"
+
+
+def test_a_cache_that_cannot_hold_all_captions_is_refused(base):
+    with pytest.raises(ValueError, match=r"text.cache_gb=0.0001 is less than the 0.000126 GB of .* 41 captions"):
+        inputs(base, "online", 0.3, cache_gb=0.0001)
+    with pytest.raises(ValueError, match=r"text.cache_gb=1 belongs to text.mode=online"):
+        TextConfig(cache_gb=1)
+    assert inputs(base, "online", 0.3)[1].pop_counts() == {}
 
 
 def test_a_caption_that_is_not_utf8_is_bad_in_either_mode_and_one_with_a_mark_is_not(base, tmp_path):

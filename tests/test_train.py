@@ -115,6 +115,27 @@ def test_an_encoder_on_the_rank_gives_the_curve_of_stored_embeddings(repo, data,
     assert (tmp_path / "online" / "samples" / "step-00000003.png").exists()
 
 
+@pytest.mark.slow
+def test_a_cache_of_states_changes_no_bit_also_where_a_run_resumes(repo, data, tmp_path):
+    """96 scenes, 8 a step: after 12 steps every caption was seen; a resumed run begins with an empty cache."""
+    text = tmp_path / "text"
+    embed(Embed("", str(text), str(data / "t5"), 16, "float32", "float32", mode="meta"))
+    online = ("wandb.mode=disabled", "text.mode=online", f"data.text={text}", "save_every=20", "optim.name=adamw")
+    states = []
+    for name, cache in (("without", 0), ("with", 0.01), ("resumed", 0.01)):
+        for start in range(2 if name == "resumed" else 1):
+            if start:  # from step 20 on, with a cache that holds nothing
+                shutil.rmtree(latest_checkpoint(tmp_path / name))
+            done = launch(repo, data, tmp_path / name, *online, f"text.cache_gb={cache}", "steps=40")
+            assert done.returncode == 0 and ("resumes from step 20" in done.stdout) == bool(start), done.stderr[-3000:]
+        states.append(load_file(latest_checkpoint(tmp_path / name) / "rank-00000.safetensors"))
+    for other in states[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in states[0].items())
+    shares = [line["text_cache_share"] for line in metrics(tmp_path / "with")]
+    assert shares[0] == 0.0 and shares[-12:] == [1.0] * 12
+    assert "text_cache_share" not in metrics(tmp_path / "without")[0]
+
+
 def test_bf16_follows_fp32(repo, data, two_ranks, tmp_path):
     done = launch(repo, data, tmp_path / "bf16", "wandb.mode=disabled", "precision=bf16", "steps=3")
     assert done.returncode == 0, done.stderr[-3000:]

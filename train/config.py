@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.checks import check_at_least, check_choice, check_share, count
+from data.checks import FROM_DATA, check_at_least, check_choice, check_share, check_size, count
 from data.cli import location
 from data.config import DataConfig, TextConfig
 from data.loader.mixture import share_out
@@ -25,7 +25,7 @@ class OptimConfig:
     lr_start: learning rate of the first step.
     lr_peak: learning rate at the end of the warm-up.
     lr_end: learning rate of the last step.
-    warmup_steps: steps from lr_start to lr_peak.
+    warmup_steps: steps from lr_start to lr_peak; -1 follows the steps.
     betas: decay of the two moments.
     eps: added to the square root of the second moment.
     weight_decay: decoupled, relative to the learning rate.
@@ -44,7 +44,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, ("adamw8bit", "adamw"))
-        check_at_least("optim.warmup_steps", self.warmup_steps, 2)
+        check_size("optim.warmup_steps", self.warmup_steps, 2)
         check_at_least("optim.grad_clip", self.grad_clip, 0)
         if not 0 < self.lr_end <= self.lr_start <= self.lr_peak:
             raise ValueError(
@@ -57,7 +57,7 @@ class OptimConfig:
 class SampleConfig:
     """The sample grids of a run.
 
-    every: steps between grids; 0 for one at the end alone.
+    every: steps between grids; 0 for one at the end alone, -1 follows the steps.
     prompts: how many captions of the data are drawn, or a list of captions of your own. text.encoder, or the encoder
         that the embeddings' meta.json names, encodes your own before the start.
     guidance_scales: classifier-free guidance, a row of the grid for each.
@@ -70,7 +70,7 @@ class SampleConfig:
     steps: int = 50
 
     def __post_init__(self) -> None:
-        check_at_least("sample.every", self.every, 0)
+        check_size("sample.every", self.every, 0)
         if isinstance(self.prompts, int):
             check_at_least("sample.prompts", self.prompts, 1)
         elif not isinstance(self.prompts, list) or not all(isinstance(prompt, str) for prompt in self.prompts):
@@ -123,7 +123,8 @@ class Config:
     init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; default: random weights. It
         has no effect once run_dir has a checkpoint.
     seed: seed of every random draw.
-    steps: optimizer steps of the whole run.
+    steps: optimizer steps of the whole run; -1 follows the number of samples, by the rule of train/compose.py, which
+        holds for the other keys that may be -1 too. docs/guide/own_pictures.md.
     global_batch: samples of an optimizer step, over all ranks.
     micro_batch: samples of one forward on one rank; accumulation follows from global_batch and the ranks; with
         bf16 the accumulation is at most 64, see docs/recipe.md.
@@ -136,9 +137,9 @@ class Config:
     compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs. Needs g++, or gcc for a GPU.
     ema_decay: decay per step of the weights' exponential moving average.
     log_every: optimizer steps between lines of metrics.
-    save_every: optimizer steps between checkpoints.
+    save_every: optimizer steps between checkpoints; -1 follows the steps.
     validate_every: optimizer steps between validations, by the average of the weights on the samples of
-        data.validation; there is one at the end too. 0 makes none.
+        data.validation; there is one at the end too. 0 makes none, -1 follows the steps where there are such samples.
     keep_checkpoints: number of newest checkpoints that are kept.
     keep_every: also keep every checkpoint whose step is a multiple of this; 0 keeps none.
     max_skipped: the run ends after so many steps in a row without a finite loss and gradient; each is skipped.
@@ -198,14 +199,16 @@ class Config:
 
     def __post_init__(self) -> None:
         check_run_dir(self.run_dir)
-        for name in ("steps", "global_batch", "micro_batch", "diffusion_steps", "log_every", "save_every",
-                     "keep_checkpoints", "max_skipped", "hang_seconds"):  # fmt: skip
+        for name in ("steps", "save_every"):
+            check_size(name, getattr(self, name), 1)
+        for name in ("global_batch", "micro_batch", "diffusion_steps", "log_every", "keep_checkpoints", "max_skipped",
+                     "hang_seconds"):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
         check_at_least("keep_every", self.keep_every, 0)
-        check_at_least("validate_every", self.validate_every, 0)
+        check_size("validate_every", self.validate_every, 0)
         check_at_least("check_every", self.check_every, 0)
-        if self.validate_every and not (self.data.validation.shards or self.data.validation.share):
+        if self.validate_every > 0 and not (self.data.validation.shards or self.data.validation.share):
             raise ValueError(
                 f"validate_every={self.validate_every} needs held-out samples: name them in data.validation.shards and "
                 "their embeddings in data.validation.text, or hold a share apart with data.validation.share"
@@ -223,7 +226,7 @@ class Config:
             raise ValueError(f"lora.rank={self.lora.rank} adds to a trained net: name its weights in init_from")
         if self.sample.steps > self.diffusion_steps:
             raise ValueError(f"sample.steps={self.sample.steps} must be at most diffusion_steps={self.diffusion_steps}")
-        if self.optim.warmup_steps >= self.steps:
+        if self.optim.warmup_steps >= self.steps != FROM_DATA:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must lie between 2 and {self.steps - 1}, "
                 f"one less than steps={self.steps}: change one of them"

@@ -12,15 +12,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.checks import count
+from data.loader.batch import Batch
 from data.loader.dataset import Dataset, check_captions, find_datasets, validation_datasets
 from data.loader.mixture import share_out
 from data.storage.locations import absolute
 from data.storage.shards import find_shards
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
+from data.text.state_cache import StateCache
 from model.config import MIN_GROUP_CHANNELS
 from train.checkpoint.format import latest_checkpoint
 from train.checkpoint.identity import DataIdentity, data_digest, describe_selection, weights_digest
+from train.compose import follow_data
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
 from train.weights.pretrained import load_pretrained
@@ -30,6 +33,7 @@ if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online needs
 
 logger = logging.getLogger(__name__)
 
+GB = 1e9
 # Tokens and width of the text states of T5-XXL, which the released nets were trained on.
 RELEASED_TEXT = (77, 4096)
 
@@ -39,10 +43,11 @@ class Inputs:
     """The datasets of a run, the meta of their embeddings, and on the first rank the weights to begin from, if any.
 
     from_weights: whether all weights that are trained begin from some, there being no checkpoint to go on from.
-    encoder: makes the embeddings where they are not stored.  base: weights_digest of the net that a LoRA is added to,
-    '' without LoRA.
+    encoder: makes the embeddings where they are not stored.  cache: keeps what it made, if asked for.
+    base: weights_digest of the net that a LoRA is added to, '' without LoRA.
     held_out: the samples of the validation, if the run has one.
     prompts: on the first rank the captions of one's own for the sample grids, if any, with embeddings [tokens, dim].
+    sizes: on the first rank which sizes of the configuration follow the data, in a line; '' for none.
     """
 
     datasets: list[Dataset]
@@ -53,15 +58,26 @@ class Inputs:
     base: str = ""
     held_out: list[Dataset] = field(default_factory=list)
     prompts: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    sizes: str = ""
+    cache: StateCache | None = None
 
     def to(self, device: torch.device) -> None:
         """Move the text encoder to the device, if the run has one."""
         if self.encoder:
             self.encoder.to(device)
 
-    def text_emb(self, loaded: Tensor) -> Tensor:
-        """[N, L, D] of a batch's text_emb on the device: as loaded, or made by the frozen encoder of its tokens."""
+    def text_emb(self, loaded: Tensor, on_host: Batch | None = None) -> Tensor:
+        """[N, L, D] of a batch's text_emb on the device: as loaded, or made by the frozen encoder of its tokens.
+
+        on_host: the batch as it came, for the cache, which without it is not asked.
+        """
+        if self.cache and on_host:
+            return self.cache.states(loaded, on_host.text_emb)
         return self.encoder.states(loaded) if self.encoder else loaded
+
+    def pop_counts(self) -> dict[str, float]:
+        """What this rank's cache did since the last call; {} without a cache."""
+        return {"text_cache_share": self.cache.pop_share()} if self.cache else {}
 
     @property
     def identity(self) -> DataIdentity:
@@ -71,7 +87,7 @@ class Inputs:
 
 
 def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
-    """Find and check everything; sets data.tokens and model.encoder_dim to those of the embeddings if not given.
+    """Find and check everything; sets what of the configuration follows the data: the embeddings' shape, and sizes.
 
     readable_only: only whether data and embeddings can be read here, without the weights and prompts of a training.
     Raises: ValueError if shards, embeddings or weights are missing or don't fit the model.
@@ -84,6 +100,8 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
             min(config.model.widths) // MIN_GROUP_CHANNELS,
         )  # fmt: skip
     datasets = find_datasets(config.data)
+    if told := follow_data(config, sum(dataset.samples for dataset in datasets)):
+        logger.info(told)
     held_out = _find_held_out(config, datasets)
     online = config.text.mode == "online"
     tokens, dim = config.data.tokens, config.model.encoder_dim
@@ -104,7 +122,8 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
         read_empty(dataset.text, meta)
     _set_text_shape(config, *metas[0].shape)
     encoder = _load_encoder(config, [*datasets, *held_out], metas[0]) if online else None
-    found = Inputs(datasets, metas[0], encoder=encoder, held_out=held_out)
+    found = Inputs(datasets, metas[0], encoder=encoder, held_out=held_out, sizes=told)
+    found.cache = _make_cache(config, found)
     if readable_only:
         return found
     _warn_of_seen(datasets, held_out)
@@ -123,7 +142,7 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
     """The first rank's inputs on all ranks, None if it found none; a collective call.
 
     The others look at no shard and no checkpoint: 512 ranks that each did would keep a file system busy. They load the
-    text encoder, if there is one, and set data.tokens and model.encoder_dim as find_inputs does.
+    text encoder, if there is one, and set what of the configuration follows the data as find_inputs does.
     found: of the first rank; the weights and the prompts stay there.
     Raises: ValueError on all ranks if one of them cannot load the encoder.
     """
@@ -134,7 +153,7 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
         datasets, held_out = (
             [replace(dataset, encoder=None) for dataset in part] for part in (found.datasets, found.held_out)
         )
-        return replace(found, datasets=datasets, held_out=held_out, weights=None, encoder=None, prompts=[])
+        return replace(found, datasets=datasets, held_out=held_out, weights=None, encoder=None, cache=None, prompts=[])
 
     inputs, fault = of_first_rank(to_share), ""
     if inputs is None:
@@ -143,12 +162,14 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
         inputs = found
     else:
         _set_text_shape(config, *inputs.meta.shape)
+        follow_data(config, sum(dataset.samples for dataset in inputs.datasets))
         try:
             inputs.encoder = (
                 _load_encoder(config, [*inputs.datasets, *inputs.held_out], inputs.meta)
                 if config.text.mode == "online"
                 else None
             )
+            inputs.cache = _make_cache(config, inputs)
         except (OSError, ValueError) as error:
             fault = f"rank {dist.get_rank()}: {error}"
     raise_on_all(fault)
@@ -236,6 +257,18 @@ def resolve_text_shape(config: Config) -> bool:
     return assumed
 
 
+def resolve_sizes(config: Config, otherwise: int) -> None:
+    """Set the sizes that follow the data, for a run that is described before its data need be there.
+
+    otherwise: number of samples where no shards are found.
+    """
+    try:
+        samples = sum(dataset.samples for dataset in find_datasets(config.data))
+    except (ValueError, OSError):
+        samples = otherwise
+    follow_data(config, samples)
+
+
 def _set_text_shape(config: Config, tokens: int, dim: int) -> None:
     config.data.tokens = config.data.tokens or tokens
     # Replaced and not set, since that checks whether the net fits the width.
@@ -251,3 +284,20 @@ def _load_encoder(config: Config, datasets: list[Dataset], meta: TextMeta) -> "T
     for dataset in datasets:
         dataset.encoder = encoder
     return encoder
+
+
+def _make_cache(config: Config, inputs: Inputs) -> StateCache | None:
+    """The cache of text.cache_gb; None if none is asked for. Raises: ValueError if not all captions fit."""
+    if not config.text.cache_gb or not inputs.encoder:
+        return None
+    # Of several captions of a sample each has states of its own, and so has the empty one.
+    captions = sum(dataset.samples * len(dataset.fields) for dataset in inputs.datasets) + 1
+    tokens, dim = inputs.meta.shape
+    needed = captions * tokens * dim * inputs.encoder.model.dtype.itemsize / GB
+    if needed > config.text.cache_gb:
+        raise ValueError(
+            f"text.cache_gb={config.text.cache_gb:g} is less than the {needed:.3g} GB of the states of "
+            f"{count(captions, 'caption')}: of a part of them it would save next to nothing; raise it, set it to 0, or "
+            "store the states with data.embed"
+        )
+    return StateCache(inputs.encoder, captions)

@@ -63,7 +63,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             x_t = diffusion.q_sample(batch.x_start, batch.t, batch.noise)
             # Predict and score
             with metrics.phase("forward"):
-                model_output = engine(x_t, batch.t, inputs.text_emb(batch.text_emb))
+                model_output = engine(x_t, batch.t, inputs.text_emb(batch.text_emb, batch.loaded))
                 losses = training_losses(diffusion, model_output, batch.x_start, x_t, batch.t, batch.noise)
             with metrics.phase("backward"):
                 engine.backward((losses["loss"] * batch.weight).mean())
@@ -90,7 +90,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         # Log
         if step % config.log_every == 0 or last or held_out:
             values = metrics.reduce(engine, ema) | held_out
-            values |= {"lr": lr, "save_stall_share": writer.stall_share()} | guard.pop_counts()
+            values |= {"lr": lr, "save_stall_share": writer.stall_share()} | guard.pop_counts() | inputs.pop_counts()
             if progress:
                 progress.log(step, values, metrics)
             guard.check_bad_share(step, values, metrics.bad_counts)

@@ -92,16 +92,23 @@ def run(config: Config, rank: int, ranks: int) -> None:
         leave(error, tell=rank == 0)
     except OSError as error:
         leave(error, tell=True)
-    train_together(config, look(config) if rank == 0 else None, watch)
+    train_together(config, look(config, ranks) if rank == 0 else None, watch)
 
 
-def look(config: Config) -> "Inputs | None":
-    """What the first rank finds on storage that all ranks share, for all of them; None after telling a mistake."""
+def look(config: Config, ranks: int) -> "Inputs | None":
+    """What the first rank finds on storage that all ranks share, for all of them; None after telling a mistake.
+
+    Of a run whose sizes follow its data, and which begins, it prints what memory and time it will take.
+    """
+    from train.checkpoint.format import latest_checkpoint
     from train.monitor.tracker import check_login
+    from train.summary import describe_cost
 
     try:
         inputs = look_at_storage(config)
         check_login(config.wandb.mode)
+        if inputs.sizes and not latest_checkpoint(Path(config.run_dir)):
+            print(describe_cost(config, ranks, inputs), flush=True)
         return inputs
     except (ValueError, OSError) as error:
         tell_mistake(error)

@@ -5,10 +5,12 @@ from data.loader.dataset import Dataset
 from data.loader.held_out import micro_batches
 from data.loader.mixture import share_out
 from data.storage.caption_fields import TXT
+from train.compose import sizes_to_set
 from train.config import Config, accumulation, summed_in
 from train.evaluation.validation import TIMESTEPS
 from train.inputs import Inputs, resolve_text_shape
 from train.monitor.rank_memory import describe_memory
+from train.monitor.run_time import describe_time
 from train.weights.lora import unet_on_meta
 
 
@@ -26,8 +28,11 @@ def _samples(dataset: Dataset) -> str:
 def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     """The resolved run in a few lines.  inputs: what was found; None if it is not there.
 
-    Raises: ValueError if the ranks don't fit the batch, or without data the width of the embeddings is not known.
+    Raises: ValueError if the ranks don't fit the batch, or without data the width of the embeddings or a size that
+    follows the data is not known.
     """
+    if unset := sizes_to_set(config):
+        raise ValueError(f"{', '.join(unset)} follow the number of samples, which is not known without the data")
     if inputs:
         sizes = share_out(config.global_batch, [dataset.weight for dataset in inputs.datasets])
         data = "; ".join(
@@ -64,8 +69,38 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
         "data": data,
         "embeddings": text,
         "validation": describe_validation(config, ranks, inputs),
-    } | describe_memory(config, ranks, trained, frozen)
-    return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())
+    }
+    return f"{_as_lines(lines)}\n{describe_cost(config, ranks, inputs)}"
+
+
+def describe_cost(config: Config, ranks: int, inputs: Inputs | None) -> str:
+    """The memory that a run needs and the time that it will take on this machine, a line each.
+
+    Raises: ValueError if the ranks don't fit the batch.
+    """
+    memory = describe_memory(config, ranks, *parameters(config))
+    return _as_lines(memory | {"time": describe_time(config, forwards_beside(config, inputs))})
+
+
+def forwards_beside(config: Config, inputs: Inputs | None) -> int:
+    """Passes of an image through the net for the run's sample grids and validations, without a backward."""
+    sample, every = config.sample, config.validate_every
+    prompts = sample.prompts if isinstance(sample.prompts, int) else len(sample.prompts)
+    # With guidance the net sees each image twice.
+    of_grid = prompts * sample.steps * sum(1 if scale == 1 else 2 for scale in sample.guidance_scales)
+    grids = -(-config.steps // sample.every) if sample.every else 1
+    validations = -(-config.steps // every) if every else 0
+    return of_grid * grids + TIMESTEPS * held_out_samples(config, inputs) * validations
+
+
+def held_out_samples(config: Config, inputs: Inputs | None) -> int:
+    """Samples of a validation. Without inputs those that are asked for are taken to be there."""
+    asked = config.data.validation.samples
+    return min(asked, sum(dataset.samples for dataset in inputs.held_out)) if inputs else asked
+
+
+def _as_lines(values: dict[str, str]) -> str:
+    return "\n".join(f"{name:>13}  {value}" for name, value in values.items())
 
 
 def describe_validation(config: Config, ranks: int, inputs: Inputs | None) -> str:
@@ -73,7 +108,7 @@ def describe_validation(config: Config, ranks: int, inputs: Inputs | None) -> st
     given, every = config.data.validation, config.validate_every
     if not every:
         return f"none: validate_every=0{f', {given.shards} is not looked at' if given.shards else ''}"
-    samples = min(given.samples, sum(dataset.samples for dataset in inputs.held_out) if inputs else given.samples)
+    samples = held_out_samples(config, inputs)
     forwards = TIMESTEPS * micro_batches(samples, config.micro_batch, ranks)
     return (
         f"{count(samples, 'sample')} of {given.shards or 'those held apart'} every {every:,} steps, at {TIMESTEPS} "

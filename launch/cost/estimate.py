@@ -14,7 +14,7 @@ from launch.cost.options import PlanOptions, check_options
 from launch.cost.traffic import Collectives, Reading, checkpoint_bytes, collectives, embedding_bytes, ring_rate
 from model.config import RECOMPUTE
 from train.config import Config, accumulation
-from train.inputs import resolve_text_shape
+from train.inputs import resolve_sizes, resolve_text_shape
 from train.monitor.flops import Flops, training_flops
 from train.monitor.gpus import GPU, find_gpu
 from train.monitor.memory import (
@@ -134,6 +134,7 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     """
     check_options(options)
     assumed_text = resolve_text_shape(config)
+    resolve_sizes(config, options.samples)
     gpu, ranks = find_gpu(options.gpu), options.ranks
     accumulate, weight_bytes = accumulation(config, ranks), WEIGHT_BYTES[config.precision]
     trained, frozen = parameters(config)
@@ -187,6 +188,7 @@ def estimate_step(options: PlanOptions, config: Config) -> tuple[float, int]:
     """
     check_options(options)
     resolve_text_shape(config)
+    resolve_sizes(config, options.samples)
     (trained, frozen), ranks = parameters(config), options.ranks
     accumulation(config, ranks)
     resident = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data.checks import check_at_least, check_choice, check_share
-from train.monitor.gpus import GPUS
+from train.monitor.gpus import ASSUMED_MFU, GPUS
 
 # KB of a 256 px JPEG as img2dataset stores it, with caption and tar headers: LAION-400M takes some 10 TB at 256 px.
 IMAGE_KB = 25.0
@@ -30,7 +30,7 @@ class PlanOptions:
     gpus_per_node: int = 8
     link: float = 1600.0
     link_efficiency: float = 0.8
-    mfu: float = 0.4
+    mfu: float = ASSUMED_MFU
     samples: int = 1_200_000_000
     image_kb: float = IMAGE_KB
     storage: float = 0.0

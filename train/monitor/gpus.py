@@ -50,6 +50,9 @@ GPUS = {
 # DGX A100.
 NODE_LINKS = (25, 100, 200, 400, 800, 1600)
 
+# The share of its peak that a card is assumed to reach in forward and backward, until `make gpu-check` has measured it.
+ASSUMED_MFU = 0.4
+
 
 def find_gpu(name: str) -> GPU:
     """The GPU of a name in GPUS.

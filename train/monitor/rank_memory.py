@@ -27,12 +27,15 @@ def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> di
 
     trained, frozen: numbers of parameters.
     """
-    on_gpu = uses_gpu()
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    on_gpu = uses_gpu() or (config.needs_gpu and not on_cpu)  # what needs a GPU is looked at where there is none, too
     device, host = needed_bytes(config, ranks, trained, frozen, on_gpu)
     of_this_node = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     available = available_bytes()
     lines = {}
-    if on_gpu:
+    if on_gpu and not uses_gpu():
+        lines["GPU memory"] = f"about {device / GB:.1f} GB per rank, beside CUDA's own; this machine has no GPU"
+    elif on_gpu:
         free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
         of = f"{free / GB:.1f} of {total / GB:.1f} GB are free"
         lines["GPU memory"] = f"about {device / GB:.1f} GB per rank; {of}{_verdict(device, free)}"
@@ -62,8 +65,9 @@ def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: 
     # Each worker is some messages ahead and writes the next one; a message has one micro batch or more.
     loaded = config.data.workers * (PREFETCH + 1) * max(SAMPLES_PER_MESSAGE, config.micro_batch) * sample
     checkpoint = held.master + held.moments + held.ema
+    beside = PROCESS_BYTES + config.data.workers * WORKER_BYTES + int(config.text.cache_gb * GB)
     built = construction(trained, ranks, weight_bytes, frozen)
-    return max(held.total + most, built), PROCESS_BYTES + config.data.workers * WORKER_BYTES + loaded + checkpoint
+    return max(held.total + most, built), beside + loaded + checkpoint
 
 
 def available_bytes() -> int:

@@ -1,0 +1,75 @@
+"""How long a run will take: calculated for a GPU, measured on a CPU; what is told before it starts."""
+
+import os
+import time
+
+import torch
+
+from data.device import uses_gpu
+from train.config import Config
+from train.monitor.flops import peak_flops, training_flops
+from train.monitor.gpus import ASSUMED_MFU
+from train.monitor.step_memory import DTYPES, inputs
+from train.weights.lora import add_lora
+
+# A micro batch of more FLOP is not tried on a CPU, which would take long for it.
+MOST_TRIED = 2e12
+TRIES = 3
+
+
+def describe_time(config: Config, forwards: float) -> str:
+    """How long a run will take on this machine, in words.
+
+    forwards: passes of an image through the net, beside the training's own: of grids and validations.
+    """
+    if config.needs_gpu and not uses_gpu() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return "calculated for a card by python -m launch.plan; this machine has no GPU"
+    images = config.steps * config.global_batch
+    # The backward takes twice as long as the forward.
+    images_in_all = images + forwards / 3
+    flops = training_flops(config.model, config.data.tokens, config.lora, config.recompute).total
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if uses_gpu():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if not (peak := peak_flops(device)):
+            return f"not known for {torch.cuda.get_device_name(device)}: the bar tells it after its first line"
+        seconds = flops / (ranks * peak * ASSUMED_MFU)
+        why = f"if forward and backward reach {ASSUMED_MFU:.0%} of the card's peak"
+    elif flops * config.micro_batch > MOST_TRIED:
+        return f"not tried here: a micro batch takes {flops * config.micro_batch / 1e12:,.1f} TFLOP"
+    else:
+        seconds = seconds_of_micro_batch(config) / (ranks * config.micro_batch)
+        why = "as one micro batch takes now on this CPU"
+    return f"about {duration(images_in_all * seconds)}, {1 / seconds:,.1f} images/s, {why}"
+
+
+def seconds_of_micro_batch(config: Config) -> float:
+    """Seconds of a forward and backward of a micro batch on this CPU, the fewest of a few.
+
+    Draws nothing from torch's generator.
+    """
+    from model.unet import UNet  # here: a GPU needs none of it
+
+    with torch.random.fork_rng(devices=[]):
+        unet = UNet(config.model, config.recompute)
+        if config.lora.rank:
+            add_lora(unet, config.lora)
+        unet.to(DTYPES[config.precision])
+        given = inputs(config.model, config.micro_batch, config.data.tokens)
+        tries = []
+        for _ in range(TRIES):  # the first one also makes threads and memory
+            start = time.perf_counter()
+            unet(*given).sum().backward()
+            tries.append(time.perf_counter() - start)
+    return min(tries)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that one would say: '40 seconds', '46 minutes', '3.3 hours', '12 days'."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 86_400:.0f} days"
