@@ -93,11 +93,13 @@ def run(config: Config, rank: int, ranks: int) -> None:
 
 def look(config: Config) -> "Inputs | None":
     """What the first rank finds on storage that all ranks share, for all of them; None after telling a mistake."""
+    from train.monitor.event_files import check_tensorboard
     from train.monitor.tracker import check_login
 
     try:
         inputs = look_at_storage(config)
         check_login(config.wandb.mode)
+        check_tensorboard(config.tensorboard)
         return inputs
     except (ValueError, OSError) as error:
         tell_mistake(error)
@@ -123,6 +125,7 @@ def dry_run(config: Config, ranks: int) -> None:
     """
     from data.device import check_device, uses_gpu
     from train.faults.compiler import check_compiler
+    from train.monitor.event_files import check_tensorboard
     from train.monitor.tracker import check_login
     from train.summary import describe
 
@@ -141,6 +144,7 @@ def dry_run(config: Config, ranks: int) -> None:
         find,
         lambda: check_accumulation(config, ranks),
         lambda: check_login(config.wandb.mode),
+        lambda: check_tensorboard(config.tensorboard),
         lambda: print(describe(config, ranks, inputs)),
     ):
         try:
