@@ -78,9 +78,7 @@ class EventFiles:
 
         with Image.open(path) as picture:
             (width, height), channels = picture.size, len(picture.getbands())
-        image = Summary.Image(
-            width=width, height=height, colorspace=channels, encoded_image_string=path.read_bytes()
-        )
+        image = Summary.Image(width=width, height=height, colorspace=channels, encoded_image_string=path.read_bytes())
         self._write(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def close(self) -> None:
