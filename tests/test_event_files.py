@@ -59,7 +59,7 @@ def test_tensorboard_reads_what_metrics_jsonl_has(tmp_path):
 
 
 def test_a_later_start_leaves_no_step_that_is_made_again(tmp_path):
-    """As after a kill, a rollback, a checkpoint that is passed over: steps are made again, and may be logged otherwise."""
+    """After a kill, a rollback, a checkpoint that is passed over: steps are made again, and may be logged otherwise."""
     first = Tracker(CONFIG, tmp_path, 0)
     for step in (10, 20, 30, 40):
         first.log(step, {"loss": float(step)} | ({"bad/no caption": 1.0} if step == 30 else {}))

@@ -87,7 +87,7 @@ class EventFiles:
             self._records.close()
 
     def _write(self, **event: Any) -> None:
-        """Write at once, as metrics.jsonl is written, so that no kill loses a line. If it fails the training goes on."""
+        """Write at once, as metrics.jsonl is, so that no kill loses a line. If it fails the training goes on."""
         from tensorboard.compat.proto.event_pb2 import Event
 
         if self._failed:

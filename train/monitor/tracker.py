@@ -35,7 +35,8 @@ def check_login(mode: str) -> None:
 class Tracker:
     """Writes a line for each logged step to RUN_DIR/metrics.jsonl, and the same to W&B and for TensorBoard.
 
-    Only rank 0 has one.  step: the step that the run resumes from. Later lines of an earlier start are dropped, since those steps are made
+    Only rank 0 has one.
+    step: the step that the run resumes from. Later lines of an earlier start are dropped, since those steps are made
     again.  selections: for that start's line.  lines: those that were kept.
     """
 
