@@ -147,8 +147,9 @@ def sample(
     Source: Ho & Salimans 2022, equation 6, where guidance_scale is 1 + w.
     """
     for step in denoise(unet, scheduler, text_emb, empty, guidance_scale, steps, seeds):
+        images = step.x_next
         after_step(len(seeds))
-    return to_pixels(step.x_next)
+    return to_pixels(images)
 
 
 def sample_batches(
