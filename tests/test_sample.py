@@ -30,6 +30,7 @@ from train.sample import Sample, main, run
 from train.sampling.sampler import (
     PRESETS,
     SCHEDULERS,
+    SamplingStep,
     make_scheduler,
     sample,
     sample_batches,
@@ -156,24 +157,22 @@ def test_words_that_the_cleaning_cuts_away_are_named(base, capsys):
 
 def test_a_strip_goes_from_one_prompt_to_another_with_the_same_noise(base, capsys):
     encoder = TextEncoder(str(base / "t5"), 77, "float32", torch.device("cpu"))
-    start, end = encoder(["a red circle", "two blue squares"])
-    strip = draw(base, "prompt=a red circle", "to=two blue squares", "strip=5", "n=2", "seed=5")
+    start, end = encoder(["a red circle", "two xyz123 squares"])
+    strip = draw(base, "prompt=a red circle", "to=two xyz123 squares", "strip=3", "n=2", "seed=5")
+    assert "removes 'xyz123'" in capsys.readouterr().err, "the second prompt is looked at too"
     told = json.loads((strip / "sample.json").read_text())
-    assert [image["seed"] for image in told["images"]] == [5, 6] * 5
+    assert [image["seed"] for image in told["images"]] == [5, 6] * 3
     assert [image["file"] for image in told["images"]][:3] == ["000-seed-5.png", "000-seed-6.png", "001-seed-5.png"]
     captions = [image["caption"] for image in told["images"]][::2]
-    assert captions == ["a red circle", "25% of the way", "50% of the way", "75% of the way", "two blue squares"]
+    assert captions == ["a red circle", "50% of the way", "two xyz123 squares"]
     drawn = pixels(strip)
-    for place, share in enumerate((0, 0.25, 0.5, 0.75, 1)):
-        np.save("mixed.npy", (1 - share) * start + share * end)
-        alone = pixels(draw(base, "embeddings=mixed.npy", "n=2", "seed=5"))
-        assert (drawn[2 * place : 2 * place + 2] - alone).abs().max() <= 1, share
-    assert (drawn[0] - drawn[-2]).abs().max() > 5
+    for place, states in ((1, (start + end) / 2), (2, end)):
+        np.save("states.npy", states)
+        alone = pixels(draw(base, "embeddings=states.npy", "n=2", "seed=5"))
+        assert (drawn[2 * place : 2 * place + 2] - alone).abs().max() <= 1, place
+    assert (drawn[:2] - drawn[-2:]).abs().max() > 5
     width, height = Image.open(strip / "grid.png").size
-    assert width > 1.5 * height, "a row for each seed"
-    capsys.readouterr()
-    draw(base, "prompt=a red circle", "to=a xyz123 square", "n=1", "strip=2")
-    assert "removes 'xyz123'" in capsys.readouterr().err, "the second prompt is looked at too"
+    assert width > height and not (strip / "steps.png").exists(), "two rows of three"
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -189,16 +188,24 @@ def test_the_steps_of_a_picture_begin_at_its_noise_and_end_at_it(base, scheduler
 
 
 def test_a_sheet_of_the_steps_is_drawn_if_asked_for(base):
-    assert not (draw(base, "prompt=a cat", "n=1") / "steps.png").exists()
-    few = draw(base, "prompt=a cat \u202e\n", "n=2", "steps=12", "steps_sheet=true", "micro_batch=1")
-    first = np.asarray(Image.open(few / "000-seed-0.png").resize((96, 96), Image.Resampling.NEAREST)).astype(int)
-    sheet = np.asarray(Image.open(few / "steps.png").convert("RGB")).astype(int)
+    out = draw(base, "prompt=a cat \u202e\n", "n=2", "steps=12", "steps_sheet=true", "micro_batch=1")
+    first = np.asarray(Image.open(out / "000-seed-0.png").resize((96, 96), Image.Resampling.NEAREST)).astype(int)
+    sheet = np.asarray(Image.open(out / "steps.png").convert("RGB")).astype(int)
     (left, width), (top, height) = (GAP, 96 + GAP), (2 * LINE + 2 * GAP, 2 * 96 + LINE + GAP)
     assert sheet.shape[:2] == (top + 2 * height, 10 * width + GAP), "two rows, of ten and of two"
     place = sheet[top + height + 96 : top + height + 192, left + width : left + width + 96]
     assert abs(place - first).max() <= 1, "the last prediction is the picture"
-    many = draw(base, "prompt=a cat", "n=1", "steps=120", "steps_sheet=true")
-    assert Image.open(many / "steps.png").size[1] == top + 10 * height, "a hundred of them"
+
+
+def test_a_sheet_of_many_steps_shows_a_hundred_from_the_first_to_the_last():
+    sheet, levels = StepsSheet(), torch.linspace(-1, 1, 250)
+    for t, level in zip(range(249, -1, -1), levels, strict=True):
+        flat = level.expand(1, 3, 64, 64)
+        sheet(SamplingStep(t, flat, flat, flat))
+    drawn = np.asarray(sheet.draw("title"))
+    assert drawn.shape[:2] == (2 * LINE + 2 * GAP + 10 * (2 * 64 + LINE + GAP), 10 * (64 + GAP) + GAP)
+    first, last = drawn[2 * LINE + 2 * GAP + 5, GAP + 5], drawn[-LINE - GAP - 5, -GAP - 5]
+    assert first.tolist() == [0] * 3 and last.tolist() == [255] * 3
 
 
 def trained_net(base: Path) -> UNet:
