@@ -33,7 +33,7 @@ install: .venv/installed
 	@$(PYTHON) -c '' 2>/dev/null || { echo "cannot set up: '$(PYTHON)' does not run; install Python 3.11 and name it, make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) launch/check_machine.py
 	@.venv/bin/python -c 'import pip; $(FITS)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,lint,evaluate,cloud]'
+	.venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,lint,evaluate,cloud,tensorboard]'
 	.venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps clean-fid
 	@touch $@
 

@@ -29,6 +29,7 @@ ONLY_IN = {
     "deepspeed": {"train/engine.py"},
     "bitsandbytes": {"train/engine.py"},
     "wandb": {"train/monitor/tracker.py"},
+    "tensorboard": {"train/monitor/event_files.py"},
     "hydra": {"train/compose.py", "train/main.py"},
 }
 # The only files that may end the process. A library raises an error instead.

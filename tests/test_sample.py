@@ -27,7 +27,17 @@ from train.config import SampleConfig
 from train.evaluation.evaluated_net import find_net
 from train.export import Export, export
 from train.sample import Sample, main, run
-from train.sampling.sampler import PRESETS, SCHEDULERS, make_scheduler, sample, set_steps
+from train.sampling.sampler import (
+    PRESETS,
+    SCHEDULERS,
+    SamplingStep,
+    make_scheduler,
+    sample,
+    sample_batches,
+    set_steps,
+    to_pixels,
+)
+from train.sampling.steps_sheet import GAP, LINE, StepsSheet
 from train.weights.trained_net import load_net, sampling_dtype
 
 QUICK = ["n=3", "steps=5", "guidance_scale=3"]
@@ -143,6 +153,59 @@ def test_words_that_the_cleaning_cuts_away_are_named(base, capsys):
     assert "the net is given 'a circle'" in said
     draw(base, "prompt=a red circle")
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_strip_goes_from_one_prompt_to_another_with_the_same_noise(base, capsys):
+    encoder = TextEncoder(str(base / "t5"), 77, "float32", torch.device("cpu"))
+    start, end = encoder(["a red circle", "two xyz123 squares"])
+    strip = draw(base, "prompt=a red circle", "to=two xyz123 squares", "strip=3", "n=2", "seed=5")
+    assert "removes 'xyz123'" in capsys.readouterr().err, "the second prompt is looked at too"
+    told = json.loads((strip / "sample.json").read_text())
+    assert [image["seed"] for image in told["images"]] == [5, 6] * 3
+    assert [image["file"] for image in told["images"]][:3] == ["000-seed-5.png", "000-seed-6.png", "001-seed-5.png"]
+    captions = [image["caption"] for image in told["images"]][::2]
+    assert captions == ["a red circle", "50% of the way", "two xyz123 squares"]
+    drawn = pixels(strip)
+    for place, states in ((1, (start + end) / 2), (2, end)):
+        np.save("states.npy", states)
+        alone = pixels(draw(base, "embeddings=states.npy", "n=2", "seed=5"))
+        assert (drawn[2 * place : 2 * place + 2] - alone).abs().max() <= 1, place
+    assert (drawn[:2] - drawn[-2:]).abs().max() > 5
+    width, height = Image.open(strip / "grid.png").size
+    assert width > height and not (strip / "steps.png").exists(), "two rows of three"
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_steps_of_a_picture_begin_at_its_noise_and_end_at_it(base, scheduler):
+    made, sheet = make_scheduler(TIMESTEPS, True, scheduler), StepsSheet()
+    text, empty = torch.randn(2, 77, NET.encoder_dim), torch.randn(77, NET.encoder_dim)
+    drawn = sample_batches(trained_net(base), made, text, empty, 3.0, 5, [4, 5], 1, watch=sheet).numpy().astype(int)
+    assert sheet.timesteps == made.timesteps.tolist() and len(sheet.noisy) == len(sheet.predicted) == 5
+    noise = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(4))
+    np.testing.assert_array_equal(sheet.noisy[0], to_pixels(noise).numpy())
+    assert abs(sheet.predicted[-1].astype(int) - drawn[0]).max() <= 1
+    assert abs(sheet.predicted[0].astype(int) - drawn[0]).max() > 5
+
+
+def test_a_sheet_of_the_steps_is_drawn_if_asked_for(base):
+    out = draw(base, "prompt=a cat \u202e\n", "n=2", "steps=12", "steps_sheet=true", "micro_batch=1")
+    first = np.asarray(Image.open(out / "000-seed-0.png").resize((96, 96), Image.Resampling.NEAREST)).astype(int)
+    sheet = np.asarray(Image.open(out / "steps.png").convert("RGB")).astype(int)
+    (left, width), (top, height) = (GAP, 96 + GAP), (2 * LINE + 2 * GAP, 2 * 96 + LINE + GAP)
+    assert sheet.shape[:2] == (top + 2 * height, 10 * width + GAP), "two rows, of ten and of two"
+    place = sheet[top + height + 96 : top + height + 192, left + width : left + width + 96]
+    assert abs(place - first).max() <= 1, "the last prediction is the picture"
+
+
+def test_a_sheet_of_many_steps_shows_a_hundred_from_the_first_to_the_last():
+    sheet, levels = StepsSheet(), torch.linspace(-1, 1, 250)
+    for t, level in zip(range(249, -1, -1), levels, strict=True):
+        flat = level.expand(1, 3, 64, 64)
+        sheet(SamplingStep(t, flat, flat, flat))
+    drawn = np.asarray(sheet.draw("title"))
+    assert drawn.shape[:2] == (2 * LINE + 2 * GAP + 10 * (2 * 64 + LINE + GAP), 10 * (64 + GAP) + GAP)
+    first, last = drawn[2 * LINE + 2 * GAP + 5, GAP + 5], drawn[-LINE - GAP - 5, -GAP - 5]
+    assert first.tolist() == [0] * 3 and last.tolist() == [255] * 3
 
 
 def trained_net(base: Path) -> UNet:
@@ -278,6 +341,9 @@ def test_the_learned_variance_makes_few_steps_keep_the_spread_of_the_data(steps)
         ("checkpoint=re_embedded", "are not those of the training, but made by"),
         ("prompt=cat encoder=other_t5", "is another encoder than the one that"),
         ("prompt=cat embeddings=x.npy", "choose one"),
+        ("to=cat", "to= is where a strip ends: give the prompt= too"),
+        ("prompt=cat to=dog strip=1", "strip=1 must be at least 2"),
+        ("prompt=cat to=dog encoder=other_t5", "is another encoder than the one that"),
         ("embeddings=x.npy", "cannot be read as .npy"),
         ("embeddings=narrow.npy", "is [77, 3], the net was trained on [77, 48]"),
         ("embeddings=nan.npy", "not finite"),

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.support.trainings import SMALL, launch, make_data, metrics
 from train.compose import compose_config
 from train.faults.compiler import check_compiler
 from train.inputs import find_inputs
+from train.main import look
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,17 @@ def test_prompts_of_ones_own_are_encoded_before_the_start(data):
     assert not find_inputs(config, readable_only=True).prompts and not find_inputs(compose_config(given)).prompts
     with pytest.raises(ValueError, match=r"sample.prompts are captions of your own, .*'gone' cannot be loaded.*number"):
         find_inputs(compose_config([*given, "sample.prompts=[a]", "text.encoder=gone"]))
+
+
+def test_tensorboard_without_its_package_is_refused_before_the_start(data, tmp_path, monkeypatch, capsys):
+    given = [*SMALL, *(f"data.{name}={data / name}" for name in ("shards", "text")), "wandb.mode=disabled"]
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert look(compose_config([*given, f"run_dir={tmp_path}/run"]))
+    assert look(compose_config([*given, f"run_dir={tmp_path}/run", "tensorboard=true"])) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: tensorboard=true needs the package tensorboard (") and "pip install" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_compile_without_a_compiler_is_told_in_one_line_before_anything_starts(repo, data, tmp_path, monkeypatch):

@@ -162,6 +162,8 @@ class Config:
     optim: the optimizer and its schedule.
     sample: the sample grids.
     wandb: Weights & Biases.
+    tensorboard: write the metrics and sample grids for TensorBoard too, into RUN_DIR/tensorboard; it needs the package
+        (pip install -c constraints.txt -e '.[tensorboard]').
     """
 
     run_dir: str = location("runs/run")
@@ -196,6 +198,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         check_run_dir(self.run_dir)

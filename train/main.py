@@ -101,12 +101,14 @@ def look(config: Config, ranks: int) -> "Inputs | None":
     Of a run whose sizes follow its data, and which begins, it prints what memory and time it will take.
     """
     from train.checkpoint.format import latest_checkpoint
+    from train.monitor.event_files import check_tensorboard
     from train.monitor.tracker import check_login
     from train.summary import describe_cost
 
     try:
         inputs = look_at_storage(config)
         check_login(config.wandb.mode)
+        check_tensorboard(config.tensorboard)
         if inputs.sizes and not latest_checkpoint(Path(config.run_dir)):
             print(describe_cost(config, ranks, inputs), flush=True)
         return inputs
@@ -134,6 +136,7 @@ def dry_run(config: Config, ranks: int) -> None:
     """
     from data.device import check_device, uses_gpu
     from train.faults.compiler import check_compiler
+    from train.monitor.event_files import check_tensorboard
     from train.monitor.tracker import check_login
     from train.summary import describe
 
@@ -152,6 +155,7 @@ def dry_run(config: Config, ranks: int) -> None:
         find,
         lambda: check_accumulation(config, ranks),
         lambda: check_login(config.wandb.mode),
+        lambda: check_tensorboard(config.tensorboard),
         lambda: print(describe(config, ranks, inputs)),
     ):
         try:

@@ -16,6 +16,9 @@ class Sample:
     checkpoint: the folder of a run, whose newest checkpoint is taken, or of one step
     prompt: what to draw; "" is the empty caption, without guidance; left out: embeddings=, or else the prompts of the
         run's grids
+    to: a second prompt: strips of images from prompt to this one, whose text states are mixed; n strips, each with one
+        seed for all its images, so with the same noise
+    strip: images of a strip, those of both prompts included
     embeddings: a .npy file, [tokens, dim] or several of them, in place of a prompt
     n: images of each prompt, with the seeds seed, seed+1, ...
     guidance_scale: 1 follows the prompt as trained, more exaggerates it
@@ -25,11 +28,14 @@ class Sample:
     encoder: the text encoder, a folder or a name on the hub, if it is not where the training had it
     weights: ema (their moving average) or master
     micro_batch: images at a time
+    steps_sheet: also steps.png, the first image at each step: the noisy one, and what the net takes it to come from
     out: the folder to write; samples/0001, samples/0002, ... if left out
     """
 
     checkpoint: str = location()
     prompt: str | None = None
+    to: str | None = None
+    strip: int = 8
     embeddings: str = location("")
     n: int = 4
     guidance_scale: float = 7.0
@@ -39,6 +45,7 @@ class Sample:
     encoder: str = location("")
     weights: str = "ema"
     micro_batch: int = 16
+    steps_sheet: bool = False
     out: str = location("")
 
 
@@ -52,33 +59,41 @@ def run(args: Sample) -> Path:
     from data.device import default_device
     from train.checkpoint.checkpoint import Checkpoint
     from train.sampling.output import next_folder, write_samples
-    from train.sampling.prompts import find_prompts
+    from train.sampling.prompts import find_prompts, find_strip
     from train.sampling.sampler import make_scheduler, sample_batches, set_steps
+    from train.sampling.steps_sheet import StepsSheet
     from train.weights.trained_net import load_net
 
     # Guidance moves away from the empty caption, so that itself cannot be guided.
-    scale = 1.0 if args.prompt is not None and not args.prompt.strip() else args.guidance_scale
+    is_empty = args.prompt is not None and args.to is None and not args.prompt.strip()
+    scale = 1.0 if is_empty else args.guidance_scale
     checkpoint, device = Checkpoint.open(args.checkpoint), default_device()
     scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)  # a mistake is reported before the net is loaded
-    prompts = find_prompts(checkpoint, device, args.prompt, args.embeddings, args.encoder, scale != 1)
-    unet = load_net(checkpoint, args.weights, device)
-    seeds = [args.seed + i for i in range(len(prompts.captions) * args.n)]
+    if args.prompt is not None and args.to is not None:
+        prompts = find_strip(checkpoint, device, args.prompt, args.to, args.encoder, args.strip)
+        seeds = [args.seed + i for i in range(args.n)] * args.strip
+    else:
+        prompts = find_prompts(checkpoint, device, args.prompt, args.embeddings, args.encoder, scale != 1)
+        seeds = [args.seed + i for i in range(len(prompts.captions) * args.n)]
+    unet, sheet = load_net(checkpoint, args.weights, device), StepsSheet()
     images = sample_batches(
-        unet, scheduler, prompts.text_emb, prompts.empty, scale, args.steps, seeds, args.micro_batch
-    ).numpy()
+        unet, scheduler, prompts.text_emb, prompts.empty, scale, args.steps, seeds, args.micro_batch,
+        sheet if args.steps_sheet else lambda step: None,
+    ).numpy()  # fmt: skip
 
     out = Path(args.out) if args.out else next_folder(Path("samples"))
-    title = (
-        f"step {checkpoint.step:,}, {args.weights}, {args.scheduler} {args.steps} steps, "
-        f"guidance {scale:g}, seeds {seeds[0]} to {seeds[-1]}"
-    )
+    title = f"step {checkpoint.step:,}, {args.weights}, {args.scheduler} {args.steps} steps, guidance {scale:g}"
+    of_sheet = f"{prompts.captions[0]}: {title}, seed {seeds[0]}"
+    title += f", seeds {seeds[0]} to {seeds[-1]}"
     record = asdict(args) | {
         "guidance_scale": scale, "checkpoint": checkpoint.folder.name, "step": checkpoint.step,
         "run_dir": checkpoint.config["run_dir"],
     }  # fmt: skip
     with atomic_folder(out) as folder:
-        write_samples(folder, images, prompts.captions, seeds, title, record)
+        write_samples(folder, images, prompts.captions, seeds, title, record, strips=args.to is not None)
+        if args.steps_sheet:
+            sheet.draw(of_sheet).save(folder / "steps.png")
     print(f"{out / 'grid.png'}: {title}; the images are in the same folder")
     return out
 
@@ -87,6 +102,9 @@ def check(args: Sample) -> None:
     """Raises: ValueError for an argument that cannot be used."""
     if args.prompt is not None and args.embeddings:
         raise ValueError("prompt= and embeddings= are both given: choose one")
+    if args.to is not None and args.prompt is None:
+        raise ValueError("to= is where a strip ends: give the prompt= too, with which it begins")
+    check_at_least("strip", args.strip, 2)
     check_choice("weights", args.weights, WEIGHTS)
     check_at_least("n", args.n, 1)
     check_at_least("micro_batch", args.micro_batch, 1)

@@ -10,6 +10,7 @@ from plotly.colors import qualitative
 from plotly.offline import get_plotlyjs
 
 from train.checkpoint.changes import describe_changes, flatten
+from train.monitor.film import FRAMES, film, spread
 from train.monitor.run_log import Run
 
 # Title, metrics, and whether the axis is logarithmic.
@@ -212,24 +213,38 @@ def _table(heads: list[str], rows: dict[str, list[str]], mark: bool = False) -> 
 
 
 def _grids(runs: list[Run]) -> str:
-    """The sample grids of each run; a slider chooses the one that is shown."""
+    """The sample grids of each run; a slider chooses the one that is shown, and a film shows one after the other."""
     boxes = []
     for run in runs:
         if not run.grids:
             continue
         last = min(len(run.grids), GRIDS) - 1
-        grids = [run.grids[i * (len(run.grids) - 1) // max(last, 1)] for i in range(last + 1)]
+        grids = [(step, path.read_bytes()) for step, path in (run.grids[i] for i in spread(len(run.grids), GRIDS))]
         figures = "".join(
             f'<figure hidden><img alt="samples of step {step}" src="data:image/png;base64,'
-            f'{base64.b64encode(path.read_bytes()).decode("ascii")}"><figcaption>step {step:,}</figcaption></figure>'
-            for step, path in grids
+            f'{base64.b64encode(data).decode("ascii")}"><figcaption>step {step:,}</figcaption></figure>'
+            for step, data in grids
         )
         boxes.append(
             f'<div class="grids"><b>{escape(run.name)}</b>, {len(grids)} of {len(run.grids)} grids'
             f'<input type="range" min="0" max="{last}" value="{last}" '
-            f'aria-label="which of {last + 1} grids">{figures}</div>'
+            f'aria-label="which of {last + 1} grids">{figures}{_film(grids)}</div>'
         )
     return f'<h2>Samples</h2><div class="side">{"".join(boxes)}</div>' if boxes else "<h2>Samples</h2><p>None yet.</p>"
+
+
+def _film(grids: list[tuple[int, bytes]]) -> str:
+    """Some of the grids, of even distance, as a GIF."""
+    chosen = [grids[i] for i in spread(len(grids), FRAMES)]
+    gif, frames = film([data for _, data in chosen])
+    if not gif:
+        return ""
+    bad = f", {len(chosen) - frames} cannot be read" if frames < len(chosen) else ""
+    return (
+        f"<details><summary>As a film: {frames} grids from step {chosen[0][0]:,} to {chosen[-1][0]:,}{bad} "
+        f"({len(gif) / 1e6:.1f} MB)</summary>"
+        f'<img alt="the grids as a film" src="data:image/gif;base64,{base64.b64encode(gif).decode("ascii")}"></details>'
+    )
 
 
 def _selections(runs: list[Run]) -> str:

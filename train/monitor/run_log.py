@@ -2,11 +2,15 @@
 
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
+from data.checks import count
 from train.checkpoint.changes import find_changes
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
+# How starts.jsonl has the time of a start.
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
 @dataclass(slots=True)
@@ -68,16 +72,33 @@ def read_run(folder: Path) -> Run:
     if not by_step:
         raise ValueError(f"'{path}' has no line that can be read: the run has logged nothing yet")
     warnings = [
-        f"{file}: {count} lines cannot be read and are left out; a crash may cut off the last one"
-        for file, count in ((path, broken), (folder / STARTS, broken_starts))
-        if count
+        f"{file}: {lines_broken} lines cannot be read and are left out; a crash may cut off the last one"
+        for file, lines_broken in ((path, broken), (folder / STARTS, broken_starts))
+        if lines_broken
     ]
-    grids = [
+    drawn = [
         (int(file.stem.removeprefix("step-")), file)
         for file in sorted((folder / "samples").glob("step-*.png"))
         if file.stem.removeprefix("step-").isdecimal()
     ]
+    grids = [(step, file) for step, file in drawn if not _is_outdated(step, file, starts)]
+    if left_out := len(drawn) - len(grids):
+        warnings.append(
+            f"{folder / 'samples'}: {count(left_out, 'grid')} of steps that a later start makes again left out"
+        )
     return Run(folder.resolve().name, [by_step[step] for step in sorted(by_step)], starts, grids, warnings)
+
+
+def _is_outdated(step: int, grid: Path, starts: list[dict]) -> bool:
+    """Whether a later start makes the step of a grid again, and has not drawn the grid again."""
+    drawn = grid.stat().st_mtime
+    for start in starts:
+        try:
+            if start["step"] < step and datetime.strptime(start["time"], TIME).timestamp() > drawn:
+                return True
+        except (KeyError, TypeError, ValueError):  # a start that was recorded otherwise
+            continue
+    return False
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

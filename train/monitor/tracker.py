@@ -1,4 +1,4 @@
-"""Writes the metrics to metrics.jsonl and to Weights & Biases; the only file that imports wandb.
+"""Writes the metrics to metrics.jsonl, to Weights & Biases and for TensorBoard; the only file that imports wandb.
 
 RUN_DIR/starts.jsonl gets a line for each start of the run (train/monitor/provenance.py).
 """
@@ -13,6 +13,7 @@ import wandb
 
 from data.storage.atomic import atomic_file
 from train.config import Config
+from train.monitor.event_files import EventFiles
 from train.monitor.provenance import describe_start
 from train.monitor.run_log import METRICS, STARTS, read_metrics
 
@@ -32,8 +33,9 @@ def check_login(mode: str) -> None:
 
 
 class Tracker:
-    """Writes a line for each logged step to RUN_DIR/metrics.jsonl, and the same to W&B; only rank 0 has one.
+    """Writes a line for each logged step to RUN_DIR/metrics.jsonl, and the same to W&B and for TensorBoard.
 
+    Only rank 0 has one.
     step: the step that the run resumes from. Later lines of an earlier start are dropped, since those steps are made
     again.  selections: for that start's line.  lines: those that were kept.
     """
@@ -49,6 +51,7 @@ class Tracker:
         start = describe_start(config, step, selections)
         with open(run_dir / STARTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
+        self._events = EventFiles(run_dir, step) if config.tensorboard else None
         # An online run is resumed by its id. An offline run cannot be, so each start is a run of the same group.
         id_file = run_dir / "wandb_id"
         online = config.wandb.mode == "online"
@@ -81,18 +84,24 @@ class Tracker:
         line = {"step": step, **metrics}
         self._file.write(json.dumps(line) + "\n")
         self._send(lambda run: run.log(line))
+        if self._events:
+            self._events.log(step, metrics)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Send a picture of the run's folder to W&B."""
+        """Send a picture of the run's folder to W&B, and write it for TensorBoard."""
         self._send(lambda run: run.log({"step": step, name: wandb.Image(str(path))}))
+        if self._events:
+            self._events.image(step, name, path)
 
     def alert(self, title: str, text: str) -> None:
         """Alert through W&B, which sends mail or a message if its user has asked for that."""
         self._send(lambda run: run.alert(f"{self._name}: {title}", text, level=wandb.AlertLevel.ERROR))
 
     def close(self) -> None:
-        """Close the file and finish the W&B run."""
+        """Close the files and finish the W&B run."""
         self._file.close()
+        if self._events:
+            self._events.close()
         self._send(lambda run: run.finish())
         if self._offline_run:
             print(f"W&B         {self._offline_run}  (`wandb sync` sends it)")

@@ -64,6 +64,25 @@ def find_prompts(
     return Prompts([caption for caption, _ in stored], text_emb, find_empty(checkpoint, device, encoder))
 
 
+def find_strip(
+    checkpoint: Checkpoint, device: torch.device, prompt: str, to: str, encoder: str, pictures: int
+) -> Prompts:
+    """The way from one prompt to another in `pictures` equal parts, both of them included.
+
+    The text states of the two are mixed linearly, state by state: the i-th of the one with the i-th of the other.
+    encoder: its folder or name on the hub, '' for what the checkpoint names.
+    Raises: ValueError if the encoder is missing, or is not that of the training.
+    """
+    text_encoder = load_encoder(checkpoint.text, encoder, device)
+    for words in (prompt, to):
+        warn_of_cut(text_encoder, words)
+        warn_of_lost_words(words, checkpoint.text.cleaning)
+    start, end, empty = torch.from_numpy(text_encoder([prompt, to, ""]))
+    shares = torch.linspace(0, 1, pictures)
+    captions = [prompt, *(f"{share:.0%} of the way" for share in shares[1:-1].tolist()), to]
+    return Prompts(captions, torch.lerp(start, end, shares[:, None, None]), empty)
+
+
 def find_data(checkpoint: Checkpoint) -> list[Dataset]:
     """The datasets of the training.
 

@@ -1,7 +1,8 @@
 """Text embeddings to images: classifier-free guidance with a scheduler of diffusers. The command is train.sample."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
@@ -79,22 +80,24 @@ def set_steps(scheduler: SchedulerMixin, steps: int | str) -> None:
         raise ValueError(f"steps={steps} are more than {type(scheduler).__name__} can tell apart: take fewer")
 
 
-# A compiled net would be compiled again for these shapes, which takes longer than the sampling.
-@torch.compiler.set_stance("force_eager")
-@torch.no_grad()
-def sample(
-    unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
-    steps: int | str, seeds: Sequence[int], after_step: Callable[[int], object] = lambda images: None,
-) -> Tensor:  # fmt: skip
-    """Sample one image per caption and seed: [N, 3, H, W] uint8 on the CPU.
+class SamplingStep(NamedTuple):
+    """A step of the sampler at timestep t: from x_t to x_next, and the picture that x_t is taken to come from.
 
-    Each image has a generator of its own, so it does not depend, beyond rounding, on the others in its batch.
-    Shapes: text_emb [N, L, D], or unet.encode_text of it; empty [L, D], the embedding of the empty caption.
-    guidance_scale: 1 samples as trained, more exaggerates the prompt.
-    after_step: called after each step with the number of images that took it.
-    Raises: ValueError, as set_steps.
-    Source: Ho & Salimans 2022, equation 6, where guidance_scale is 1 + w.
+    Shapes: x_t, pred_xstart, x_next [N, 3, H, W]; pred_xstart is within [-1, 1], thresholded.
     """
+
+    t: int
+    x_t: Tensor
+    pred_xstart: Tensor
+    x_next: Tensor
+
+
+@torch.no_grad()
+def denoise(
+    unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
+    steps: int | str, seeds: Sequence[int],
+) -> Iterator[SamplingStep]:  # fmt: skip
+    """The steps of `sample`, with its arguments, from pure noise to the images."""
     config, n, device = unet.config, len(seeds), next(unet.parameters()).device
     shape = (config.in_channels, config.image_size, config.image_size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -114,18 +117,49 @@ def sample(
         if guided:
             eps = eps[n:] + guidance_scale * (eps[:n] - eps[n:])
         model_output = torch.cat([eps, variance], dim=1) if learned else eps
-        x_t = scheduler.step(model_output, t, x_t, generator=generators).prev_sample
-        after_step(n)
-    return ((x_t.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+        stepped = scheduler.step(model_output, t, x_t, generator=generators)
+        # The multistep solver keeps it as the latest of its predictions.
+        pred_xstart = stepped.get("pred_original_sample", None)
+        yield SamplingStep(
+            t, x_t, scheduler.model_outputs[-1] if pred_xstart is None else pred_xstart, stepped.prev_sample
+        )
+        x_t = stepped.prev_sample
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """[-1, 1] as uint8 on the CPU; what lies beyond is clamped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+# A compiled net would be compiled again for these shapes, which takes longer than the sampling.
+@torch.compiler.set_stance("force_eager")
+def sample(
+    unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
+    steps: int | str, seeds: Sequence[int], after_step: Callable[[int], object] = lambda images: None,
+) -> Tensor:  # fmt: skip
+    """Sample one image per caption and seed: [N, 3, H, W] uint8 on the CPU.
+
+    Each image has a generator of its own, so it does not depend, beyond rounding, on the others in its batch.
+    Shapes: text_emb [N, L, D], or unet.encode_text of it; empty [L, D], the embedding of the empty caption.
+    guidance_scale: 1 samples as trained, more exaggerates the prompt.
+    after_step: called after each step with the number of images that took it.
+    Raises: ValueError, as set_steps.
+    Source: Ho & Salimans 2022, equation 6, where guidance_scale is 1 + w.
+    """
+    for step in denoise(unet, scheduler, text_emb, empty, guidance_scale, steps, seeds):
+        images = step.x_next
+        after_step(len(seeds))
+    return to_pixels(images)
 
 
 def sample_batches(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor, empty: Tensor, guidance_scale: float, steps: int | str,
-    seeds: Sequence[int], micro_batch: int,
+    seeds: Sequence[int], micro_batch: int, watch: Callable[[SamplingStep], object] = lambda step: None,
 ) -> Tensor:  # fmt: skip
     """As sample, `micro_batch` images at a time, with a bar of all images' steps; consecutive seeds share a prompt.
 
     Shapes: text_emb [P, L, D], empty [L, D], seeds P x n, of which the first n are for the first prompt.
+    watch: called with each step of the first batch.
     """
     with torch.no_grad():
         of_prompts = unet.encode_text(text_emb.to(next(unet.parameters()).device))
@@ -139,5 +173,9 @@ def sample_batches(
         for start in range(0, len(seeds), micro_batch):
             part = slice(start, start + micro_batch)
             batch = TextState(*(value[part] for value in text))
-            images.append(sample(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part], bar.update))
+            for step in denoise(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part]):
+                bar.update(len(step.x_t))
+                if start == 0:
+                    watch(step)
+            images.append(to_pixels(step.x_next))
     return torch.cat(images)
