@@ -30,6 +30,7 @@ ONLY_IN = {
     "bitsandbytes": {"train/engine.py"},
     "wandb": {"train/monitor/tracker.py"},
     "hydra": {"train/compose.py", "train/main.py"},
+    "tqdm": {"data/progress.py"},
 }
 # The only files that may end the process. A library raises an error instead.
 MAY_EXIT = {

@@ -64,11 +64,10 @@ def run(args: Sample) -> Path:
     prompts = find_prompts(checkpoint, device, args.prompt, args.embeddings, args.encoder, scale != 1)
     unet = load_net(checkpoint, args.weights, device)
     seeds = [args.seed + i for i in range(len(prompts.captions) * args.n)]
-    images = sample_batches(
-        unet, scheduler, prompts.text_emb, prompts.empty, scale, args.steps, seeds, args.micro_batch
-    ).numpy()
-
     out = Path(args.out) if args.out else next_folder(Path("samples"))
+    images = sample_batches(
+        unet, scheduler, prompts.text_emb, prompts.empty, scale, args.steps, seeds, args.micro_batch, str(out)
+    ).numpy()
     title = (
         f"step {checkpoint.step:,}, {args.weights}, {args.scheduler} {args.steps} steps, "
         f"guidance {scale:g}, seeds {seeds[0]} to {seeds[-1]}"
