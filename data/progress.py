@@ -36,6 +36,11 @@ def is_quiet() -> bool:
     return _state["quiet"]
 
 
+def shows_bars() -> bool:
+    """Whether this process tells progress on a terminal."""
+    return _tells() and sys.stderr.isatty()
+
+
 def end_lines() -> None:
     """End the lines of all bars, so that an error which follows has one of its own."""
     while _open:
@@ -57,11 +62,11 @@ class Progress:
         self.start = self.done = start
         self._began = self._told = monotonic()
         self._beside: dict[str, object] = {}
-        self._tells = (total is None or start < total) and not is_quiet() and _is_first()
+        self._tells = (total is None or start < total) and _tells()
         self._bar: tqdm | None = None
         if self._tells:
             _open.append(self)
-            if sys.stderr.isatty():
+            if shows_bars():
                 self._bar = self._make_bar()
 
     def __enter__(self) -> "Progress":
@@ -80,10 +85,8 @@ class Progress:
                 self._bar.set_postfix(self._beside, refresh=False)
             if not self._bar.update(number) and beside is not None:
                 self._bar.refresh()
-        elif self._tells and self._bar is None and self.done != self.total:
-            if monotonic() - self._told >= LINE_SECONDS:
-                self._told = monotonic()
-                self._print(ended=False)
+        elif self._tells and self._bar is None and self.done != self.total and self._line_is_due():
+            self._print(ended=False)
 
     def write(self, line: str, file: TextIO | None = None) -> None:
         """Print a line, on a terminal above the bar; to stdout by default. It is no progress and always told."""
@@ -114,7 +117,11 @@ class Progress:
             file=sys.stderr, dynamic_ncols=True, bar_format=form + to,
         )  # fmt: skip
 
+    def _line_is_due(self) -> bool:
+        return monotonic() - self._told >= LINE_SECONDS
+
     def _print(self, ended: bool) -> None:
+        self._told = monotonic()
         of_this_start, seconds = self.done - self.start, monotonic() - self._began
         parts = [count(self.done, self.unit)]
         if self.total is not None:
@@ -154,7 +161,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
-def _is_first() -> bool:
-    """Whether this process tells what several do: it is the first rank or task, and no worker."""
+def _tells() -> bool:
+    """Whether this process tells progress: it is the first rank or task, and no worker."""
     number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return number == "0" and parent_process() is None
+    return number == "0" and parent_process() is None and not is_quiet()

@@ -5,13 +5,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from data import progress
 from data.progress import Progress, duration, each
-from tests.support.terminal import Terminal, screen
+from tests.support.terminal import on_terminal, screen
 
+ROOT = Path(__file__).resolve().parent.parent
 # Of a bar on a terminal: name, percentage, bar, number, times and rate.
 BAR = r"{what}: +{percent}%\|[^|]*\| {number} \[[\d:]+<[\d:?]+, +[\d.?]+ ?(\w+/s|s/ \w+){beside}\]"
 TOY = """
@@ -149,22 +151,23 @@ def test_times_in_words():
     assert {seconds: duration(seconds) for seconds in shown} == shown
 
 
-def test_a_command_tells_the_same_on_a_terminal_in_a_file_and_quietly(repo, tmp_path):
-    command = [sys.executable, "-m", "data.demo", "samples=3", "shard_size=2", f"out={tmp_path}"]
-    terminal = Terminal(command, repo)
-    assert terminal.end() == 0
-    first, result, cursor = terminal.screen()
-    assert re.fullmatch(bar("scenes", 100, "3/3") + " to .*", first) and str(tmp_path)[:20] in first
-    assert result == f"3 scenes in 2 shards: {tmp_path}" and not cursor
-    assert "\r" in terminal.said.replace("\r\n", ""), "it was drawn over"
+RESUMED = """
+with Progress("scenes", 3, "scene", "demo/shards", start=2) as scenes:
+    scenes.update()
+print("3 scenes")
+"""
 
-    line = r"scenes: 3 of 3 scenes \(100 %\), [\d.]+ (scenes/s|s/scene), 1 of them in .+, to " + re.escape(
-        f"{tmp_path}\n"
-    )
+
+def test_a_command_tells_the_same_on_a_terminal_in_a_file_and_quietly():
+    terminal = on_terminal(toy(RESUMED))
+    assert terminal.end() == 0
+    shown, result, cursor = terminal.screen()
+    assert re.fullmatch(bar("scenes", 100, "3/3") + " to demo/shards", shown) and (result, cursor) == ("3 scenes", "")
+    assert "\r" in terminal.said.replace("\r\n", ""), "it was drawn over"
+    line = r"scenes: 3 of 3 scenes \(100 %\), [\d,.]+ (scenes/s|s/scene), 1 of them in \d+ s, to demo/shards\n"
     for quiet, told in ([], line), (["-q"], ""):
-        (tmp_path / "00001.tar").unlink()  # the rest is there
-        done = subprocess.run([*command, *quiet], cwd=repo, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout == f"{result}\n" and re.fullmatch(told, done.stderr)
+        done = subprocess.run([*toy(RESUMED), *quiet], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "3 scenes\n") and re.fullmatch(told, done.stderr), done.stderr
 
 
 LINES = """
@@ -179,8 +182,8 @@ print("the result")
 """
 
 
-def test_lines_stand_above_the_bar_and_bars_below_one_another(repo):
-    terminal = Terminal(toy(LINES), repo)
+def test_lines_stand_above_the_bar_and_bars_below_one_another():
+    terminal = on_terminal(toy(LINES))
     assert terminal.end() == 0, terminal.said
     *noted, work, letters, shared, result, cursor = terminal.screen()
     assert noted == [f"step {step} is noted" for step in range(4)]
@@ -190,9 +193,9 @@ def test_lines_stand_above_the_bar_and_bars_below_one_another(repo):
     assert (result, cursor) == ("the result", "")
 
 
-def test_an_error_stands_in_a_line_of_its_own(repo):
+def test_an_error_stands_in_a_line_of_its_own():
     action = 'for item in each(range(4), "work", "step"):\n    if item == 2: raise ValueError("wrong")'
-    terminal = Terminal(toy(action), repo)
+    terminal = on_terminal(toy(action))
     assert terminal.end() == 2
     work, error, cursor = terminal.screen()
     assert re.fullmatch(bar("work", 50, "2/4"), work) and (error, cursor) == ("error: wrong", "")
@@ -213,8 +216,8 @@ for _ in WORK: pass
         ('in_processes(late, range(4), 2, "step", "work", "out")', 2),  # whose workers end what they have begun
     ],
 )
-def test_ctrl_c_leaves_the_terminal_clean(repo, work, seconds):
-    terminal = Terminal(toy(STUCK.replace("WORK", work).replace("SECONDS", str(seconds))), repo)
+def test_ctrl_c_leaves_the_terminal_clean(work, seconds):
+    terminal = on_terminal(toy(STUCK.replace("WORK", work).replace("SECONDS", str(seconds))))
     terminal.wait_for("stuck")
     terminal.press_ctrl_c()
     assert terminal.end() == 130
@@ -227,3 +230,18 @@ def test_ctrl_c_leaves_the_terminal_clean(repo, work, seconds):
 def test_a_screen_is_drawn_as_a_terminal_does():
     assert screen("abc\rx\r\ncd\x1b[A\r12345\r\n") == ["12345", "cd"]
     assert screen("a: 10%\r          \ra line\r\na: 20%\r\n") == ["a line", "a: 20%", ""]
+
+
+OF_LIBRARIES = """
+import os
+from data.quiet import quiet_libraries
+quiet_libraries()
+print(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+"""
+
+
+def test_bars_of_libraries_are_shown_where_ours_are():
+    command = [sys.executable, "-c", OF_LIBRARIES]
+    terminal = on_terminal(command)
+    assert terminal.end() == 0 and terminal.screen() == ["None", ""]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "1\n"

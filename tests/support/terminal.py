@@ -8,28 +8,32 @@ import signal
 import struct
 import subprocess
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 COLUMNS = 120
 
 
-class Terminal:
-    """Runs a program whose input, output and errors are a terminal, from which Ctrl-C comes as from a keyboard."""
+def take_terminal() -> None:
+    """In the child before it runs its program: a terminal that is its input alone sends it Ctrl-C."""
+    with suppress(OSError):  # it has none, or one of others
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    def __init__(self, command: Sequence[str], cwd: Path, env: dict[str, str] | None = None) -> None:
+
+class Terminal:
+    """Runs a program whose input, output and errors are a terminal, from which Ctrl-C comes as from a keyboard.
+
+    start: starts it, as Popen with what it is given; the child calls take_terminal.
+    """
+
+    def __init__(self, start: Callable[..., subprocess.Popen]) -> None:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
         self.said = ""
-
-        def begin() -> None:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-
-        self.process = subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            preexec_fn=begin,
-        )  # fmt: skip
+        self.process = start(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
         os.close(theirs)
 
     def wait_for(self, words: str) -> None:
@@ -62,6 +66,16 @@ class Terminal:
             return False
         self.said += data.decode()
         return bool(data)
+
+
+def on_terminal(command: Sequence[str]) -> Terminal:
+    """A command of the repository on a terminal; its Ctrl-C arrives even if the tests run where it is ignored."""
+
+    def begin() -> None:
+        take_terminal()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    return Terminal(partial(subprocess.Popen, command, cwd=ROOT, preexec_fn=begin))
 
 
 def screen(said: str) -> list[str]:
