@@ -240,7 +240,8 @@ print(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
 """
 
 
-def test_bars_of_libraries_are_shown_where_ours_are():
+def test_bars_of_libraries_are_shown_where_ours_are(monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)  # as another test may leave it
     command = [sys.executable, "-c", OF_LIBRARIES]
     terminal = on_terminal(command)
     assert terminal.end() == 0 and terminal.screen() == ["None", ""]
