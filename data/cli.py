@@ -22,12 +22,15 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data.interrupt import INTERRUPTED, begin_to_act, tell_interrupted
+from data.progress import be_quiet, end_lines
 from data.quiet import quiet_libraries
 from data.storage.machine import raise_open_file_limit
 
 T = TypeVar("T")
 
 HELP = {"-h", "--help", "help"}
+QUIET = "-q"
+QUIET_LINE = f"With {QUIET} among the arguments no progress is told, only errors and results."
 # Exit statuses: a mistake that the user can fix; a training that was asked to leave and is to be started again
 # (EX_TEMPFAIL of sysexits.h); one whose rank ends for a fault that
 # another one tells (EX_PROTOCOL); one whose ranks found that a device makes errors.
@@ -70,6 +73,7 @@ def run_command(
     if HELP & set(argv):
         print(help_page())
         sys.exit(0)
+    argv = without_quiet(argv)
     quiet_libraries()
     raise_open_file_limit()
     try:
@@ -87,8 +91,16 @@ def arguments(argv: list[str] | None) -> list[str]:
     return [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
 
 
+def without_quiet(argv: list[str]) -> list[str]:
+    """The arguments without -q, which is obeyed from here on."""
+    if QUIET in argv:
+        be_quiet()
+    return [arg for arg in argv if arg != QUIET]
+
+
 def fail(error: object) -> NoReturn:
     """End with the status of a user's mistake, and one line that says what it was."""
+    end_lines()
     print(f"error: {reason(error)}", file=sys.stderr)
     sys.exit(MISTAKE)
 
@@ -193,7 +205,7 @@ def help_text(schema: type, usage: str = "") -> str:
     intro, _ = describe(schema)
     required = [f"{f.name}=..." for f in fields(schema) if _default(f) == "required"]
     usage = usage or " ".join([how_called(), *required, "[key=value ...]"])
-    return "\n".join([textwrap.fill(intro, WIDTH), "", f"usage: {usage}", "", *key_lines(schema)])
+    return "\n".join([textwrap.fill(intro, WIDTH), "", f"usage: {usage}", QUIET_LINE, "", *key_lines(schema)])
 
 
 def key_lines(schema: type) -> list[str]:

@@ -5,12 +5,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.checks import check_at_least, count
 from data.cli import command, location
 from data.prepare.packing import check_shard_size, finished, key_of, record_recipe
 from data.prepare.scenes import Scene, describe, draw
+from data.progress import Progress
 from data.storage.tars import write_shard
 
 # To be raised when the same seed draws other pictures, so that old and new shards do not mix in one folder.
@@ -56,17 +55,16 @@ def write_demo(args: Demo) -> None:
     out = Path(args.out)
     recipe = {"samples": args.samples, "shard_size": args.shard_size, "seed": args.seed, "version": VERSION}
     record_recipe(out, "demo.json", recipe)
-    with tqdm(total=args.samples, desc="scenes", unit="img") as bar:
-        for number, first in enumerate(range(0, args.samples, args.shard_size)):
-            indices = range(first, min(first + args.shard_size, args.samples))
-            shard = out / f"{number:05d}.tar"
-            if not finished(shard):
-                keys = [key_of(number, row) for row in range(len(indices))]
-                write_shard(
-                    shard, [(key, sample(args.seed, index, key)) for key, index in zip(keys, indices, strict=True)]
-                )
-            bar.update(len(indices))
-    print(f"{count(args.samples, 'scene')} in {count(number + 1, 'shard')}: {out}")
+    scenes = range(args.samples)
+    shards = [scenes[first : first + args.shard_size] for first in range(0, args.samples, args.shard_size)]
+    todo = [number for number in range(len(shards)) if not finished(out / f"{number:05d}.tar")]
+    missing = sum(len(shards[number]) for number in todo)
+    with Progress("scenes", args.samples, "scene", out, args.samples - missing) as progress:
+        for number in todo:
+            keyed = [(key_of(number, row), index) for row, index in enumerate(shards[number])]
+            write_shard(out / f"{number:05d}.tar", [(key, sample(args.seed, index, key)) for key, index in keyed])
+            progress.update(len(keyed))
+    print(f"{count(args.samples, 'scene')} in {count(len(shards), 'shard')}: {out}")
 
 
 def main(argv: list[str] | None = None) -> None:

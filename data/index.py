@@ -157,7 +157,7 @@ def select(shards: list[Shard], rules: Rules, index: str, workers: int) -> None:
     done = {} if is_remote(out) else read_chosen(unfinished, digest, shards)
     if done:
         print(f"goes on with an interrupted run: {len(done):,} shards are done (delete '{unfinished}' to begin again)")
-    chosen = choose_all(shards, plan, workers, done, save)
+    chosen = choose_all(shards, plan, workers, done, save, out)
     receipt = Receipt.of_all(plan.texts(), chosen)
     print("\n".join(receipt.lines()))
     if not receipt.chosen:
@@ -173,7 +173,7 @@ def write_index(args: Index, out: str) -> None:
 
     Raises: ValueError if shards cannot be found or counted; OSError.
     """
-    entries = _count_all(locate(args.shards), args)
+    entries = _count_all(locate(args.shards), args, out)
     _report("cannot be read", [f"{e.location}: {e.problem}" for e in entries if e.problem])
     _report("with damage; what comes before it is used", [f"{e.location}: {e.damage}" for e in entries if e.damage])
     differ = [
@@ -190,9 +190,9 @@ def write_index(args: Index, out: str) -> None:
     print(f"{out}: {count(len(entries), 'shard')}, {count(sum(entry.samples for entry in entries), 'sample')}")
 
 
-def _count_all(locations: list[str], args: Index) -> list[Entry]:
+def _count_all(locations: list[str], args: Index, out: str) -> list[Entry]:
     count_one = partial(count_shard, check=args.check, captions=args.captions)
-    return list(in_processes(count_one, locations, args.workers, "shard", "index"))
+    return list(in_processes(count_one, locations, args.workers, "shard", "index", out))
 
 
 def _up_to_date(where: str, out: str) -> bool:

@@ -84,7 +84,7 @@ def inspect(args: Inspect) -> Findings:
     view = TrainingView(args.image_size, args.crop_shift, args.seed)
     rows = choose_rows([shard.count for shard in shards], args.samples)
     choice = look_at_choice(shards, rows, rules, args.workers)
-    found = inspect_samples(shards, args.samples, view, args.text, meta, args.captions, choice)
+    found = inspect_samples(shards, args.samples, view, args.text, meta, args.captions, choice, args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     found.duplicate_list = _write_duplicates(found, out, args.drop)
     for line in _lines(summary, found):

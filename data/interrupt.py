@@ -22,6 +22,11 @@ def handle_ctrl_c() -> None:
         signal.signal(signal.SIGINT, _on_ctrl_c)
 
 
+def interrupted() -> bool:
+    """Whether Ctrl-C stopped the command, which is being cleaned up then."""
+    return bool(_state["told"])
+
+
 def begin_to_act() -> None:
     """From here on there may be something to clean up, and the caller catches KeyboardInterrupt."""
     _state["acting"] = True
@@ -35,9 +40,13 @@ def tell_interrupted() -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line from a signal handler, on the first rank, where print() might be in the middle of another line."""
+    """Print a line from a signal handler, on the first rank, where print() might be in the middle of another line.
+
+    On a terminal what is there, ^C and perhaps a progress bar, keeps a line of its own.
+    """
     if os.environ.get("RANK", "0") == "0":
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
+        stderr = sys.__stderr__.fileno() if sys.__stderr__ else 2
+        os.write(stderr, f"{chr(10) * os.isatty(stderr)}{line}\n".encode())
 
 
 def _on_ctrl_c(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,10 @@
 """Keeps off the screen what libraries say of a run that is well. Each message is named; errors and all else pass."""
 
 import logging
+import os
 import warnings
+
+from data.progress import shows_bars
 
 # By the name of the logger, the beginnings of the messages that it does not print.
 LOGGED: dict[str, tuple[str, ...]] = {
@@ -35,7 +38,11 @@ class _Without(logging.Filter):
 
 
 def quiet_libraries() -> None:
-    """Drop the messages above in this process; called by commands, before they import the libraries."""
+    """Drop the messages above in this process, and bars where ours are none; called by commands, before they import
+    the libraries.
+    """
+    if not shows_bars():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers obeys it too
     for name, beginnings in LOGGED.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Without) for known in logger.filters):

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 
 import pytest
 
+from data import progress
 from data.cli import CORRUPTED, LOST, MISTAKE, REQUEUE
 from launch.slurm.allocation import Allocation, check_hostfile, find_allocation, free_port, ranks_per_node
-from launch.slurm.batch import LAUNCHER, NODE, main, split_srun_args, verdict
+from launch.slurm.batch import LAUNCHER, NODE, Job, main, split_srun_args, verdict
 from launch.slurm.in_place import End, choose_nodes, first_to_fail, read_ends, spare_nodes
 from train.faults.launched import check_launched
 
@@ -22,6 +24,18 @@ def test_no_slurm_and_an_array_are_refused():
         find_allocation({})
     with pytest.raises(ValueError, match="is task 4 of an array"):
         find_allocation(JOB | {"SLURM_ARRAY_TASK_ID": "4"})
+
+
+def test_a_quiet_job_starts_a_quiet_training(monkeypatch, tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/bin/sh\nprintf "%s " "$@" >> {tmp_path}/said\n')
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    job = Job(Allocation("7", ["node1"], 1, "node1", 29500, 0), tmp_path / "hostfile", tmp_path)
+    for quiet in (False, True):
+        monkeypatch.setitem(progress._state, "quiet", quiet)
+        assert job.run("train", "train/main.py", "steps=3") == 0
+    assert re.findall(r"steps=3( -q)? ", (tmp_path / "said").read_text()) == ["", " -q"]
 
 
 def test_no_slurm_ends_in_one_line(monkeypatch, capsys):

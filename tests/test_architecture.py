@@ -31,6 +31,7 @@ ONLY_IN = {
     "wandb": {"train/monitor/tracker.py"},
     "tensorboard": {"train/monitor/event_files.py"},
     "hydra": {"train/compose.py", "train/main.py"},
+    "tqdm": {"data/progress.py"},
 }
 # The only files that may end the process. A library raises an error instead.
 MAY_EXIT = {

@@ -59,7 +59,7 @@ def test_every_command_has_a_help_page_that_imports_nothing_heavy(module):
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     page, _, heavy = done.stdout.rpartition("heavy: ")
     assert heavy.strip() == "[]"
-    assert "usage: " in page
+    assert "usage: " in page and "With -q among the arguments no progress is told" in page
     for schema in schemas(module) or [Config]:
         for name, kind, default, _ in keys(schema):
             assert re.search(rf"^  {re.escape(name)} +{re.escape(kind)}, {re.escape(default)}", page, re.M), name

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from data.loader.cursor import ShardCursor
 from data.storage.claims import STALE_AFTER, claim
 from data.storage.shards import find_shards
 from data.storage.tars import read_shard, stats_path, write_shard
+from data.text import embedding_job
 from data.text.decode import decode_caption
 from data.text.embedding_job import open_embeddings, write_sidecars
 from data.text.embeddings import encode_states, from_bytes, read_empty, read_into, to_bytes
@@ -187,6 +190,32 @@ def test_processes_share_the_shards_and_outlive_a_killed_one(t5, tmp_path):
     assert contents(out) == contents(tmp_path / "alone")
     new = sum(int(text.split(", ")[-1].split()[0]) for text in printed[1:])
     assert 0 < new <= 12
+
+
+def test_what_others_and_earlier_starts_have_done_is_counted(copy, monkeypatch, capsys):
+    """The shards' 36 samples, of which one has no caption; another process makes a sidecar meanwhile."""
+    shards, text = copy / "shards", copy / "text"
+    rows = list(read_shard(shards / "00002.tar", {"txt", "jpg"}))
+    del rows[4][1]["txt"]
+    write_shard(shards / "00002.tar", rows)
+    of_other = {path: path.read_bytes() for path in (text / "00001.tar", stats_path(text / "00001.tar"))}
+    for path in of_other:
+        path.unlink()
+    real = embedding_job.write_sidecar
+
+    def while_another_works(*args):
+        for path, data in of_other.items():
+            path.write_bytes(data)
+        return real(*args)
+
+    monkeypatch.setattr(embedding_job, "write_sidecar", while_another_works)
+    monkeypatch.setattr(random.Random, "randrange", lambda self, stop: 1)  # begins with the second that is missing
+    capsys.readouterr()
+    embed(Embed(str(shards), str(text)))
+    line = r"embed: 36 of 36 captions \(100 %\), \S+ (captions/s|s/caption), 18 of them in \d+ s, to "
+    assert re.search(line + re.escape(str(text)), capsys.readouterr().err)
+    embed(Embed(str(shards), str(text)))
+    assert "embed:" not in capsys.readouterr().err, "nothing was to be done"
 
 
 def test_a_claim_is_of_one_and_passes_on_when_its_holder_is_gone(tmp_path):

@@ -109,6 +109,8 @@ def one(repo, base) -> Path:
     assert again.returncode == 0, error[-3000:]
     assert {path: path.stat().st_mtime_ns for path in there} == there, "what was drawn is not drawn again"
     assert "kid_lite0" in told and "scores.png" in told
+    goes_on = rf"^guidance 1: {SAMPLES} of {SAMPLES} pictures \(100 %\), .*, (\d+) of them in .*, to one/guidance-1$"
+    assert 0 < int(re.search(goes_on, error, re.M)[1]) < SAMPLES and "\r" not in error, error
     return base / "one"
 
 

@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -28,6 +27,7 @@ from data.storage.tars import write_shard
 from data.text.embeddings import to_bytes
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
+from tests.support.terminal import on_terminal
 
 TOKENS, DIM = 2, 4
 HOSTILE = (
@@ -260,17 +260,12 @@ def test_command_and_ctrl_c(config, tmp_path, repo):
     many, large = tmp_path / "many", jpeg(0, (1500, 1500))
     for number in range(20):
         write_shard(many / f"{number:05d}.tar", [(f"{n:04d}", {"jpg": large}) for n in range(20)])
-    # What a shell starts in the background ignores Ctrl-C, and so would this, were the tests run so.
-    running = subprocess.Popen([*command, f"shards={many}", "samples=0"], cwd=repo, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
-    assert running.stderr is not None
-    said = ""
-    while "inspect:" not in said:
-        assert running.poll() is None, said
-        said += running.stderr.read(20)
-    running.send_signal(signal.SIGINT)
-    said += running.stderr.read()
-    assert running.wait(20) == 130 and "stopped by Ctrl-C" in said and "Traceback" not in said
+    terminal = on_terminal([*command, f"shards={many}", "samples=0"])
+    terminal.wait_for("inspect:")
+    terminal.press_ctrl_c()
+    assert terminal.end() == 130
+    *_, bar, stopped, cursor = terminal.screen()
+    assert bar.startswith("inspect: ") and (stopped, cursor) == ("stopped by Ctrl-C", "")
     assert os.listdir(tmp_path) == ["many"]
 
 

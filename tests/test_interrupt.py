@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from data import interrupt
 from data.cli import REQUEUE
+from tests.support.terminal import Terminal
 from tests.support.trainings import make_data, start
 from train.checkpoint.format import complete_checkpoints
 
@@ -116,20 +118,25 @@ LONG_STEP = ("global_batch=1600", "data.streams=4", "wandb.mode=disabled")
 
 
 def test_a_training_saves_after_one_press_and_ends_at_once_after_two(repo, data, tmp_path):
-    process = start(repo, data, tmp_path / "run", "global_batch=16", "steps=5000", "wandb.mode=disabled")
-    said = wait_for_words(process, "1/5000")
-    process.send_signal(signal.SIGINT)
-    said += process.communicate(timeout=120)[1]
-    assert process.returncode == REQUEUE and said.count(FINISHES) == 1 and "Traceback" not in said, said
+    given = (repo, data, tmp_path / "run", "global_batch=16", "steps=5000", "wandb.mode=disabled")
+    terminal = Terminal(partial(start, *given))
+    terminal.wait_for("1/5000")
+    terminal.press_ctrl_c()
+    assert terminal.end() == REQUEUE, terminal.said
+    *before, told, bar, curves, checkpoint, cursor = terminal.screen()
+    assert f"{told}\n" == FINISHES and cursor == "", terminal.screen()
+    assert bar.startswith("run:   0%|") and "loss=" in bar and all(line.startswith("run:   0%|") for line in before)
+    assert curves.startswith("curves ") and checkpoint.startswith("checkpoint ")
     assert len(complete_checkpoints(tmp_path / "run")) == 1
-    process = start(repo, data, tmp_path / "twice", *LONG_STEP)
-    said = wait_for_words(process, "0/6")
-    process.send_signal(signal.SIGINT)
-    said += wait_for_words(process, FINISHES)
-    process.send_signal(signal.SIGINT)
-    said += process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in said, said
-    assert said.endswith("stopped at once by Ctrl-C; the checkpoints before are whole\n")
+    terminal = Terminal(partial(start, repo, data, tmp_path / "twice", *LONG_STEP))
+    terminal.wait_for("0/6")
+    terminal.press_ctrl_c()
+    terminal.wait_for(FINISHES.strip())
+    terminal.press_ctrl_c()
+    assert terminal.end() == 130
+    bar, told, *_, again, cursor = terminal.screen()
+    assert bar.startswith("twice:   0%|") and f"{told}\n" == FINISHES, terminal.screen()
+    assert (again, cursor) == ("stopped at once by Ctrl-C; the checkpoints before are whole", "")
 
 
 def test_ctrl_c_to_the_launcher_and_two_ranks_saves(repo, data, tmp_path):
@@ -138,9 +145,11 @@ def test_ctrl_c_to_the_launcher_and_two_ranks_saves(repo, data, tmp_path):
         repo, data, tmp_path / "run", "global_batch=16", "steps=5000", "wandb.mode=disabled", ranks=2,
         start_new_session=True,
     )  # fmt: skip
-    said = wait_for_words(process, "1/5000")
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    said += process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=120)[1]
     assert said.count(FINISHES) == 1 and said.count("Traceback") <= 1, said
     assert "train/" not in said.partition("Traceback")[2]
     assert len(complete_checkpoints(tmp_path / "run")) == 1

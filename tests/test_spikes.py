@@ -99,6 +99,7 @@ def test_a_run_that_goes_back_equals_one_that_never_met_the_batch(repo, data, tm
     left_out = read_manifest(latest_checkpoint(tmp_path / "back"))["spikes"]["left_out"]
     batches = [entry["batch"] for entry in left_out]
     assert batches == [int(batch) for _, batch, _, _ in told] and 0 < len(batches) < 10
+    assert "gloo meets" not in back.stdout, "a new start is given what the first one was"
     assert back.stdout.count("back to the latest checkpoint, and without batch") == len(batches)
     assert f"leaves out the batches {batches} for spikes" in back.stdout
     step, batch, what, samples = told[0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data.progress import Progress
 from tests.support.trainings import run_ranks
 from train.config import Config
 from train.faults.quarantine import read_node_faults
@@ -142,7 +143,7 @@ def test_a_straggler_is_told_once_and_counted_for_its_node(tmp_path):
     progress = RunProgress.__new__(RunProgress)  # without a run: what an alert does needs some of its parts
     progress.run_dir, progress._slowest, progress._counted = tmp_path, Place("node7", 3), set()
     told: list[tuple[str, str]] = []
-    progress.bar = type("Bar", (), {"write": lambda self, text, file: None})()
+    progress.progress = Progress("run", 1, "step")
     progress.tracker = type("Tracker", (), {"alert": lambda self, title, text: told.append((title, text))})()
     alerts = Alerts(progress._alert)
     slow = {"loss": 0.1, "straggler_rank": 59.0, "straggler_behind": 0.2, "straggler_data": 0.01,

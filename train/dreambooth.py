@@ -80,7 +80,7 @@ def prepare(args: DreamBooth) -> None:
     drawing = Drawing.of(checkpoint, prompts, args.guidance_scale, args.steps, args.seed)
     if reason := drawing.to_draw(out / "prior"):
         print(f"the pictures of the class are drawn: {reason}")
-        pictures = draw_class(checkpoint, drawing, args.encoder, args.micro_batch)
+        pictures = draw_class(checkpoint, drawing, args.encoder, args.micro_batch, out / "prior")
         drawing.write(out / "prior", pictures)
     for name in ("concept", "prior"):
         remove_other_embeddings(out / name / "text", meta)

@@ -17,7 +17,8 @@ if __name__ == "__main__":
 
     handle_ctrl_c()
 
-from data.cli import CORRUPTED, HELP, LOST, MISTAKE, REQUEUE, arguments, how_called, reason
+from data.cli import CORRUPTED, HELP, LOST, MISTAKE, QUIET_LINE, REQUEUE, arguments, how_called, reason, without_quiet
+from data.progress import end_lines
 from data.quiet import quiet_libraries
 from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from train.faults.node_watch import NodeWatch
     from train.inputs import Inputs
 
+# What this process was given. What it adds is for its own libraries, and for what it starts itself.
+ENVIRONMENT = dict(os.environ)
 # How gloo and NCCL say that another rank is gone.
 LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             print(help_page())
         return
     try:
-        config = compose_config(given)
+        config = compose_config(without_quiet(given))
     except ValueError as error:
         leave(error, tell=rank == 0)
     run(config, rank, ranks)
@@ -58,6 +61,7 @@ def help_page() -> str:
     usage = f"{called} +experiment=NAME [key=value ...]"
     if installed:
         usage += "\non several GPUs: deepspeed --module train.main +experiment=NAME [key=value ...]"
+    usage += f"\n{QUIET_LINE}"
     return f"Trains the net that an experiment describes.\n\nusage: {usage}\n\n{training_help()}"
 
 
@@ -211,6 +215,7 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
             lock_run_dir(Path(config.run_dir))
         finished = train(config, inputs, rank, ranks, device)
     except RollBack as error:
+        end_lines()
         if rank == 0:
             print(error, flush=True)
         start_again()
@@ -237,7 +242,7 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
 
 
 def start_again() -> NoReturn:
-    """Replace this process by a new one with the same arguments: what a launcher's restart does, without the launcher.
+    """Replace this process by a new one, given the same: what a launcher's restart does, without the launcher.
 
     All ranks call it. The process keeps its number, so launcher and siblings see no end.
     """
@@ -257,7 +262,7 @@ def start_again() -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     if any(asked) or stop_requested():
         sys.exit(REQUEUE)  # the checkpoints leave the batch out already
-    os.execv(sys.executable, sys.orig_argv)
+    os.execve(sys.executable, sys.orig_argv, ENVIRONMENT)
 
 
 def look_at_node(config: Config, tell: bool) -> None:
@@ -296,6 +301,7 @@ def leave(error: Exception, tell: bool, status: int = MISTAKE) -> NoReturn:
 
 def tell_mistake(error: Exception) -> None:
     """Print it in one line."""
+    end_lines()
     text = reason(error)
     if "Original Traceback" in text:  # what a loader worker raised comes with the worker's traceback before it
         text = text.strip().splitlines()[-1].partition(": ")[2]

@@ -76,13 +76,12 @@ def run(args: Sample) -> Path:
     else:
         prompts = find_prompts(checkpoint, device, args.prompt, args.embeddings, args.encoder, scale != 1)
         seeds = [args.seed + i for i in range(len(prompts.captions) * args.n)]
+    out = Path(args.out) if args.out else next_folder(Path("samples"))
     unet, sheet = load_net(checkpoint, args.weights, device), StepsSheet()
     images = sample_batches(
-        unet, scheduler, prompts.text_emb, prompts.empty, scale, args.steps, seeds, args.micro_batch,
+        unet, scheduler, prompts.text_emb, prompts.empty, scale, args.steps, seeds, args.micro_batch, str(out),
         sheet if args.steps_sheet else lambda step: None,
     ).numpy()  # fmt: skip
-
-    out = Path(args.out) if args.out else next_folder(Path("samples"))
     title = f"step {checkpoint.step:,}, {args.weights}, {args.scheduler} {args.steps} steps, guidance {scale:g}"
     of_sheet = f"{prompts.captions[0]}: {title}, seed {seeds[0]}"
     title += f", seeds {seeds[0]} to {seeds[-1]}"

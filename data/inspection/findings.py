@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data.config import CaptionConfig
 from data.images import BadImage, crop_and_resize, decode
@@ -15,6 +14,7 @@ from data.inspection.choice import Choice
 from data.inspection.duplicates import Fingerprint, fingerprint, near_duplicates
 from data.loader.cursor import ENDED, TEXT_UNREADABLE, UNREADABLE, RawSample, ShardCursor
 from data.loader.draws import Draw, Draws
+from data.progress import Progress
 from data.storage.caption_fields import TXT
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
@@ -135,12 +135,12 @@ def choose_rows(counts: list[int], samples: int) -> dict[int, list[int]]:
 
 def inspect_samples(
     shards: list[Shard], samples: int, view: TrainingView, text: str, meta: TextMeta | None,
-    captions: Sequence[str] = (TXT,), choice: Choice | None = None,
+    captions: Sequence[str] = (TXT,), choice: Choice | None = None, to: str = "",
 ) -> Findings:  # fmt: skip
     """Inspect some samples of the shards and, if there is a meta, their embeddings in the folder `text`.
 
     samples: at most so many; 0 for all.  captions: their fields. Of several captions of a sample the embedding of the
-    first is inspected.  choice: what rules make of the same samples.
+    first is inspected.  choice: what rules make of the same samples.  to: where the report will be, to tell it.
     """
     counts = [shard.count for shard in shards]
     starts = np.cumsum([0, *counts]).tolist()
@@ -150,7 +150,7 @@ def inspect_samples(
     tiles = choose_tiles(taken)
     findings = Findings(shards_inspected=len(chosen), captions={name: FieldCaptions() for name in captions})
     findings.choice = choice
-    with tqdm(total=total, desc="inspect", unit="img") as bar:
+    with Progress("inspect", total, "sample", to) as progress:
         for number, rows in chosen.items():
             cursor = ShardCursor(shards[number], text if meta else "", captions=list(map(CaptionConfig, captions)))
             for row in rows:
@@ -163,7 +163,7 @@ def inspect_samples(
                     place = findings.inspected
                     findings.tiles.append(Tile(raw.name, shown, pixels, place, int(taken[place])))
                 findings.inspected += 1
-                bar.update()
+                progress.update()
             findings.damaged += cursor.damages()
             cursor.close()
     out = choice.left_out(taken) if choice else np.zeros(total, bool)

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data.checks import one_line
 from data.config import ImageRules
 from data.prepare.columns import Columns
 from data.prepare.rows import Row, Unusable, file_version, read_image_file, unusable
+from data.progress import each
 
 # What save_to_disk of Hugging Face's datasets writes beside the .arrow files of a dataset, and of several splits.
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -70,7 +69,7 @@ def _list(
     import pyarrow as pa
 
     rows: list[Row] = []
-    for file in tqdm(files, desc="listing", unit="file", disable=len(files) < 2):
+    for file in each(files, "listing", "file"):
         # Also where there is one file: another one may be added, and the rows of this one keep their names.
         before = f"{file.relative_to(folder)} " if folder else ""
         try:

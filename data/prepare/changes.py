@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from data.config import ImageRules
 from data.images import BadImage, decode
 from data.prepare.rows import Picture, Row, Unusable, fingerprint, known_caption_hash, read_picture, signature
+from data.progress import Progress
 from data.storage.tars import stats_path
 
 # A stats file under this name beside it belongs to a shard that is being written again.
@@ -121,8 +120,10 @@ def old_stats(shard: Path) -> Path:
     return stats_path(shard).with_name(stats_path(shard).name + OLD)
 
 
-def compare(rows: Sequence[Row], packed: Packed, rules: ImageRules, bar: tqdm) -> Changes:
-    """Find what changed. Rows whose files have the same sizes and times are not read; bar counts those that are done.
+def compare(rows: Sequence[Row], packed: Packed, rules: ImageRules, progress: Progress) -> Changes:
+    """Find what changed. Rows whose files have the same sizes and times are not read.
+
+    progress: of the packed rows.
 
     Raises: OSError where the machine fails.
     """
@@ -135,7 +136,7 @@ def compare(rows: Sequence[Row], packed: Packed, rules: ImageRules, bar: tqdm) -
         if entry is None:
             changes.new.append((position, row))
             continue
-        bar.update()
+        progress.update()
         try:
             _compare_row(row, shard, entry, rules, changes)
             changes.kept[shard][entry.number] = row

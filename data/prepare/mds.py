@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from data.checks import one_line
 from data.prepare.columns import Columns
 from data.prepare.rows import Row, Unusable, file_version, unusable
+from data.progress import each
 
 INDEX = "index.json"
 BYTES = ("jpeg", "png", "bytes")
@@ -61,7 +61,7 @@ def list_mds(folder: Path, columns: Columns) -> list[Row]:
     Raises: ValueError if a shard is compressed, cannot be read or lacks a column; OSError.
     """
     rows: list[Row] = []
-    for entry in tqdm(json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"], desc="listing", unit="file"):
+    for entry in each(json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"], "listing", "file"):
         try:
             file = folder / Path(entry["raw_data"]["basename"]).name
             names = zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True)

@@ -10,13 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from data.checks import count, one_line
 from data.config import ImageRules
 from data.images import BadImage, decode
 from data.prepare.changes import OLD, ROWS, Changes, Entry, compare, old_stats, read_packed, shard_path
 from data.prepare.rows import NO_PICTURE, Picture, Row, Unusable, read_picture, signature
+from data.progress import Progress
 from data.storage.locations import write_whole
 from data.storage.shards import INDEX
 from data.storage.tars import STATS, Sample, stats_path, write_json, write_shard
@@ -92,8 +91,8 @@ def find_changes(rows: Sequence[Row], out: Path, rules: ImageRules) -> Changes:
     """
     packed = read_packed(out)
     total = sum(map(len, packed.entries.values()))
-    with tqdm(total=total, desc="comparing", unit="img", disable=not total) as bar:
-        return compare(rows, packed, rules, bar)
+    with Progress("comparing", total, "picture") as progress:
+        return compare(rows, packed, rules, progress)
 
 
 def write_changes(changes: Changes, out: Path, shard_size: int, rules: ImageRules, workers: int = 1) -> bool:
@@ -143,12 +142,12 @@ class _Writer:
     def write(self) -> None:
         """Write all shards that changed, in the order of their numbers."""
         kept = self.changes.kept
-        with tqdm(total=len(self.changes.new), desc="packing", unit="img", disable=not self.changes.new) as bar:
-            self._new = self._usable(bar)
+        with Progress("packing", len(self.changes.new), "picture", self.out) as progress:
+            self._new = self._usable(progress)
             self._next = next(self._new, None)
             if self._next is None and not self.packed:
                 for line in _listing(self.skipped):
-                    print(line)
+                    progress.write(line)
                 raise ValueError(f"none of {count(self.pictures, 'picture')} is usable; the reasons are above")
             last_with_room = max((n for n, rows in kept.items() if 0 < len(rows) < self.shard_size), default=-1)
             for number in itertools.count():
@@ -178,7 +177,7 @@ class _Writer:
             lines.append(f"  all that were skipped are listed in {self.out / SKIPPED}")
         return lines
 
-    def _usable(self, bar: tqdm) -> Iterator[_Usable]:
+    def _usable(self, progress: Progress) -> Iterator[_Usable]:
         """The new rows that can be packed, in their order; the others are added to those skipped.
 
         Threads suffice: reading and decoding leave Python's lock to the others.
@@ -188,13 +187,13 @@ class _Writer:
             for position, row in self.changes.new:
                 ahead.append((row.name or f"row {position}", pool.submit(self._read, row)))
                 if len(ahead) == 2 * self.workers:
-                    yield from self._taken(*ahead.popleft(), bar)
+                    yield from self._taken(*ahead.popleft(), progress)
             for name, read in ahead:
-                yield from self._taken(name, read, bar)
+                yield from self._taken(name, read, progress)
 
-    def _taken(self, name: str, read: "Future[_Usable | str]", bar: tqdm) -> Iterator[_Usable]:
+    def _taken(self, name: str, read: "Future[_Usable | str]", progress: Progress) -> Iterator[_Usable]:
         usable = read.result()
-        bar.update()
+        progress.update()
         if isinstance(usable, str):
             self.skipped.append((name, usable))
         else:

@@ -130,18 +130,18 @@ def choose_all(
     workers: int,
     done: dict[str, Chosen],
     save: Callable[[dict[str, Chosen]], None],
+    out: str = "",
 ) -> list[Chosen]:
     """Apply the rules to all shards, in their order.
 
     done: what an interrupted run has done, by the names of the shards.  save: keeps what is done so far; called now and
-    then, and if it ends before the last shard.
+    then, and if it ends before the last shard.  out: where the selection will be, to tell it.
     Raises: ValueError if a shard's fields can't be read; OSError.
     """
     todo, saved = [shard for shard in shards if shard.name not in done], time.monotonic()
+    found = in_processes(partial(choose, plan), todo, workers, "shard", "choose", out, len(shards) - len(todo))
     try:
-        for shard, chosen in zip(
-            todo, in_processes(partial(choose, plan), todo, workers, "shard", "choose"), strict=True
-        ):
+        for shard, chosen in zip(todo, found, strict=True):
             done[shard.name] = chosen
             if time.monotonic() - saved > SAVE_SECONDS:
                 save(done)

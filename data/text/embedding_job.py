@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data.device import default_device
+from data.progress import Progress
 from data.storage.caption_fields import TXT
 from data.storage.claims import Claim
 from data.storage.locations import exists, join, list_names, make_folder, write_whole
@@ -135,7 +135,7 @@ def write_sidecars(
     else:
         outdated, work.unreadable = find_outdated(shards, out, caption)
 
-    def write(shard: Shard, held: Claim | ObjectClaim, progress: Callable[[int], object]) -> None:
+    def write(shard: Shard, held: Claim | ObjectClaim, count: Callable[[int], object]) -> None:
         valid = None
         reason = outdated.get(shard.name, "") if exists(sidecar_location(shard, out)) else ""
         if reason:
@@ -145,7 +145,7 @@ def write_sidecars(
             if not report.faults():  # another process has made it anew before this one claimed it
                 return
             valid = report.valid
-        written = write_sidecar(shard, out, encoder, meta, batch, held, progress, valid, caption)
+        written = write_sidecar(shard, out, encoder, meta, batch, held, count, valid, caption)
         work.without_caption += written.without_caption
         work.not_text += written.not_text
         work.cleaned_away += written.cleaned_away
@@ -180,16 +180,28 @@ def _share_out(shards: list[Shard], out: str, outdated: set[str], write: Write, 
     todo = all_to_do(shards)
     start = random.Random().randrange(len(todo)) if todo else 0
     todo = todo[start:] + todo[:start]  # processes that start together begin at different shards
-    with tqdm(total=sum(shard.count for shard in todo), unit="caption", desc="embed") as bar:
+    captions, counts = sum(shard.count for shard in shards), {shard.name: shard.count for shard in todo}
+    settled = captions - sum(counts.values())
+
+    def settle(shard: Shard) -> None:
+        """It is done, here or by another process. Its samples without a caption count too."""
+        nonlocal settled
+        settled += counts.pop(shard.name, 0)
+        progress.update(settled - progress.done)
+
+    with Progress("embed", captions, "caption", out, settled) as progress:
         while todo:
             for shard in todo:
-                if not to_do(shard) or (held := claim_location(sidecar_location(shard, out))) is None:
+                if not to_do(shard):
+                    settle(shard)
+                    continue
+                if (held := claim_location(sidecar_location(shard, out))) is None:
                     continue
                 with held:
                     if not to_do(shard):
                         continue
                     try:
-                        write(shard, held, bar.update)
+                        write(shard, held, progress.update)
                     except UnreadableShard as error:
                         unreadable[shard.name] = str(error)
                         continue
@@ -198,7 +210,12 @@ def _share_out(shards: list[Shard], out: str, outdated: set[str], write: Write, 
                             raise
                         continue  # this took so long that another process was given the shard
                     done.add(shard.name)
-            todo = all_to_do(todo)
+                settle(shard)
+            before, todo = todo, all_to_do(todo)
+            left = {shard.name for shard in todo}
+            for shard in before:
+                if shard.name not in left:
+                    settle(shard)
             if todo:
-                bar.set_postfix({"by other processes": len(todo)})
+                progress.update(0, {"shards by other processes": len(todo)})
                 time.sleep(POLL_SECONDS)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from data.progress import each
 from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.digests import ShardDigest
 from data.storage.locations import can_be_listed, file_size, is_remote, join, list_names, open_location, size_of
@@ -161,7 +160,7 @@ def _is_embedding(npy: bytes, meta: TextMeta) -> bool:
 def summarize_sidecars(
     shards: list[Shard], folder: str, meta: TextMeta, caption: str = TXT, distinct: DistinctCaptions | None = None
 ) -> list[SidecarSummary]:
-    """check_sidecar for all shards, by threads, with a progress bar."""
+    """check_sidecar for all shards, by threads, whose progress is told."""
 
     def summarize(shard: Shard) -> SidecarSummary:
         found = check_sidecar(shard, folder, meta, caption, distinct)
@@ -170,7 +169,7 @@ def summarize_sidecars(
         )
 
     with ThreadPoolExecutor(READERS) as readers:
-        return list(tqdm(readers.map(summarize, shards), total=len(shards), unit="shard", desc="check"))
+        return list(each(readers.map(summarize, shards), "check", "shard", total=len(shards)))
 
 
 def find_outdated(shards: list[Shard], folder: str, caption: str = TXT) -> tuple[dict[str, str], dict[str, str]]:
@@ -203,8 +202,8 @@ def find_outdated(shards: list[Shard], folder: str, caption: str = TXT) -> tuple
     names = set(list_names(folder))
     there = [shard for shard in shards if stats_location(shard.name) in names]
     with ThreadPoolExecutor(READERS) as readers:
-        bar = tqdm(readers.map(compare, there), total=len(there), unit="shard", desc="compare", disable=not there)
-        named = [(shard.name, *reasons) for shard, reasons in zip(there, bar, strict=True)]
+        found = each(readers.map(compare, there), "compare", "shard", total=len(there))
+        named = [(shard.name, *reasons) for shard, reasons in zip(there, found, strict=True)]
     return {name: why for name, why, _ in named if why}, {name: problem for name, _, problem in named if problem}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from data.progress import Progress
 from data.storage.caption_fields import TXT, caption_extensions, find_captions
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
@@ -50,11 +51,13 @@ def encode_captions(
     Raises: ValueError if a state is not finite.
     """
     states, lengths = np.empty((len(captions), encoder.tokens, encoder.dim), np.float32), np.empty(len(captions), int)
-    for first in range(0, len(captions), batch):
-        part = captions[first : first + batch]
-        ids = encoder.token_ids(part)
-        found = encoder.states(torch.from_numpy(ids)).float()
-        encoder.check_finite(found, part)
-        states[first : first + batch], lengths[first : first + batch] = found.cpu().numpy(), (ids >= 0).sum(1)
-        after_each()
+    with Progress("encode", len(captions), "caption") as progress:
+        for first in range(0, len(captions), batch):
+            part = captions[first : first + batch]
+            ids = encoder.token_ids(part)
+            found = encoder.states(torch.from_numpy(ids)).float()
+            encoder.check_finite(found, part)
+            states[first : first + batch], lengths[first : first + batch] = found.cpu().numpy(), (ids >= 0).sum(1)
+            after_each()
+            progress.update(len(part))
     return states, lengths

@@ -4,9 +4,8 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
-from tqdm import tqdm
-
 from data.loader.dataset import Dataset, find_datasets
+from data.progress import each
 from data.storage.locations import file_size
 from data.text.meta import LOWRANK, TextMeta, caption_folder, sidecar_location
 from launch.cost.network import Buckets, Network, bucket_costs
@@ -144,7 +143,7 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     available = gpu.memory - options.reserve_gb * GB
     available = available - resident.total if built <= available else 0.0
     costs = {}
-    for recompute in tqdm(RECOMPUTE, desc="counting", unit="choice", leave=False, disable=None):
+    for recompute in each(RECOMPUTE, "counting", "choice"):
         costs[recompute] = recompute_cost(config, recompute, trained, largest, ranks, available)
     traffic, reading = collectives(trained, ranks, weight_bytes), estimate_reading(options, config)
 

@@ -18,7 +18,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.cli import MISTAKE, REQUEUE, run_command
+from data.cli import MISTAKE, QUIET, QUIET_LINE, REQUEUE, run_command
+from data.progress import is_quiet
 from launch.slurm.allocation import Allocation, check_commands, check_hostfile, find_allocation
 from launch.slurm.in_place import (
     SETTLE_SECONDS,
@@ -105,6 +106,7 @@ class Job:
         # The one task of a node starts all of its ranks and their loader workers: it must not be bound to one CPU.
         command += ["--kill-on-bad-exit=1", "--cpu-bind=none", *self.srun_args, "bash", "-c", NODE, str(LAUNCHER), log]
         command += [str(self.hostfile), allocation.master_addr, str(allocation.master_port), *program]
+        command += [QUIET] * is_quiet()
         # In the current folder, from which run_dir is reckoned; in a session of its own, so that signals to this script
         # do not end it.
         step = subprocess.Popen(command, start_new_session=True)
@@ -331,7 +333,8 @@ def batch(overrides: list[str]) -> None:
 
 def help_page() -> str:
     """This module's docstring, and the arguments of the training."""
-    return f"{__doc__}\nusage: python -m launch.slurm.batch +experiment=NAME [key=value ...]\n\n{training_help()}"
+    usage = f"python -m launch.slurm.batch +experiment=NAME [key=value ...]\n{QUIET_LINE}"
+    return f"{__doc__}\nusage: {usage}\n\n{training_help()}"
 
 
 def main(argv: list[str] | None = None) -> None:

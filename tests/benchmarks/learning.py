@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from tqdm import tqdm
 
 from data.checks import check_choice
 from data.cli import command, location
+from data.progress import each
 from model.unet import UNet
 from tests.benchmarks.commands import run
 from train.compose import compose_config
@@ -191,7 +191,7 @@ def compare(args: Learning) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         results = [pool.submit(make, args, arm, seed) for arm, seed in todo]
         try:
-            for (arm, _), result in zip(todo, tqdm(results, args.arms, unit="run"), strict=True):
+            for (arm, _), result in zip(todo, each(results, args.arms, "run", args.out), strict=True):
                 found[arm.name].append(result.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)

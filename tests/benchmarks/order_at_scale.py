@@ -10,10 +10,10 @@ import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from data.cli import command
 from data.loader.order import Order
+from data.progress import each
 from data.storage.shards import Shard
 from tests.benchmarks.places import samples_at
 
@@ -105,7 +105,7 @@ def walk_epoch(order: Order) -> None:
     """Walk an epoch with all workers of all ranks and count the samples."""
     seen = np.zeros(order.samples, dtype=np.uint8)
     walked = 0
-    for rank in tqdm(range(RANKS), desc="ranks", unit="rank", mininterval=5):
+    for rank in each(range(RANKS), "epoch", "rank"):
         for worker in range(WORKERS):
             samples = samples_at(order, positions_of_worker(order, EPOCH, rank, worker))
             # A sample that came twice to one worker would count once here: then another is never seen.

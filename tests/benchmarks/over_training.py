@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
-from tqdm import tqdm
 
 from data.cli import help_text, location, parse, run_command
+from data.progress import each
 from data.storage.shards import find_shards
 from tests.benchmarks.commands import run
 from train.evaluation.chunked_array import ChunkedArray
@@ -139,9 +139,9 @@ def evaluate(argv: list[str]) -> None:
     own = {f.name for f in fields(OverTraining)}
     args = parse(OverTraining, [arg for arg in argv if arg.partition("=")[0] in own])
     rest = [arg for arg in argv if arg.partition("=")[0] not in own]
-    steps, todo = sorted(args.at), tqdm([(step, r) for step in sorted(args.at) for r in args.runs], unit="checkpoint")
+    steps = sorted(args.at)
     found: dict[int, list[list[dict[str, float]]]] = {step: [] for step in steps}
-    for step, run_dir in todo:
+    for step, run_dir in each([(step, run_dir) for step in steps for run_dir in args.runs], "evaluate", "checkpoint"):
         found[step].append(scores_at(run_dir, step, rest))
     names = [name for name in found[steps[0]][0][0] if name != "manifest"]
     print(f"| step | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")

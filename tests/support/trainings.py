@@ -12,6 +12,7 @@ from pathlib import Path
 from data import demo
 from data.embed import Embed, embed
 from data.tiny_t5 import TinyT5, write_tiny_t5
+from tests.support.terminal import take_terminal
 
 STEPS, SAVE_EVERY = 6, 3
 SMALL = f"""
@@ -71,6 +72,7 @@ def start(
 
     def limit() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+        take_terminal()
         if file_size:
             resource.setrlimit(resource.RLIMIT_FSIZE, file_size)
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.loader.dataset import Dataset
+from data.progress import each
 from data.storage.caption_fields import TXT
 from data.storage.locations import absolute, split
 from data.storage.shards import Shard
@@ -103,8 +103,7 @@ def add_missing_digests(datasets: list[Dataset]) -> None:
             "run `python -m data.index shards=%s%s` to make this once",
             len(missing), len(dataset.shards), absolute(folder), folder, f" captions={others}" if others else "",
         )  # fmt: skip
-        bar = tqdm(missing, unit="shard", desc="digests")
-        found = {location: scan_shard(location, fields).digests for location in bar}
+        found = {location: scan_shard(location, fields).digests for location in each(missing, "digests", "shard")}
         dataset.shards = [_with_digests(shard, found.get(shard.location, {})) for shard in dataset.shards]
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from data.progress import Progress
 from data.storage.atomic import atomic_file
 
 RANGE = re.compile(r"(\d{6})-(\d{6})")
@@ -73,13 +73,18 @@ class ArrayFiller:
     def fill(self, array: ChunkedArray, make: Callable[[int, int], np.ndarray], description: str) -> None:
         """Make this rank's share of the missing rows, and wait for the other ranks; a collective call.
 
-        make: (first, stop) -> the rows between.  description: for the bar.
+        make: (first, stop) -> the rows between.  description: for the progress.
         """
         import torch.distributed as dist  # imported here: --help of the commands that import this file needs no torch
 
         missing = array.missing(self.batch_size)
         dist.barrier()  # no rank writes before all have listed what is missing
-        own = missing[self.rank :: self.ranks]
-        for first, stop in tqdm(own, description, unit="batch", disable=bool(self.rank) or not missing):
-            array.write(first, make(first, stop))
+        pieces = [missing[at : at + self.ranks] for at in range(0, len(missing), self.ranks)]
+        made = array.n - sum(stop - first for first, stop in missing)
+        with Progress(description, array.n, "picture", array.folder, made) as progress:
+            for of_ranks in pieces:
+                if self.rank < len(of_ranks):
+                    first, stop = of_ranks[self.rank]
+                    array.write(first, make(first, stop))
+                progress.update(sum(stop - first for first, stop in of_ranks))  # the others make theirs meanwhile
         dist.barrier()

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from data.config import CaptionConfig
 from data.images import preprocess
 from data.loader.cursor import RawSample, ShardCursor
+from data.progress import each
 from data.storage.caption_fields import TXT
 from data.storage.shards import Shard, find_shards
 from data.text.decode import decode_caption
@@ -47,7 +47,7 @@ class Pictures:
         Raises: ValueError if one cannot be read.
         """
         captions, pictures = hashlib.sha256(), hashlib.sha256()
-        for raw in tqdm(self._read(0, self.samples, ""), "manifest", self.samples, unit="picture", disable=None):
+        for raw in each(self._read(0, self.samples, ""), "manifest", "picture", total=self.samples):
             for digest, data in ((captions, raw.caption), (pictures, raw.image)):
                 digest.update(len(data).to_bytes(8, "little") + data)
         return captions.hexdigest(), pictures.hexdigest()

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from data.progress import Progress
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.eval_set import Pictures
 from train.evaluation.features import Extractor
@@ -37,17 +37,22 @@ def read_images(folder: Path) -> np.ndarray:
 
 def image_features(extract: Extractor, images: np.ndarray) -> np.ndarray:
     """Features of images, uint8 [N, 3, H, W] -> [N, dim]."""
-    return np.concatenate([extract(torch.from_numpy(images[i : i + BATCH])) for i in range(0, len(images), BATCH)])
+    with Progress("features of the images", len(images), "picture") as progress:
+        features = []
+        for first in range(0, len(images), BATCH):
+            features.append(extract(torch.from_numpy(images[first : first + BATCH])))
+            progress.update(len(features[-1]))
+    return np.concatenate(features)
 
 
 def training_features(extract: Extractor, training: Pictures, image_size: int) -> np.ndarray:
     """Features of the training pictures, preprocessed as in training, but with a central crop; [M, dim]."""
     features = []
-    with tqdm(total=training.samples, desc="training pictures", unit="image") as bar:
+    with Progress("features of the training pictures", training.samples, "picture") as progress:
         for first in range(0, training.samples, BATCH):
             stop = min(first + BATCH, training.samples)
             features.append(extract(torch.from_numpy(training.pictures(first, stop, image_size))))
-            bar.update(stop - first)
+            progress.update(stop - first)
     return np.concatenate(features)
 
 

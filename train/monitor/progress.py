@@ -1,4 +1,4 @@
-"""What the user sees of a run: the progress bar, the metrics, the sample grids and, at the end, where the files are."""
+"""What the user sees of a run: its progress, the metrics, the sample grids and, at the end, where the files are."""
 
 import math
 import sys
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.loader.prompts import stored_prompts
+from data.progress import Progress
 from data.text.embeddings import read_empty
 from model.unet import UNet
 from train.checkpoint.format import latest_checkpoint
@@ -38,7 +38,7 @@ class RunProgress:
         self.captions = [caption for caption, _ in prompts]
         self.text_emb = torch.stack([torch.from_numpy(emb) for _, emb in prompts]).to(device)
         self.empty = torch.from_numpy(read_empty(inputs.datasets[0].text, inputs.meta)).to(device)
-        self.bar = tqdm(total=config.steps, initial=step, unit="step", desc=run_dir.name, smoothing=0.05)
+        self.progress = Progress(run_dir.name, config.steps, "step", run_dir, start=step)
         self.alerts = Alerts(self._alert)
         self._sum = self._weight = 0.0
         self._shown: dict[str, str] = {}
@@ -48,7 +48,7 @@ class RunProgress:
             self._smooth(line["loss"])
 
     def log(self, step: int, values: dict[str, float], metrics: Metrics) -> None:
-        """Log a line of metrics and show the most important ones beside the bar."""
+        """Log a line of metrics and show the most important ones beside the progress."""
         bad_counts, self._slowest = metrics.bad_counts, metrics.slowest
         values = values | {"loss_smoothed": self._smooth(values["loss"])}
         where: dict[str, float | str] = {}
@@ -56,7 +56,6 @@ class RunProgress:
             where = {"straggler_node": self._slowest.node, "straggler_gpu": self._slowest.gpu}
         self.tracker.log(step, {**values, **where})
         self.alerts.check(step, values, self._slowest)
-        self.bar.update(step - self.bar.n)
         shown = {
             "loss": f"{values['loss']:.4f}",
             "lr": f"{values['lr']:.2e}",
@@ -65,9 +64,10 @@ class RunProgress:
         }
         if "validation/mse" in values:  # shown until the next one
             self._shown = {"val mse": f"{values['validation/mse']:.4f}"}
-        self.bar.set_postfix(shown | self._shown | ({"bad": sum(bad_counts.values())} if bad_counts else {}))
+        shown |= self._shown | ({"bad": str(sum(bad_counts.values()))} if bad_counts else {})
+        self.progress.update(step - self.progress.done, shown)
         if bad_counts and values["bad_samples"]:
-            self.bar.write(
+            self.progress.write(
                 f"step {step}: {values['bad_samples']:.0f} samples skipped on all ranks; "
                 f"on rank 0 since the start: {bad_counts}; listed in {self.run_dir / 'quarantine'}"
             )
@@ -104,7 +104,7 @@ class RunProgress:
         return self._sum / self._weight if self._weight else loss
 
     def _alert(self, title: str, text: str) -> None:
-        self.bar.write(f"ALERT {title}: {text}", file=sys.stderr)
+        self.progress.write(f"ALERT {title}: {text}", sys.stderr)
         self.tracker.alert(title, text)
         # Once a start: two nodes that are slow in turns would soon have too many faults.
         if title.startswith(STRAGGLER) and self._slowest and self._slowest.node not in self._counted:
@@ -114,7 +114,7 @@ class RunProgress:
     def close(self, done: bool) -> None:
         """Draw the curves and print where the files are.  done: whether all steps are made, which is marked."""
         self.alerts.close()
-        self.bar.close()
+        self.progress.close()
         curves = plot_curves(read_metrics(self.tracker.path), self.run_dir)
         self.tracker.close()
         print(f"curves      {curves[0]}  {curves[1]}  ({self.tracker.path})")

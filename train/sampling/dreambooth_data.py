@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from data.device import default_device
 from data.images import BadImage, decode
 from data.prepare.packing import key_of
+from data.progress import Progress
 from data.storage.tars import stats_path, write_json, write_shard
 from data.text.encoder import load_encoder
 from data.text.meta import TextMeta
@@ -97,10 +97,12 @@ class Drawing:
         write_json(folder / RECORD, asdict(self))
 
 
-def draw_class(checkpoint: Checkpoint, drawing: Drawing, encoder: str, micro_batch: int) -> list[tuple[bytes, str]]:
+def draw_class(
+    checkpoint: Checkpoint, drawing: Drawing, encoder: str, micro_batch: int, out: str | Path = ""
+) -> list[tuple[bytes, str]]:
     """A picture as PNG for each prompt, drawn before the net is tuned, with its prompt.
 
-    encoder: its folder or name on the hub, '' for what the checkpoint names.
+    encoder: its folder or name on the hub, '' for what the checkpoint names.  out: where they will be, to tell it.
     Raises: ValueError if the encoder or the weights cannot be loaded, or these steps cannot be taken.
     Source: Ruiz et al. 2023, section 3.3.
     """
@@ -115,13 +117,15 @@ def draw_class(checkpoint: Checkpoint, drawing: Drawing, encoder: str, micro_bat
     del text_encoder  # a GPU need not hold it beside the net
     unet = load_net(checkpoint, "ema", device)
     drawn: list[tuple[bytes, str]] = []
-    for batch, text_emb in zip(tqdm(batches, "pictures of the class", unit="batch"), text_embs, strict=True):
-        seeds = range(seed + len(drawn), seed + len(drawn) + len(batch))
-        images = sample(unet, scheduler, text_emb, empty, drawing.guidance_scale, steps, seeds).numpy()
-        for image, prompt in zip(images, batch, strict=True):
-            file = io.BytesIO()
-            Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
-            drawn.append((file.getvalue(), prompt))
+    with Progress("pictures of the class", len(prompts), "picture", out) as progress:
+        for batch, text_emb in zip(batches, text_embs, strict=True):
+            seeds = range(seed + len(drawn), seed + len(drawn) + len(batch))
+            images = sample(unet, scheduler, text_emb, empty, drawing.guidance_scale, steps, seeds).numpy()
+            for image, prompt in zip(images, batch, strict=True):
+                file = io.BytesIO()
+                Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
+                drawn.append((file.getvalue(), prompt))
+            progress.update(len(batch))
     return drawn
 
 

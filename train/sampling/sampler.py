@@ -1,6 +1,5 @@
 """Text embeddings to images: classifier-free guidance with a scheduler of diffusers. The command is train.sample."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.pipelines.deepfloyd_if import timesteps as if_timesteps
 from torch import Tensor
-from tqdm import tqdm
 
-from data.checks import check_choice, did_you_mean
+from data.checks import check_choice, count, did_you_mean
+from data.progress import Progress
 from model.unet import TextState, UNet
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
@@ -154,10 +153,11 @@ def sample(
 
 def sample_batches(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor, empty: Tensor, guidance_scale: float, steps: int | str,
-    seeds: Sequence[int], micro_batch: int, watch: Callable[[SamplingStep], object] = lambda step: None,
+    seeds: Sequence[int], micro_batch: int, out: str = "", watch: Callable[[SamplingStep], object] = lambda step: None,
 ) -> Tensor:  # fmt: skip
-    """As sample, `micro_batch` images at a time, with a bar of all images' steps; consecutive seeds share a prompt.
+    """As sample, `micro_batch` images at a time, and tells the steps of all images; consecutive seeds share a prompt.
 
+    out: where the images will be, to tell it.
     Shapes: text_emb [P, L, D], empty [L, D], seeds P x n, of which the first n are for the first prompt.
     watch: called with each step of the first batch.
     """
@@ -166,15 +166,12 @@ def sample_batches(
     text = TextState(*(value.repeat_interleave(len(seeds) // len(text_emb), 0) for value in of_prompts))
     images = []
     set_steps(scheduler, steps)
-    # In a file, where each state of the bar is a line, a state every half minute is enough.
-    seconds = 0.1 if sys.stderr.isatty() else 30.0
-    total = len(seeds) * len(scheduler.timesteps)
-    with tqdm(total=total, unit="step", desc=f"{len(seeds)} images", mininterval=seconds) as bar:
+    with Progress(count(len(seeds), "image"), len(seeds) * len(scheduler.timesteps), "step", out) as progress:
         for start in range(0, len(seeds), micro_batch):
             part = slice(start, start + micro_batch)
             batch = TextState(*(value[part] for value in text))
             for step in denoise(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part]):
-                bar.update(len(step.x_t))
+                progress.update(len(step.x_t))
                 if start == 0:
                     watch(step)
             images.append(to_pixels(step.x_next))
