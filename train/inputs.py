@@ -115,7 +115,7 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     if isinstance(config.sample.prompts, list):
         found.prompts = _encode_prompts(config, metas[0], encoder)
     if config.init_from:
-        _pin_init_from(config, found)
+        pin_init_from(config, found)
     if found.from_weights or config.lora.rank:
         found.weights = load_pretrained(config.init_from, config.model)
         found.base = weights_digest(found.weights) if config.lora.rank else ""
@@ -160,7 +160,7 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
     return inputs
 
 
-def _pin_init_from(config: Config, found: Inputs) -> None:
+def pin_init_from(config: Config, found: Inputs) -> None:
     """Name the commit of weights on the hub, that of the run's checkpoint if there is one; and say if all begin there.
 
     Raises: ValueError.

@@ -78,7 +78,7 @@ def pinned(location: str, recorded: str = "", bare: bool = False) -> str:
         _tell_if_moved(name, kept)
         return kept
     try:
-        commit = ask(name, lambda api: api.resolve_revision(name.repo, revision=name.revision or None)).resolved
+        commit = ask(name, lambda api: _commit(api, name))
     except NoHub as error:
         commit = _cached_commit(name, error)
     return str(HubName(name.repo, commit))
@@ -153,6 +153,11 @@ def told(error: Exception, name: HubName) -> Exception:
         more = one_line(str(getattr(error, "server_message", "") or ""))
         return NoHub(f"the hub answers {status} for {name.repo}{f' ({more})' if more else ''}")
     return NoHub(f"the hub is not reached ({type(error.__cause__ or error).__name__})")
+
+
+def _commit(api: "HfApi", name: HubName) -> str:
+    api.model_info(name.repo, revision=name.revision or None)  # where the hub is not there, the next goes to the cache
+    return api.resolve_revision(name.repo, revision=name.revision or None).resolved  # and keeps it in the cache
 
 
 def _cached_commit(name: HubName, error: NoHub) -> str:

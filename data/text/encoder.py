@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
-from data.storage.hub import ask, hub_name, pinned
+from data.storage.hub import hub_name, pinned
+from data.storage.hub_files import fetch
 from data.text.captions import CLEANING, cleaner
 from data.text.meta import COMPUTE, TextMeta
+
+# Files of an encoder's weights, as transformers looks for them, and endings of what else it and the tokenizer read.
+WEIGHTS = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+BESIDE = (".json", ".model", ".txt", ".jinja")
 
 
 class TextEncoder:
@@ -144,28 +149,20 @@ def _not_loaded(name: str, error: Exception) -> ValueError:
 
 
 def _from_pretrained(location: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The tokenizer and the encoder of a folder, of the hub's cache, or else of the hub.
+    """The tokenizer and the encoder of a folder, or of the hub.
 
+    Files of the hub are fetched first and read as a folder: transformers asks it for more, also of what is in the
+    cache, and tries each file again for half a minute where the hub is not there.
     location: of the hub with its commit.
-    The cache comes first, and the hub is asked once whether it is there: transformers' own retries take a minute.
     Raises: OSError, ValueError.
     """
-    name = hub_name(location, bare=True)
-    if name is None and not Path(location).is_dir():
+    name, folder = hub_name(location, bare=True), Path(location)
+    if name:
+        folder = fetch(name, WEIGHTS, lambda file: "/" not in file and file.endswith(BESIDE))
+    elif not folder.is_dir():
         raise ValueError("there is no such folder")
-
-    def load(**options: Any) -> tuple[Any, Any]:
-        place = name.repo if name else location
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        return tokenizer, AutoModelForTextEncoding.from_pretrained(place, dtype=dtype, **options)
-
-    if name is None:
-        return load(local_files_only=True)
-    try:
-        return load(revision=name.revision, local_files_only=True)
-    except (OSError, ValueError):
-        ask(name, lambda api: api.model_info(name.repo, revision=name.revision))
-    return load(revision=name.revision)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer, AutoModelForTextEncoding.from_pretrained(folder, dtype=dtype, local_files_only=True)
 
 
 def load_encoder(meta: TextMeta, name: str = "", device: torch.device | None = None) -> TextEncoder:

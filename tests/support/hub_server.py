@@ -45,7 +45,7 @@ class Hub:
 
     users: by token what whoami says.  repos: by name.  stored: large files by hash.
     requests: method and path of each request.  uploads: hash of each large file that was sent whole.
-    before: called with method and path before each request is answered, to delay it or end the process that asked.
+    before: called with method and path before each request is answered; what it returns is the answer, if anything.
     """
 
     users: dict[str, dict] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Hub:
     stored: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     uploads: list[str] = field(default_factory=list)
-    before: Callable[[str, str], object] = lambda method, path: None
+    before: Callable[[str, str], Response | None] = lambda method, path: None
     url: str = ""
 
     def add_user(self, token: str, name: str, role: str = "write", **orgs: str) -> None:
@@ -81,7 +81,7 @@ def served() -> Iterator[Hub]:
     hub = Hub()
     server = make_server("127.0.0.1", 0, make_app(hub), threaded=True)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub
@@ -113,7 +113,8 @@ def make_app(hub: Hub) -> Flask:
 
     @app.before_request
     def look() -> Response | None:
-        hub.before(request.method, request.path)
+        if answer := hub.before(request.method, request.path):
+            return answer
         hub.requests.append((request.method, request.path))
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in hub.users:
@@ -160,13 +161,15 @@ def make_app(hub: Hub) -> Flask:
         found = find(f"{org}/{name}", write=True)
         return found if isinstance(found, Response) else jsonify(ok=True)
 
-    @app.get("/api/models/<org>/<name>/tree/<path:revision>")
-    def tree(org: str, name: str, revision: str) -> Response:
+    @app.get("/api/models/<org>/<name>/tree/<revision>")
+    @app.get("/api/models/<org>/<name>/tree/<revision>/<path:folder>")
+    def tree(org: str, name: str, revision: str, folder: str = "") -> Response:
         found = find(f"{org}/{name}", revision)
         if isinstance(found, Response):
             return found
-        repo, commit = found
-        return jsonify([describe(path, data) for path, data in sorted(repo.commits[commit].items())])
+        files = found[0].commits[found[1]]
+        below = [describe(path, files[path]) for path in sorted(files) if path.startswith(folder)]
+        return jsonify(below) if below or not folder else refusal(404, "Entry not found", "EntryNotFound")
 
     @app.post("/api/models/<org>/<name>/preupload/<path:revision>")
     def preupload(org: str, name: str, revision: str) -> Response:

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.storage.hub import hub_name, pinned
+from data.storage.hub_files import fetch
 from model.config import UNetConfig
 from model.convert import from_diffusers, merge_lora, to_diffusers
 from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.identity import weights_digest
-from train.weights.from_hub import fetch_weights
 from train.weights.lora import trained_adapter
 from train.weights.prefixes import SHOWN, flatten, take_off_prefix
 
@@ -85,7 +85,7 @@ def _fetched(location: str | Path) -> Path:
     try:
         name = hub_name(pinned(str(location)))
         assert name
-        return fetch_weights(name, DIFFUSERS_FILES)
+        return fetch(name, DIFFUSERS_FILES)
     except ValueError as error:
         raise ValueError(
             f"no weights at '{Path(location).absolute()}', nor of that name in the hub's cache, and {error}: "
