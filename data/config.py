@@ -110,7 +110,7 @@ class TextConfig:
 
     mode: stored reads them from data.text; online computes them on every rank with the frozen encoder that the
         meta.json in data.text names.
-    encoder: where that encoder lies now, if not where meta.json says.
+    encoder: where that encoder lies now, if not where meta.json says: a folder, or ORG/NAME@REVISION on the hub.
     """
 
     mode: str = "stored"

@@ -97,8 +97,7 @@ def test_a_folder_that_is_there_comes_first(hub, tmp_path, monkeypatch):
     (tmp_path / "org" / "net").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert hub_name("org/net") is None and pinned("org/net") == "org/net"
-    with pytest.raises(ValueError, match="there is a folder 'org/net' here: name it alone, or run where"):
-        pinned("org/net@main")
+    assert hub_name("org/net@main") == HubName("org/net", "main"), "a revision is the hub's"
     assert hub_name("t5-small", bare=True) == HubName("t5-small")
     assert not hub.requests
 

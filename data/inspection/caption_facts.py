@@ -56,12 +56,15 @@ def _tokenizer(encoder: str) -> Any:
     """The tokenizer of an encoder in a folder or in the hub's cache; None if it is not there."""
     if encoder.startswith((".", "/")) and not Path(encoder).is_dir():
         return None
-    name = hub_name(encoder, bare=True)
+    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer  # here, since its import is slow
 
     try:
-        if name:
-            return AutoTokenizer.from_pretrained(name.repo, revision=name.revision or None, local_files_only=True)
+        if name := hub_name(encoder, bare=True):
+            cached = try_to_load_from_cache(name.repo, "config.json", revision=name.revision or None)
+            if not isinstance(cached, str):
+                return None
+            encoder = str(Path(cached).parent)
         return AutoTokenizer.from_pretrained(encoder, local_files_only=True)
     except (OSError, ValueError):
         return None

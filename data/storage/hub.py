@@ -64,15 +64,10 @@ def pinned(location: str, recorded: str = "", bare: bool = False) -> str:
 
     recorded: where the same was found before. If that is a commit of this repository it is taken again, and a warning
     says where a branch or tag has moved since.
-    Raises: ValueError if the hub has no such repository or revision, or does not answer and its cache has none; or if
-    a folder here has the name of the repository.
+    Raises: ValueError if the hub has no such repository or revision, or does not answer and its cache has none.
     """
     name = hub_name(location, bare)
-    if name is None:
-        return location
-    if os.path.exists(name.repo):  # libraries would read it whatever the revision
-        raise ValueError(f"there is a folder '{name.repo}' here: name it alone, or run where there is none for {name}")
-    if name.is_commit:
+    if name is None or name.is_commit:
         return location
     if (kept := as_recorded(location, recorded, bare)) != location:
         _tell_if_moved(name, kept)

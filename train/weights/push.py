@@ -1,5 +1,6 @@
 """An exported folder to the hub: what is refused before the export, the list of what is sent, and the upload."""
 
+import glob
 import hashlib
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ SLOWLY = 60.0
 FOLDERS = ("unet", "scheduler", "tokenizer", "text_encoder")
 # What the hub puts into a new repository.
 OWN = {".gitattributes"}
+# What huggingface_hub leaves out.
+NEVER = (".git", ".cache")
 TOKEN = (
     "make a token that may write at https://huggingface.co/settings/tokens, and give it to `hf auth login` or HF_TOKEN"
 )
@@ -153,6 +156,7 @@ def push(destination: Destination, folder: Path, message: str, dry_run: bool) ->
 
     name = destination.name
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {file: path for file, path in files.items() if file.split("/")[0] not in NEVER}
     there = {file for file, path in files.items() if _is_same(path, destination.files.get(file))}
     gone = sorted(f for f in destination.files if f.split("/")[0] in FOLDERS and "/" in f and f not in files)
     sizes = {file: path.stat().st_size for file, path in files.items()}
@@ -174,7 +178,8 @@ def push(destination: Destination, folder: Path, message: str, dry_run: bool) ->
         disable_progress_bars()
     try:
         done = HfApi().upload_folder(
-            repo_id=name.repo, folder_path=folder, commit_message=message, delete_patterns=gone or None,
+            repo_id=name.repo, folder_path=folder, commit_message=message,
+            ignore_patterns=[f"{part}/*" for part in NEVER], delete_patterns=[*map(glob.escape, gone)] or None,
         )  # fmt: skip
     except Exception as error:  # its client has errors of its own for each way that a network can fail
         cause = error.__cause__ if type(error) is RuntimeError and isinstance(error.__cause__, Exception) else error
