@@ -46,7 +46,8 @@ class Destination:
 
 def parse_destination(push_to: str) -> HubName:
     """Raises: ValueError if it is no name of a repository on the hub, with its owner."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] - as its pages import it
 
     try:
         validate_repo_id(push_to)
@@ -152,7 +153,7 @@ def push(destination: Destination, folder: Path, message: str, dry_run: bool) ->
     Raises: ValueError if the upload does not end; the same call goes on with it.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     name = destination.name
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
