@@ -36,8 +36,8 @@ class Embed:
     shards: the image shards, as data.shards of a training.
     out: folder for the embeddings, or s3://BUCKET/FOLDER; with mode=check any location that can be read, with
     mode=fidelity none.
-    encoder: name on the hub, or folder, of an encoder that transformers loads; default: that of out's meta file, else
-    DeepFloyd/t5-v1_1-xxl.
+    encoder: folder, or name on the hub as ORG/NAME or ORG/NAME@REVISION, of an encoder that transformers loads;
+    default: that of out's meta file, else DeepFloyd/t5-v1_1-xxl.
     tokens: number of tokens that each caption is cut or padded to; 0 takes that of out's meta file, else 77.
     compute: precision that the encoder runs in, bfloat16 or float32; default: that of out's meta file, else bfloat16.
     dtype: form that embeddings are stored in, float16, float32, bfloat16, int8 or lowrank; default: that of out's meta

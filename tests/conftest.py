@@ -9,10 +9,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from tests.support.hub_server import Hub
 
 torch.set_num_threads(1)
 
@@ -55,3 +59,23 @@ def no_group_left() -> Iterator[None]:
         dist.destroy_process_group()
         os.environ.clear()
         os.environ.update(environment)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["Hub"]:
+    """A hub on loopback, the only one that huggingface_hub knows in this test, with an empty cache and no token."""
+    from huggingface_hub import constants
+
+    from tests.support.hub_server import served
+
+    with served() as hub:
+        for name, value in {
+            "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(constants, name, value)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_ETAG_TIMEOUT"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield hub

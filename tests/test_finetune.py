@@ -27,6 +27,7 @@ from model.config import UNetConfig
 from model.convert import lora_to_diffusers, merge_lora
 from model.unet import UNet
 from tests.checkpoints import changed_run, random_net, write_manifest, write_run
+from tests.support.hub_server import Repo
 from tests.test_evaluate import NET, assert_one_line
 from train import dreambooth, export_lora
 from train.checkpoint.checkpoint import Checkpoint
@@ -40,6 +41,7 @@ from train.sampling.sampler import make_scheduler, sample
 from train.summary import parameters
 from train.weights.diffusers_folder import build_unet
 from train.weights.lora import FILE, add_lora, merge_adapter, read_adapter
+from train.weights.pretrained import net_weights
 from train.weights.trained_net import load_net
 
 LORA = LoRAConfig(rank=4, alpha=6.0)
@@ -354,6 +356,34 @@ def test_a_lora_serves_no_other_weights_than_those_it_was_trained_on(repo, base,
         assert f"DAMAGED CHECKPOINT '{folder}'" in capsys.readouterr().err
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_lora_on_weights_of_the_hub_goes_on_with_them_when_main_has_moved(repo, base, hub, tmp_path, monkeypatch):
+    """A training in a process of its own, which resumes, and whose net is read without the hub."""
+    for name, value in {
+        "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    save_file(random_net(NET, 7).state_dict(), tmp_path / "w.safetensors")
+    files = {"unet/config.json": b"{}", weights: (tmp_path / "w.safetensors").read_bytes()}
+    repository = hub.repos["org/net"] = Repo()
+    first = repository.commit(files)
+    given = ("init_from=org/net", f"run_dir={tmp_path / 'run'}")
+    done = train(repo, base, *given, "steps=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    second = repository.commit(files | {weights: b"others"})
+    done = train(repo, base, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumes from step 4" in done.stdout and "init_from" not in done.stdout.partition("resumes from")[2][:200]
+    assert f"main of org/net on the hub has moved to commit {second}; org/net@{first} is taken" in done.stderr
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    checkpoint = Checkpoint.open(tmp_path / "run")
+    assert checkpoint.config["init_from"] == f"org/net@{first}" and checkpoint.step == 6
+    merged, before = net_weights(checkpoint, "master"), random_net(NET, 7).state_dict()
+    changed = [name for name in before if not torch.equal(before[name], merged[name])]
+    assert changed and all("encoder_kv" in n or "qkv" in n or "proj_out" in n for n in changed)
 
 
 @pytest.mark.slow

@@ -120,8 +120,8 @@ class Config:
 
     run_dir: folder for the run's checkpoints, metrics and samples. If it has a checkpoint, the run resumes from the
         latest one. It must not be the folder of this code.
-    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them; default: random weights. It
-        has no effect once run_dir has a checkpoint.
+    init_from: weights to begin with, a file or folder as docs/guide/export.md lists them, or ORG/NAME@REVISION on the
+        hub; default: random weights. It has no effect once run_dir has a checkpoint.
     seed: seed of every random draw.
     steps: optimizer steps of the whole run; -1 follows the number of samples, by the rule of train/compose.py, which
         holds for the other keys that may be -1 too. docs/guide/own_pictures.md.

@@ -15,13 +15,14 @@ from data.checks import count
 from data.loader.batch import Batch
 from data.loader.dataset import Dataset, check_captions, find_datasets, validation_datasets
 from data.loader.mixture import share_out
+from data.storage.hub import as_recorded, pinned
 from data.storage.locations import absolute
 from data.storage.shards import find_shards
 from data.text.embeddings import read_empty
 from data.text.meta import TextMeta, check_meta, check_sidecars
 from data.text.state_cache import StateCache
 from model.config import MIN_GROUP_CHANNELS
-from train.checkpoint.format import latest_checkpoint
+from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.identity import DataIdentity, data_digest, describe_selection, weights_digest
 from train.compose import follow_data
 from train.config import Config
@@ -89,6 +90,8 @@ class Inputs:
 def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     """Find and check everything; sets what of the configuration follows the data: the embeddings' shape, and sizes.
 
+    Names on the hub in init_from and text.encoder are replaced by those with their commits, which the run records.
+
     readable_only: only whether data and embeddings can be read here, without the weights and prompts of a training.
     Raises: ValueError if shards, embeddings or weights are missing or don't fit the model.
     """
@@ -130,8 +133,8 @@ def find_inputs(config: Config, readable_only: bool = False) -> Inputs:
     _check_selections(config, datasets)
     if isinstance(config.sample.prompts, list):
         found.prompts = _encode_prompts(config, metas[0], encoder)
-    if config.init_from and not config.lora.rank:
-        found.from_weights = not latest_checkpoint(Path(config.run_dir))
+    if config.init_from:
+        pin_init_from(config, found)
     if found.from_weights or config.lora.rank:
         found.weights = load_pretrained(config.init_from, config.model)
         found.base = weights_digest(found.weights) if config.lora.rank else ""
@@ -155,7 +158,9 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
         )
         return replace(found, datasets=datasets, held_out=held_out, weights=None, encoder=None, cache=None, prompts=[])
 
-    inputs, fault = of_first_rank(to_share), ""
+    shared = of_first_rank(lambda: (to_share(), config.init_from, config.text.encoder))
+    inputs, config.init_from, config.text.encoder = shared
+    fault = ""
     if inputs is None:
         return None
     if dist.get_rank() == 0:
@@ -174,6 +179,20 @@ def share_inputs(config: Config, found: Inputs | None) -> Inputs | None:
             fault = f"rank {dist.get_rank()}: {error}"
     raise_on_all(fault)
     return inputs
+
+
+def pin_init_from(config: Config, found: Inputs) -> None:
+    """Name the commit of weights on the hub, that of the run's checkpoint if there is one; and say if all begin there.
+
+    Raises: ValueError.
+    """
+    earlier = Checkpoint.latest(Path(config.run_dir))
+    found.from_weights = not earlier and not config.lora.rank
+    recorded = earlier.config["init_from"] if earlier else ""
+    if found.from_weights or config.lora.rank:
+        config.init_from = pinned(config.init_from, recorded)
+    else:
+        config.init_from = as_recorded(config.init_from, recorded)
 
 
 def _find_held_out(config: Config, datasets: list[Dataset]) -> list[Dataset]:
@@ -229,7 +248,7 @@ def _encode_prompts(config: Config, meta: TextMeta, encoder: "TextEncoder | None
     from data.text.encoder import load_encoder
 
     try:
-        encoder = encoder or load_encoder(meta, config.text.encoder)
+        encoder = encoder or _named(config, load_encoder(meta, config.text.encoder))
     except ValueError as error:
         raise ValueError(
             f"sample.prompts are captions of your own, which need the encoder of the embeddings: {error}; name its "
@@ -280,7 +299,7 @@ def _load_encoder(config: Config, datasets: list[Dataset], meta: TextMeta) -> "T
 
     # Loader workers take one caption at a time; the tokenizer's threads do not survive their fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    encoder = load_encoder(meta, config.text.encoder)
+    encoder = _named(config, load_encoder(meta, config.text.encoder))
     for dataset in datasets:
         dataset.encoder = encoder
     return encoder
@@ -301,3 +320,10 @@ def _make_cache(config: Config, inputs: Inputs) -> StateCache | None:
             "store the states with data.embed"
         )
     return StateCache(inputs.encoder, captions)
+
+
+def _named(config: Config, encoder: "TextEncoder") -> "TextEncoder":
+    """The encoder; where text.encoder names it on the hub, the commit is named too."""
+    if config.text.encoder:
+        config.text.encoder = encoder.name
+    return encoder

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data.storage.hub import hub_name
 from data.text.captions import CLEANINGS
 from data.text.meta import TextMeta
 
@@ -55,9 +56,15 @@ def _tokenizer(encoder: str) -> Any:
     """The tokenizer of an encoder in a folder or in the hub's cache; None if it is not there."""
     if encoder.startswith((".", "/")) and not Path(encoder).is_dir():
         return None
+    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer  # here, since its import is slow
 
     try:
+        if name := hub_name(encoder, bare=True):
+            cached = try_to_load_from_cache(name.repo, "config.json", revision=name.revision or None)
+            if not isinstance(cached, str):
+                return None
+            encoder = str(Path(cached).parent)
         return AutoTokenizer.from_pretrained(encoder, local_files_only=True)
     except (OSError, ValueError):
         return None

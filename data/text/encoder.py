@@ -7,21 +7,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
+from data.storage.hub import hub_name, pinned
+from data.storage.hub_files import fetch
 from data.text.captions import CLEANING, cleaner
 from data.text.meta import COMPUTE, TextMeta
 
-# How long the hub may take to say whether it has an encoder.
-HUB_SECONDS = 2.0
+# Files of an encoder's weights, as transformers looks for them, and endings of what else it and the tokenizer read.
+WEIGHTS = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+BESIDE = (".json", ".model", ".txt", ".jinja")
 
 
 class TextEncoder:
     """Turns captions into hidden states [tokens, dim], cut or padded to a fixed number of tokens.
 
     The encoder sees its attention mask. The states at the padding are kept, since IF's UNet is given them too.
+    name: a folder, or a name on the hub, ORG/NAME or ORG/NAME@REVISION, of which the attribute has the commit.
     compute: 'float32' or 'bfloat16'; T5 v1.1 overflows in float16.  cleaning: its name in data.text.captions.
     Raises: ValueError if the encoder cannot be loaded, or its tokenizer does not fit it.
     """
@@ -30,13 +33,11 @@ class TextEncoder:
         if compute not in COMPUTE:
             raise ValueError(f"compute={compute} must be one of {', '.join(COMPUTE)} (float16 overflows in T5 v1.1)")
         self.clean = cleaner(cleaning)
+        name = _pinned(name)
         try:
             self.tokenizer, model = _from_pretrained(name, getattr(torch, compute))
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the encoder '{name}' cannot be loaded ({str(error).splitlines()[0]}): "
-                "give a folder that holds it and its tokenizer, or the name of one on the hub"
-            ) from None
+            raise _not_loaded(name, error) from None
         self.name, self.tokens, self.compute, self.device, self.cleaning = name, tokens, compute, device, cleaning
         self.model = model.to(device).eval().requires_grad_(False)
         self.dim: int = model.config.hidden_size
@@ -128,39 +129,50 @@ class TextEncoder:
         )  # fmt: skip
 
 
-def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The tokenizer and the encoder of a folder, of the hub's cache, or else of the hub.
+def _pinned(name: str, recorded: str = "") -> str:
+    """A name on the hub with its commit, a folder as it is.  recorded: where the encoder was before.
 
-    The cache comes first, and the hub is asked once whether it is there: transformers' own retries take a minute.
+    Raises: ValueError.
+    """
+    try:
+        return pinned(name, recorded, bare=True)
+    except ValueError as error:
+        raise _not_loaded(name, error) from None
+
+
+def _not_loaded(name: str, error: Exception) -> ValueError:
+    here = "there is no such folder, it is not in the hub's cache, and " if hub_name(name, bare=True) else ""
+    return ValueError(
+        f"the encoder '{name}' cannot be loaded ({here}{str(error).splitlines()[0]}): give a folder that holds it "
+        "and its tokenizer, or the name of one on the hub, ORG/NAME or ORG/NAME@REVISION"
+    )
+
+
+def _from_pretrained(location: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The tokenizer and the encoder of a folder, or of the hub.
+
+    Files of the hub are fetched first and read as a folder: transformers asks it for more, also of what is in the
+    cache, and tries each file again for half a minute where the hub is not there.
+    location: of the hub with its commit.
     Raises: OSError, ValueError.
     """
-
-    def load(local_files_only: bool) -> tuple[Any, Any]:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
-        return tokenizer, AutoModelForTextEncoding.from_pretrained(name, dtype=dtype, local_files_only=local_files_only)
-
-    try:
-        return load(local_files_only=True)
-    except (OSError, ValueError):
-        if Path(name).is_dir():
-            raise
-    if name.startswith((".", "/")) or name.count("/") > 1:
+    name, folder = hub_name(location, bare=True), Path(location)
+    if name:
+        folder = fetch(name, WEIGHTS, lambda file: "/" not in file and file.endswith(BESIDE))
+    elif not folder.is_dir():
         raise ValueError("there is no such folder")
-    try:
-        HfApi().model_info(name, timeout=HUB_SECONDS)
-    except Exception as error:  # its client has errors of its own for each way that a network can fail
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"there is no such folder, nothing in the hub's cache, and the hub says: {first[0]}") from None
-    return load(local_files_only=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer, AutoModelForTextEncoding.from_pretrained(folder, dtype=dtype, local_files_only=True)
 
 
 def load_encoder(meta: TextMeta, name: str = "", device: torch.device | None = None) -> TextEncoder:
     """The encoder that a meta describes, checked by its hashes to be the same one; on the CPU by default.
 
-    name: a folder or a name on the hub, where the encoder is now; that of the meta by default.
+    name: a folder or a name on the hub, where the encoder is now; that of the meta by default. If it is the repository
+    of the meta without a commit, the commit of the meta is taken.
     Raises: ValueError if it cannot be loaded or is another.
     """
-    name = name or meta.encoder
+    name = _pinned(name or meta.encoder, meta.encoder)
     encoder = TextEncoder(name, meta.tokens, meta.compute, device or torch.device("cpu"), meta.cleaning)
     if encoder.dim != meta.dim:
         raise ValueError(
@@ -168,12 +180,16 @@ def load_encoder(meta: TextMeta, name: str = "", device: torch.device | None = N
             "name the encoder that the captions were embedded with"
         )
     now = encoder.meta(meta.dtype)
+    earlier = hub_name(meta.encoder, bare=True)
+    remedy = "name that one"
+    if earlier and not earlier.is_commit:
+        remedy += f"; if the repository has changed since, with its earlier commit, {earlier.repo}@COMMIT"
     for what, loaded, recorded in (
         ("another encoder than", now.weights_sha256, meta.weights_sha256),
         ("an encoder with another tokenizer than", now.tokenizer_sha256, meta.tokenizer_sha256),
     ):
         if loaded != recorded:
             raise ValueError(
-                f"'{name}' is {what} the one that the captions were embedded with ({meta.encoder}): name that one"
+                f"'{name}' is {what} the one that the captions were embedded with ({meta.encoder}): {remedy}"
             )
     return encoder

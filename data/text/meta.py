@@ -37,6 +37,7 @@ DTYPES = (*STORED, LOWRANK)
 class TextMeta:
     """Everything that decides a stored embedding, kept as meta.json beside the sidecar shards.
 
+    encoder: where it was, a folder or a name on the hub with its commit. Its hashes decide whether another is the same.
     tokens, dim: an embedding is [tokens, dim].  dtype: as stored.  compute: the dtype that the encoder ran in.
     cleaning: of the captions, by its name in data.text.captions.
     error, channels: of lowrank alone, what data.text.lowrank.encode was given. Folders whose channels differ are used
@@ -44,7 +45,7 @@ class TextMeta:
     Raises: ValueError if the channels cannot be used.
     """
 
-    encoder: str
+    encoder: str = field(compare=False)
     weights_sha256: str
     tokenizer_sha256: str
     tokens: int

@@ -72,6 +72,14 @@ def identity(config: dict) -> dict[str, object]:
     return kept
 
 
+def run_digest(manifest: dict) -> str:
+    """A hash of what all checkpoints of a run have in common, by which an export of it is known."""
+    config, text = manifest["config"], manifest["text"]
+    kept = identity(config | {"model": asdict(UNetConfig(**config["model"]))})
+    facts = [kept, manifest["data"], [text[name] for name in TEXT_IDENTITY], manifest["base"]]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def captions_of(config: Mapping) -> list[dict]:
     """data.captions as plain dicts; a checkpoint of before they were a key was trained on txt alone."""
     return config["data"].get("captions", [{"field": TXT, "weight": 1.0}])

@@ -12,6 +12,7 @@ from data.text.captions import cleaner, lower_strip
 from data.text.meta import TextMeta
 from train.checkpoint.changes import describe_changes
 from train.checkpoint.checkpoint import Checkpoint
+from train.checkpoint.identity import run_digest
 
 # What a reader of a card looks for, and the keys of the run's configuration that hold it.
 RECIPE: dict[str, str | tuple[str, ...]] = {
@@ -33,7 +34,7 @@ TEXT = """
 # {name}
 
 A text-to-image diffusion model of {pixels} px images: the first stage of DeepFloyd IF, trained from {origin}.
-{weights} of step {step}.
+{weights} of step {step}, in {dtype}.
 
 ## Use
 
@@ -81,8 +82,13 @@ BY_EMBEDDING = (
 )
 
 
-def model_card(checkpoint: Checkpoint, name: str, weights: str, license: str, has_encoder: bool) -> ModelCard:
-    """The card of a checkpoint's export.  name: of the exported folder.  weights: 'ema' or 'master'."""
+def model_card(
+    checkpoint: Checkpoint, name: str, weights: str, license: str, has_encoder: bool, dtype: str = "float32"
+) -> ModelCard:
+    """The card of a checkpoint's export.  name: of the exported folder.  weights: 'ema' or 'master'.
+
+    Its front matter says under `training` what the export was made of.
+    """
     config = checkpoint.config
     front = ModelCardData(
         license=license,
@@ -90,7 +96,11 @@ def model_card(checkpoint: Checkpoint, name: str, weights: str, license: str, ha
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["deepfloyd-if", "pixel-diffusion", "if-stage-1"],
-    )
+        training={
+            "run": run_digest(checkpoint.manifest), "step": checkpoint.step, "weights": weights, "dtype": dtype,
+            "text_encoder": has_encoder,
+        },
+    )  # fmt: skip
     rows = {label: _setting(config, keys) for label, keys in RECIPE.items()} | {
         "text tokens": checkpoint.text.tokens,
         "images seen": f"{checkpoint.step * config['global_batch']:,}",
@@ -102,6 +112,7 @@ def model_card(checkpoint: Checkpoint, name: str, weights: str, license: str, ha
         origin=f"the weights of `{_public_name(config['init_from'])}`" if config["init_from"] else "random weights",
         weights="The moving average of the weights" if weights == "ema" else "The weights",
         step=f"{checkpoint.step:,} of {config['steps']:,}",
+        dtype=dtype,
         call=BY_PROMPT.format(clean=_cleans(checkpoint.text)) if has_encoder else BY_EMBEDDING,
         conditions=_conditions(checkpoint.text, has_encoder),
         recipe="\n".join(f"| {label} | {value} |" for label, value in rows.items()),
@@ -175,7 +186,7 @@ def _license(config: dict, license: str) -> str:
 
 def _public_name(location: str) -> str:
     """A name on the hub as it is; of a path or URL its last part, which reveals nothing about a machine."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", location) and not location.startswith("."):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@\w[\w./-]*)?", location) and not location.startswith("."):
         return location
     return re.split(r"[/\\]", location.rstrip("/\\").partition("?")[0])[-1]
 

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.storage.hub import hub_name, pinned
+from data.storage.hub_files import fetch
 from model.config import UNetConfig
 from model.convert import from_diffusers, merge_lora, to_diffusers
 from model.unet import UNet
@@ -17,6 +19,15 @@ from train.weights.lora import trained_adapter
 from train.weights.prefixes import SHOWN, flatten, take_off_prefix
 
 logger = logging.getLogger(__name__)
+
+# The files or indices that diffusers may have saved a net in, below its folder, the highest precision first.
+DIFFUSERS_FILES = [
+    f"{folder}diffusion_pytorch_model{end}"
+    for folder in ("unet/", "")
+    for variant in ("", ".fp16", ".bf16")
+    for kind in ("safetensors", "bin")
+    for end in (f"{variant}.{kind}", f".{kind}.index{variant}.json")
+]
 
 
 def net_weights(checkpoint: Checkpoint, name: str = "ema") -> dict[str, Tensor]:
@@ -47,11 +58,12 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
 
     path: a .safetensors, .pt or .bin file or an .index.json of shards, under the released names or diffusers'; the
     folder of a diffusers pipeline or UNet, where the copy of the highest precision is read; a run or one of its
-    checkpoints, where the moving average is read.  The names may have a prefix, or lie nested in the file.
+    checkpoints, where the moving average is read; such a folder on the hub, ORG/NAME or ORG/NAME@REVISION, of which
+    only what is read is fetched.  The names may have a prefix, or lie nested in the file.
     Raises: ValueError if nothing can be read there, or the weights don't fit the net; it names the first of them.
     So it does if the net that is described beside them has other groups or heads, which no shape shows.
     """
-    path = Path(path)
+    path = _fetched(path)
     with torch.device("meta"):
         ours = UNet(config).state_dict()
     theirs = to_diffusers(ours, config)
@@ -66,6 +78,21 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     return from_diffusers(state, config) if is_diffusers else state
 
 
+def _fetched(location: str | Path) -> Path:
+    """The path itself, or the folder in the hub's cache of what it names there, once the weights are in it."""
+    if not hub_name(str(location)):
+        return Path(location)
+    try:
+        name = hub_name(pinned(str(location)))
+        assert name
+        return fetch(name, DIFFUSERS_FILES)
+    except ValueError as error:
+        raise ValueError(
+            f"no weights at '{Path(location).absolute()}', nor of that name in the hub's cache, and {error}: "
+            "name a file or folder, or ORG/NAME or ORG/NAME@REVISION on the hub"
+        ) from None
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The weights, and the groups and heads of their net if these are described beside them."""
     if not path.exists():
@@ -73,9 +100,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     if path.is_file():
         weights = _read_shards(path) if path.suffix == ".json" else _read_file(path)
         return weights, _read_diffusers_config(path.parent / "config.json")
-    for folder in (path / "unet", path):
-        for file in _diffusers_files(folder):
-            return _read(file)
+    for file in DIFFUSERS_FILES:
+        if (path / file).is_file():
+            return _read(path / file)
     try:
         checkpoint = Checkpoint.open(path)
         weights = net_weights(checkpoint)
@@ -95,18 +122,6 @@ def _read_diffusers_config(path: Path) -> dict[str, int]:
         return {"norm_groups": saved["norm_num_groups"], "num_head_channels": saved["attention_head_dim"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _diffusers_files(folder: Path) -> list[Path]:
-    """The files or indices that diffusers may have saved a net in, the highest precision first."""
-    name = "diffusion_pytorch_model"
-    candidates = [
-        folder / file
-        for variant in ("", ".fp16", ".bf16")
-        for kind in ("safetensors", "bin")
-        for file in (f"{name}{variant}.{kind}", f"{name}.{kind}.index{variant}.json")
-    ]
-    return [file for file in candidates if file.is_file()]
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
