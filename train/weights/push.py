@@ -47,7 +47,7 @@ class Destination:
 def parse_destination(push_to: str) -> HubName:
     """Raises: ValueError if it is no name of a repository on the hub, with its owner."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] - as its pages import it
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(push_to)
