@@ -46,7 +46,8 @@ def tell(line: str) -> None:
     """
     if os.environ.get("RANK", "0") == "0":
         stderr = sys.__stderr__.fileno() if sys.__stderr__ else 2
-        os.write(stderr, f"{chr(10) * os.isatty(stderr)}{line}\n".encode())
+        before = "\n" if os.isatty(stderr) else ""
+        os.write(stderr, f"{before}{line}\n".encode())
 
 
 def _on_ctrl_c(number: int, frame: FrameType | None) -> None:

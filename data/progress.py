@@ -58,7 +58,8 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int | None, unit: str, to: str | Path = "", start: int = 0) -> None:
-        self.what, self.total, self.unit, self.to = what, total, unit, one_line(str(to), 200)
+        self.what, self.to = one_line(what), one_line(str(to), 200)
+        self.total, self.unit = total, unit
         self.start = self.done = start
         self._began = self._told = monotonic()
         self._beside: dict[str, object] = {}
