@@ -7,7 +7,7 @@ from pathlib import Path
 from data.checks import check_absent, check_choice
 from data.cli import command, location
 from data.storage.atomic import atomic_folder
-from train.checkpoint.format import WEIGHTS
+from train.checkpoint.format import check_weights
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -19,6 +19,7 @@ class Export:
     checkpoint: the folder of a run, whose newest checkpoint is taken, or of one step
     out: the folder to write
     weights: ema (their moving average) or master
+    ema_length: of another average, as a share of the steps up to the checkpoint: a standard deviation such as 0.1
     dtype: of the UNet: float32, float16 or bfloat16
     encoder: the T5 that the captions were embedded with, to go along: a folder, a name on the hub, or auto for the one
         that the checkpoint names
@@ -28,6 +29,7 @@ class Export:
     checkpoint: str = location()
     out: str = location()
     weights: str = "ema"
+    ema_length: float | None = None
     dtype: str = "float32"
     encoder: str = location("")
     license: str = "other"
@@ -43,11 +45,11 @@ def export(args: Export, shard_size: str = "10GB") -> None:
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     import torch
 
-    from train.checkpoint.checkpoint import Checkpoint
+    from train.checkpoint.post_hoc import open_checkpoint
     from train.weights.diffusers_folder import build_pipeline, load_t5, save_pipeline
     from train.weights.model_card import model_card
 
-    out, checkpoint = Path(args.out), Checkpoint.open(args.checkpoint)
+    out, checkpoint = Path(args.out), open_checkpoint(args.checkpoint, args.ema_length)
     encoder = load_t5(args.encoder, checkpoint.text) if args.encoder else None
     pipeline = build_pipeline(checkpoint, args.weights, getattr(torch, args.dtype), encoder)
     card = model_card(checkpoint, out.name, args.weights, args.license, bool(encoder))
@@ -57,14 +59,14 @@ def export(args: Export, shard_size: str = "10GB") -> None:
     takes = "without text encoder: give prompt_embeds"
     if encoder:
         takes = f"for prompts (clean_caption={encoder.cleaning != 'lower-strip'}, as in the training) or prompt_embeds"
-    print(f"{out}: an IFPipeline {takes}; {args.weights} weights of step {checkpoint.step} in {args.dtype}, "
-          f"{checkpoint.model.image_size} px, {checkpoint.diffusion_steps} diffusion steps, "
+    print(f"{out}: an IFPipeline {takes}; {checkpoint.title(args.weights)} weights of step {checkpoint.step} "
+          f"in {args.dtype}, {checkpoint.model.image_size} px, {checkpoint.diffusion_steps} diffusion steps, "
           f"{'learned' if checkpoint.model.learn_sigma else 'fixed'} variance")  # fmt: skip
 
 
 def check(args: Export) -> None:
     """Raises: ValueError for an argument that cannot be used."""
-    check_choice("weights", args.weights, WEIGHTS)
+    check_weights(args.weights, args.ema_length)
     check_choice("dtype", args.dtype, DTYPES)
     check_absent("out", args.out)
     if not re.fullmatch(r"[a-z0-9]+([-.][a-z0-9]+)*", args.license):

@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.checks import check_absent, check_at_least, check_choice
+from data.checks import check_absent, check_at_least
 from data.cli import command, location
 from data.storage.atomic import atomic_folder
-from train.checkpoint.format import WEIGHTS
+from train.checkpoint.format import check_weights
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Sample:
     scheduler: ddpm, ddim or dpm++
     encoder: the text encoder, a folder or a name on the hub, if it is not where the training had it
     weights: ema (their moving average) or master
+    ema_length: of another average, as a share of the steps up to the checkpoint: a standard deviation such as 0.1
     micro_batch: images at a time
     out: the folder to write; samples/0001, samples/0002, ... if left out
     """
@@ -38,6 +39,7 @@ class Sample:
     scheduler: str = "ddpm"
     encoder: str = location("")
     weights: str = "ema"
+    ema_length: float | None = None
     micro_batch: int = 16
     out: str = location("")
 
@@ -50,7 +52,7 @@ def run(args: Sample) -> Path:
     check(args)
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     from data.device import default_device
-    from train.checkpoint.checkpoint import Checkpoint
+    from train.checkpoint.post_hoc import open_checkpoint
     from train.sampling.output import next_folder, write_samples
     from train.sampling.prompts import find_prompts
     from train.sampling.sampler import make_scheduler, sample_batches, set_steps
@@ -58,7 +60,7 @@ def run(args: Sample) -> Path:
 
     # Guidance moves away from the empty caption, so that itself cannot be guided.
     scale = 1.0 if args.prompt is not None and not args.prompt.strip() else args.guidance_scale
-    checkpoint, device = Checkpoint.open(args.checkpoint), default_device()
+    checkpoint, device = open_checkpoint(args.checkpoint, args.ema_length), default_device()
     scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)  # a mistake is reported before the net is loaded
     prompts = find_prompts(checkpoint, device, args.prompt, args.embeddings, args.encoder, scale != 1)
@@ -70,7 +72,7 @@ def run(args: Sample) -> Path:
 
     out = Path(args.out) if args.out else next_folder(Path("samples"))
     title = (
-        f"step {checkpoint.step:,}, {args.weights}, {args.scheduler} {args.steps} steps, "
+        f"step {checkpoint.step:,}, {checkpoint.title(args.weights)}, {args.scheduler} {args.steps} steps, "
         f"guidance {scale:g}, seeds {seeds[0]} to {seeds[-1]}"
     )
     record = asdict(args) | {
@@ -87,7 +89,7 @@ def check(args: Sample) -> None:
     """Raises: ValueError for an argument that cannot be used."""
     if args.prompt is not None and args.embeddings:
         raise ValueError("prompt= and embeddings= are both given: choose one")
-    check_choice("weights", args.weights, WEIGHTS)
+    check_weights(args.weights, args.ema_length)
     check_at_least("n", args.n, 1)
     check_at_least("micro_batch", args.micro_batch, 1)
     check_at_least("seed", args.seed, 0)

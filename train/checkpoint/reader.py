@@ -16,15 +16,16 @@ class CheckpointReader:
     def __init__(self, folder: Path, ranks: int) -> None:
         self._files = [folder / part_file(rank) for rank in range(ranks)]
         with safe_open(self._files[0], framework="pt") as file:
-            self.size = int(file.get_slice("master").get_shape()[0])
             self._names = list(file.keys())
+            own = next(name for name in self._names if not name.startswith("moments."))  # all others are as long
+            self.size = int(file.get_slice(own).get_shape()[0])
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of 'master' or 'ema' in fp32; zeros beyond the end."""
+        """Elements [start, stop) of 'master' or an average in fp32; zeros beyond the end."""
         pieces = []
         for number, first, last in self._overlaps(start, stop):
             with safe_open(self._files[number], framework="pt") as file:
-                pieces.append(file.get_slice(name)[first:last])
+                pieces.append(file.get_slice(name)[first:last].float())
         return _joined(pieces, stop - start)
 
     def moments_of_rank(self, rank: int) -> dict[str, Tensor]:
