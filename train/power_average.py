@@ -52,7 +52,8 @@ def inner_products(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_
 def coefficients(steps: list[int], lengths: list[float], step: int, length: float) -> tuple[np.ndarray, float]:
     """By what averages of these steps and lengths are multiplied so that their sum is the average of a step and length.
 
-    The least squares between the profiles.  Source: EDM2, appendix C.3.
+    The least squares between the profiles, as in EDM2, appendix C.3. Unlike there the coefficients add up to 1: what is
+    missing of that would make all weights smaller.
     Returns them, and what is left of the wanted profile: the norm of the difference over its own.
     """
     t, gamma = np.array(steps, float), np.array([gamma_of(one) for one in lengths])
@@ -60,6 +61,8 @@ def coefficients(steps: list[int], lengths: list[float], step: int, length: floa
     norms, norm = np.sqrt(inner_products(t, gamma, t, gamma)), np.sqrt(inner_products(*wanted, *wanted))
     products = inner_products(t[:, None], gamma[:, None], t, gamma) / np.outer(norms, norms)
     with_wanted = inner_products(t, gamma, *wanted) / (norms * norm)
-    found = np.linalg.solve(products, with_wanted)
+    each = norm / norms
+    constrained = np.block([[products, each[:, None]], [each, 0.0]])
+    found = np.linalg.solve(constrained, np.append(with_wanted, 1.0))[:-1]
     left = 1.0 - 2.0 * found @ with_wanted + found @ products @ found
-    return found * norm / norms, float(np.sqrt(max(left, 0.0)))
+    return found * each, float(np.sqrt(max(left, 0.0)))

@@ -11,9 +11,9 @@ from train.checkpoint.format import SNAPSHOTS, step_folders, step_of
 from train.power_average import TRACKED, coefficients, last_update
 
 # The most that may be left of the wanted profile, see coefficients.
-MOST_LEFT = 0.02
+MOST_LEFT = 0.03
 # Of coefficients; averages with a smaller one are not read.
-NEGLIGIBLE = 1e-7
+NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)

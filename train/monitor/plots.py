@@ -73,16 +73,20 @@ def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
 
 def plot_lengths(lines: list[dict[str, float]], path: Path) -> None:
     """Draw each score over the length of the average, a curve for each guidance scale where the lines have one."""
-    names = [name for name in lines[0] if name not in ("ema_length", "guidance_scale") and not name.endswith(BESIDE)]
+    names = dict.fromkeys(name for line in lines for name in line)
+    names = [name for name in names if name not in ("ema_length", "guidance_scale") and not name.endswith(BESIDE)]
     figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False, layout="constrained")
     for axes, name in zip(panels.flat, names, strict=True):
-        for scale in dict.fromkeys(line.get("guidance_scale") for line in lines):
-            points = sorted((line["ema_length"], line[name]) for line in lines if line.get("guidance_scale") == scale)
+        of_score = [line for line in lines if name in line]
+        for scale in dict.fromkeys(line.get("guidance_scale") for line in of_score):
+            points = sorted(
+                (line["ema_length"], line[name]) for line in of_score if line.get("guidance_scale") == scale
+            )
             axes.plot(*zip(*points, strict=True), "o-", label=None if scale is None else f"guidance {scale:g}")
+            if scale is not None:
+                axes.legend(frameon=False)
         axes.set(xlabel="length of the average", ylabel=name, xscale="log")
         axes.grid(alpha=0.3, which="both")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
     save_figure(figure, path)
 
 
