@@ -15,7 +15,7 @@ from tests.checkpoints import changed_run, write_checkpoint
 from tests.support.trainings import launch, make_data
 from tests.test_ema import engines_of
 from train.checkpoint.checkpoint import Checkpoint
-from train.checkpoint.format import SNAPSHOTS, check_weights, step_folder, step_folders
+from train.checkpoint.format import SNAPSHOTS, check_weights, step_folder, step_folders, step_of
 from train.checkpoint.post_hoc import open_checkpoint
 from train.checkpoint.writer import SNAPSHOT_DTYPE
 from train.config import Config
@@ -127,31 +127,47 @@ def test_damaged_snapshots_are_named_and_the_others_are_enough(run, tmp_path):
 
 @pytest.mark.slow
 def test_averages_of_a_real_training_and_the_dtype_of_its_snapshots(repo, tmp_path):
-    """fp16 is right within a thousandth; bf16, as large, is not."""
-    data, lengths = make_data(tmp_path), ("0.035", "0.04", "0.07", "0.12", "0.2")
+    """Within a thousandth from fp16; bf16, as large on disk, is not enough. -s prints all."""
+    data, lengths = make_data(tmp_path), "0.03,0.04,0.06,0.07,0.085,0.12,0.15,0.2,0.25"
     steps, run_dir = 240, tmp_path / "run"
     done = launch(
         repo, data, run_dir, "wandb.mode=disabled", f"steps={steps}", f"save_every={steps}", "ema_snapshot_every=10",
         "global_batch=4", "micro_batch=4", "model.image_size=16", "model.attention_resolutions=[8]", "check_every=0",
-        "optim.warmup_steps=20", script=repo / "tests/support/tracked_run.py", before=(",".join(lengths),),
+        "optim.warmup_steps=20", script=repo / "tests/support/tracked_run.py", before=(lengths,),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     tracked = load_file(run_dir / "tracked.safetensors")
-    errors = {
-        dtype: measured_errors(run_dir, tracked, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    }
-    assert max(errors[torch.float32].values()) < 1e-3, errors
-    assert max(errors[torch.float16].values()) < 1e-3 < max(errors[torch.bfloat16].values()), errors
+    for every, most in ((10, 9), (20, 7), (40, 5)):
+        for folder in step_folders(run_dir, SNAPSHOTS):
+            if step_of(folder) % every:
+                shutil.rmtree(folder)
+        found = measured_errors(run_dir, tracked)
+        print_errors(every, found)
+        assert len(found) <= most
+        for dtype, worst in ((torch.float32, 3e-4), (torch.float16, 1e-3)):
+            assert max(errors[dtype] for errors in found.values()) < worst
+        assert every > 10 or max(errors[torch.bfloat16] for errors in found.values()) > 1e-3
 
 
-def measured_errors(run_dir: Path, tracked: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
-    """The error of each length, relative to the norm of the average, if the snapshots had been rounded to a dtype."""
-    errors = {}
-    for length, expected in tracked.items():
-        checkpoint = open_checkpoint(run_dir, float(length))
-        total = torch.zeros_like(expected)
-        for factor, one, name in checkpoint.average.terms:
-            value = one.reader().read(name, 0, len(expected))
-            total += factor * (value if one is checkpoint or one.step == checkpoint.step else value.to(dtype)).double()
-        errors[length] = error(total, expected)
-    return errors
+def measured_errors(run_dir: Path, tracked: dict[str, Tensor]) -> dict[str, dict[torch.dtype, float]]:
+    """By length the errors, relative to the norm of the average, with the snapshots rounded to each dtype."""
+    found: dict[str, dict[torch.dtype, float]] = {}
+    for length, expected in sorted(tracked.items()):
+        try:
+            checkpoint = open_checkpoint(run_dir, float(length))
+        except ValueError as refused:
+            assert "the profile that comes nearest" in str(refused)
+            continue
+        found[length] = {}
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            total = torch.zeros_like(expected)
+            for factor, one, name in checkpoint.average.terms:
+                value = one.reader().read(name, 0, len(expected))
+                total += factor * (value if one.step == checkpoint.step else value.to(dtype)).double()
+            found[length][dtype] = error(total, expected)
+    return found
+
+
+def print_errors(every: int, found: dict[str, dict[torch.dtype, float]]) -> None:
+    for length, errors in found.items():
+        print(f"| {every} | {length} |", " | ".join(f"{value:.1e}" for value in errors.values()), "|")

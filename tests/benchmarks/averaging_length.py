@@ -47,13 +47,15 @@ class AveragingLength:
 
 
 def possible(checkpoint: Checkpoint, lengths: list[float]) -> dict[float, Checkpoint]:
-    """The checkpoint with each length of the average that can be made."""
+    """The checkpoint with each length of the average that can be made.  Raises: ValueError if these are too few."""
     found = {}
     for length in sorted(lengths):
         try:
             found[length] = with_average(checkpoint, length)
         except ValueError as error:
             print(f"left out: {error}")
+    if len(found) < 2:
+        raise ValueError(f"of lengths={lengths} fewer than two can be made: take other lengths, or more snapshots")
     return found
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from data.checks import count
 from data.cli import reason
 from data.loader.dataset import Dataset
 from data.storage.locations import is_remote, join
@@ -143,7 +144,8 @@ def _remove_later_snapshots(run_dir: Path, step: int) -> None:
     if dist.get_rank():
         return
     if later := [folder for folder in step_folders(run_dir, SNAPSHOTS) if step_of(folder) > step]:
-        print(f"removes the snapshots of averages after step {step}, which are made again: {len(later)}", flush=True)
+        what = f"removes {count(len(later), 'snapshot')} of the averages after step {step}"
+        print(f"{what}: they are made again", flush=True)
         for folder in later:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -73,8 +73,8 @@ def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
 
 def plot_lengths(lines: list[dict[str, float]], path: Path) -> None:
     """Draw each score over the length of the average, a curve for each guidance scale where the lines have one."""
-    names = dict.fromkeys(name for line in lines for name in line)
-    names = [name for name in names if name not in ("ema_length", "guidance_scale") and not name.endswith(BESIDE)]
+    known = dict.fromkeys(name for line in lines for name in line)
+    names = [name for name in known if name not in ("ema_length", "guidance_scale") and not name.endswith(BESIDE)]
     figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False, layout="constrained")
     for axes, name in zip(panels.flat, names, strict=True):
         of_score = [line for line in lines if name in line]

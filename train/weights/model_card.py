@@ -91,7 +91,12 @@ def model_card(checkpoint: Checkpoint, name: str, weights: str, license: str, ha
         pipeline_tag="text-to-image",
         tags=["deepfloyd-if", "pixel-diffusion", "if-stage-1"],
     )
-    rows = {label: _setting(config, keys) for label, keys in RECIPE.items()} | {
+    rows = {label: _setting(config, keys) for label, keys in RECIPE.items()}
+    kind = "The moving average of the weights" if weights == "ema" else "The weights"
+    if weights == "ema" and checkpoint.average:
+        kind += f", of relative length {checkpoint.average.length:g} (a power function's, by EDM2)"
+        del rows["decay of the average"]
+    rows |= {
         "text tokens": checkpoint.text.tokens,
         "images seen": f"{checkpoint.step * config['global_batch']:,}",
         "GPUs, or ranks": checkpoint.ranks,
@@ -100,7 +105,7 @@ def model_card(checkpoint: Checkpoint, name: str, weights: str, license: str, ha
         name=name,
         pixels=checkpoint.model.image_size,
         origin=f"the weights of `{_public_name(config['init_from'])}`" if config["init_from"] else "random weights",
-        weights="The moving average of the weights" if weights == "ema" else "The weights",
+        weights=kind,
         step=f"{checkpoint.step:,} of {config['steps']:,}",
         call=BY_PROMPT.format(clean=_cleans(checkpoint.text)) if has_encoder else BY_EMBEDDING,
         conditions=_conditions(checkpoint.text, has_encoder),
