@@ -19,7 +19,7 @@ from model.config import UNetConfig
 from model.unet import UNet
 from train.checkpoint.format import MANIFEST, file_sha256, part_file, sealed, step_folder
 from train.config import Config
-from train.power_average import TRACKED
+from train.weights.power_average import TRACKED
 
 
 def random_net(config: UNetConfig, seed: int) -> UNet:

@@ -20,7 +20,7 @@ from train.checkpoint.post_hoc import open_checkpoint
 from train.checkpoint.writer import SNAPSHOT_DTYPE
 from train.config import Config
 from train.ema import EMA
-from train.power_average import TRACKED, decay, gamma_of
+from train.weights.power_average import TRACKED, decay, gamma_of
 
 SIZE, STEPS, EVERY, EARLIER = 3001, 320, 10, 155
 TEXT = asdict(TextMeta("t5", "", "", 16, 64, "float16", "float32", "if-1"))
@@ -118,7 +118,7 @@ def test_damaged_snapshots_are_named_and_the_others_are_enough(run, tmp_path):
     flipped.write_bytes(data)
     (step_folder(run_dir, 300, SNAPSHOTS) / "manifest.json").unlink()
     for step in (300, 310):
-        with pytest.raises(ValueError, match=rf"step-00000{step}.*damaged.*move that snapshot away"):
+        with pytest.raises(ValueError, match=rf"step-00000{step}.*damaged.*move it away"):
             open_checkpoint(run_dir, 0.07)
         shutil.rmtree(step_folder(run_dir, step, SNAPSHOTS))
     assert len(step_folders(run_dir, SNAPSHOTS)) == STEPS // EVERY - 2
@@ -161,9 +161,10 @@ def measured_errors(run_dir: Path, tracked: dict[str, Tensor]) -> dict[str, dict
         found[length] = {}
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             total = torch.zeros_like(expected)
-            for factor, one, name in checkpoint.average.terms:
-                value = one.reader().read(name, 0, len(expected))
-                total += factor * (value if one.step == checkpoint.step else value.to(dtype)).double()
+            for factor, reader, name in checkpoint.average.terms:
+                value = reader.read(name, 0, len(expected))
+                own = checkpoint.folder in reader.files[0].parents
+                total += factor * (value if own else value.to(dtype)).double()
             found[length][dtype] = error(total, expected)
     return found
 

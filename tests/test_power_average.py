@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.test_ema import engines_of
-from train import power_average
 from train.checkpoint.format import part_file
 from train.checkpoint.reader import CheckpointReader
 from train.ema import EMA
-from train.power_average import LONGEST, TRACKED, coefficients, decay, gamma_of, last_update
+from train.weights import power_average
+from train.weights.power_average import LONGEST, TRACKED, coefficients, decay, gamma_of, last_update
 
 
 def shares(length: float, step: int, total: int) -> np.ndarray:

@@ -28,8 +28,8 @@ from train.compose import compose_config
 from train.evaluation.validation import validation_losses
 from train.inputs import resolve_text_shape
 from train.monitor.rank_memory import needed_bytes
-from train.power_average import TRACKED
 from train.summary import parameters
+from train.weights.power_average import TRACKED
 from train.weights.trained_net import load_net
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from train.engine import Engine
-from train.power_average import TRACKED, decay, gamma_of, last_update
+from train.weights.power_average import TRACKED, decay, gamma_of, last_update
 
 
 class EMA:
@@ -16,7 +16,7 @@ class EMA:
     The smaller d of the first steps lets a short run forget its random start; at decay 0.9999 it ends after 90,000
     steps. The average is fp32 and follows the fp32 master weights: in bf16 a decay of 0.9999 changes nothing, since its
     updates are smaller than the resolution of the format.
-    tracked: also keep the two averages of which one of any length can be made after the run (train/power_average.py).
+    tracked: also keep the two of train/weights/power_average.py, of which one of any length can be made after the run.
     averages: all of them, by their names in a checkpoint.
     """
 

@@ -38,11 +38,8 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     """
     # Build
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    engine = build(config, inputs, ranks, device)
-    ema, diffusion = (
-        EMA(engine, config.ema_decay, config.ema_snapshot_every > 0),
-        Diffusion(config.diffusion_steps).to(device),
-    )
+    engine, diffusion = build(config, inputs, ranks, device), Diffusion(config.diffusion_steps).to(device)
+    ema = EMA(engine, config.ema_decay, tracked=config.ema_snapshot_every > 0)
     # Resume
     first_step, changes, spikes = resume(config, inputs.identity, engine, ema)
     last = first_step == config.steps

@@ -8,8 +8,8 @@ from train.config import summed_in
 from train.evaluation.validation import TIMESTEPS
 from train.monitor.gpus import NODE_LINKS
 from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, averages_of, partition
-from train.power_average import TRACKED
 from train.summary import validation_share
+from train.weights.power_average import TRACKED
 
 # Gbit/s of a node's link at which the step is compared, beside that of the options.
 COMPARED = (200, 800, 1600)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from train.monitor.gpus import GPU
 from train.monitor.memory import States, partition
-from train.power_average import TRACKED
+from train.weights.power_average import TRACKED
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import train.loop as loop  # noqa: E402
 from data.cli import arguments  # noqa: E402
 from train.engine import Engine  # noqa: E402
 from train.main import main  # noqa: E402
-from train.power_average import gamma_of  # noqa: E402
+from train.weights.power_average import gamma_of  # noqa: E402
 
 
 class Tracking(loop.EMA):

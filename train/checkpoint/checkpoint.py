@@ -4,7 +4,6 @@ import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,10 +17,7 @@ from train.checkpoint.format import (
     size_fault,
     step_folders,
 )
-from train.checkpoint.reader import CheckpointReader
-
-if TYPE_CHECKING:  # it reads snapshots as checkpoints
-    from train.checkpoint.post_hoc import PostHocAverage
+from train.checkpoint.reader import CheckpointReader, PostHocAverage
 
 # Entries of a manifest that a resume or a model card reads, beside those that Checkpoint keeps.
 ENTRIES = ("schedule_step", "samples", "data", "base", "changes", "parameters", "files", "sha256")
@@ -45,7 +41,7 @@ class Checkpoint:
     diffusion_steps: int
     text: TextMeta
     verified: bool = False
-    average: "PostHocAverage | None" = None
+    average: PostHocAverage | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.checks import check_choice
 from data.storage.atomic import atomic_file
-from train.power_average import LONGEST
+from train.weights.power_average import LONGEST
 
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"

@@ -1,37 +1,19 @@
 """An average of the weights of any length, made after the run of the two that it tracked."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import SNAPSHOTS, step_folders, step_of
-from train.power_average import TRACKED, coefficients, last_update
+from train.checkpoint.reader import PostHocAverage
+from train.weights.power_average import TRACKED, coefficients, last_update
 
 # The most that may be left of the wanted profile, see coefficients.
 MOST_LEFT = 0.03
 # Of coefficients; averages with a smaller one are not read.
 NEGLIGIBLE = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class PostHocAverage:
-    """The sum of averages that were tracked, each in fp32 and times its coefficient.
-
-    terms: coefficient, checkpoint or snapshot, and the name of the average in it.
-    """
-
-    length: float
-    terms: list[tuple[float, Checkpoint, str]]
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) in fp32, as CheckpointReader.read gives those of `name`."""
-        first, *others = (factor * found.reader().read(own, start, stop) for factor, found, own in self.terms)
-        for other in others:
-            first += other
-        return first
 
 
 def open_checkpoint(path: str | Path, ema_length: float | None) -> Checkpoint:
@@ -53,12 +35,12 @@ def with_average(checkpoint: Checkpoint, length: float) -> Checkpoint:
             f"ema_length={length:g} cannot be made of '{checkpoint.folder}': its run tracked no power-function "
             "averages (ema_snapshot_every=0); leave ema_length out for the average that it kept"
         )
-    folder = checkpoint.folder.parent.parent / SNAPSHOTS
+    folder = checkpoint.folder.resolve().parent.parent / SNAPSHOTS
     before = [one for one in step_folders(folder.parent, SNAPSHOTS) if step_of(one) < checkpoint.step]
     try:
         snapshots = [Checkpoint.read(one) for one in before]
     except ValueError as error:
-        raise ValueError(f"{error}: move that snapshot away, and the others are taken") from None
+        raise ValueError(f"{error}: move it away, and the others are taken") from None
     # By their last update: that of a snapshot is the checkpoint's own if no step was made in between.
     found = {last_update(one.manifest["schedule_step"]): one for one in (*snapshots, checkpoint)}
     averages = [(step, name) for step in found for name in TRACKED]
@@ -78,8 +60,9 @@ def with_average(checkpoint: Checkpoint, length: float) -> Checkpoint:
             f"(ema_snapshot_every={checkpoint.config['ema_snapshot_every']}) give more lengths"
         )
     by_average = zip(factors.tolist(), averages, strict=True)
-    terms = [(factor, found[step], name) for factor, (step, name) in by_average if abs(factor) > NEGLIGIBLE]
-    for _, one, _ in terms:
+    taken = [(factor, found[step], name) for factor, (step, name) in by_average if abs(factor) > NEGLIGIBLE]
+    for _, one, _ in taken:
         if not one.verified and (fault := one.verify()):
-            raise ValueError(f"'{one.folder}' is damaged ({fault}): move that snapshot away, and the others are taken")
+            raise ValueError(f"'{one.folder}' is damaged ({fault}): move it away, and the others are taken")
+    terms = [(factor, one.reader(), name) for factor, one, name in taken]
     return replace(checkpoint, average=PostHocAverage(length, terms))

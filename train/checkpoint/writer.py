@@ -35,7 +35,7 @@ from train.faults.preempt import RankConsensus
 from train.faults.quarantine import node_name, record_node_fault
 from train.faults.spikes import SpikeMemory
 from train.faults.watchdog import Watchdog
-from train.power_average import TRACKED
+from train.weights.power_average import TRACKED
 
 # Of the averages in a snapshot.
 SNAPSHOT_DTYPE = torch.float16

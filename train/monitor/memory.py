@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from train.adam_state import FP32, moments_bytes
 from train.config import Config
 from train.monitor.step_memory import Bytes
-from train.power_average import TRACKED
 from train.weights.lora import unet_on_meta
+from train.weights.power_average import TRACKED
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": FP32}
 # DeepSpeed's own: the buckets of the all-reduce, which take turns, and the multiple of the ranks to which it pads the

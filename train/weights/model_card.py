@@ -91,7 +91,7 @@ def model_card(checkpoint: Checkpoint, name: str, weights: str, license: str, ha
         pipeline_tag="text-to-image",
         tags=["deepfloyd-if", "pixel-diffusion", "if-stage-1"],
     )
-    rows = {label: _setting(config, keys) for label, keys in RECIPE.items()}
+    rows: dict[str, object] = {label: _setting(config, keys) for label, keys in RECIPE.items()}
     kind = "The moving average of the weights" if weights == "ema" else "The weights"
     if weights == "ema" and checkpoint.average:
         kind += f", of relative length {checkpoint.average.length:g} (a power function's, by EDM2)"
