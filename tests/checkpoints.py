@@ -19,6 +19,7 @@ from model.config import UNetConfig
 from model.unet import UNet
 from train.checkpoint.format import MANIFEST, file_sha256, part_file, sealed, step_folder
 from train.config import Config
+from train.weights.power_average import TRACKED
 
 
 def random_net(config: UNetConfig, seed: int) -> UNet:
@@ -36,9 +37,10 @@ def random_net(config: UNetConfig, seed: int) -> UNet:
 def write_run(run_dir: Path, net: UNetConfig, embeddings: Path, **settings: object) -> Path:
     """A run whose only checkpoint, of step 7 by two ranks, holds random_net(net, 1) and as its average (net, 2).
 
-    settings: of the run's Config.
+    settings: of the run's Config; with ema_snapshot_every the power-function averages are (net, 3) and (net, 4).
     """
-    nets = {"master": random_net(net, 1), "ema": random_net(net, 2)}
+    names = ("master", "ema", *(TRACKED if settings.get("ema_snapshot_every") else ()))
+    nets = {name: random_net(net, seed) for seed, name in enumerate(names, 1)}
     data = settings.pop("data", DataConfig(text=str(embeddings)))
     config = Config(run_dir=str(run_dir), model=net, data=data, **{"precision": "fp32"} | settings)
     parts: list[dict[str, torch.Tensor]] = [{}, {}]

@@ -39,9 +39,13 @@ from train.evaluation.manifest import MANIFEST, check_same, name_of
 from train.evaluation.references import read_references, write_references
 from train.evaluation.scene_alignment import matches
 from train.evaluation.scores import align
+from train.export import Export, export
 from train.neighbours import Neighbours, neighbours
 from train.neighbours import main as find_neighbours
+from train.sample import Sample
+from train.sample import run as draw
 from train.sampling.sampler import make_scheduler, sample
+from train.weights.pretrained import load_pretrained
 
 NET = UNetConfig(
     image_size=32, model_channels=32, norm_groups=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[16],
@@ -244,6 +248,9 @@ def test_pieces_of_any_size_make_one_array(tmp_path):
         ("text=other-text", "which is not the encoder that the net was trained with"),
         ("text=nowhere", "/nowhere' (no meta.json)"),
         ("steps=0", "steps=0 must lie between"),
+        ("ema_length=0.1,0.3", "ema_length=0.3 must be above 0 and at most 0.28"),
+        ("ema_length=0.1", "tracked no power-function averages"),
+        ("model=if_i_m ema_length=0.1", "ema_length=0.1 is of a run, and model=if_i_m of released weights"),
         ("model=if_i_m checkpoint=nowhere", "/nowhere': name a file or folder"),
         ("model=if_i_q", "model=if_i_q must be one of if_i_l, if_i_m, if_i_xl, scenes, small"),
     ],
@@ -326,6 +333,36 @@ def test_the_nearest_training_pictures_are_found(base, one, tmp_path, capsys):
     drawn, _ = neighbours(Neighbours(str(one / "guidance-1"), str(base / "shards"), shown=2))
     assert (one / "guidance-1-neighbours.png").is_file(), "a plot that says what it is of, and is none of the pictures"
     assert drawn.shape == (SAMPLES, 4) and drawn[:, 0].min() > np.median(within)
+
+
+@pytest.mark.slow
+def test_each_length_of_the_average_is_evaluated_exported_and_sampled_from_its_own_weights(repo, base, tmp_path):
+    write_run(tmp_path / "run", NET, base / "text", ema_snapshot_every=5)
+    data = [f"checkpoint={tmp_path / 'run'}", f"shards={base / 'shards'}", f"text={base / 'text'}"]
+    rest = ["scores=[alignment]", "samples=4", "steps=2", "guidance_scales=[1,3]", "ema_length=0.1,0.05"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    told = subprocess.run(
+        [sys.executable, "-m", "train.evaluate", *data, f"out={tmp_path / 'lengths'}", *rest],
+        cwd=repo, env=environment, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    lines = json.loads((tmp_path / "lengths" / "lengths.json").read_text())["scores"]
+    assert [(line["ema_length"], line["guidance_scale"]) for line in lines] == [
+        (0.1, 1),
+        (0.1, 3),
+        (0.05, 1),
+        (0.05, 3),
+    ]
+    assert Image.open(tmp_path / "lengths" / "lengths.png").size[0] > 300 and "ema of length 0.05" in told
+    for length, seed in ((0.05, 3), (0.1, 4)):
+        manifest = json.loads((tmp_path / "lengths" / f"ema-length-{length}" / MANIFEST).read_text())
+        assert manifest["weights"] == weights_digest(random_net(NET, seed).state_dict())
+    export(Export(str(tmp_path / "run"), str(tmp_path / "export"), ema_length=0.1))
+    exported, expected = load_pretrained(tmp_path / "export", NET), random_net(NET, 4).state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in expected.items())
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "The moving average of the weights, of relative length 0.1" in card and "decay of the average" not in card
+    folder = draw(Sample(str(tmp_path / "run"), n=1, steps="2", ema_length=0.05, out=str(tmp_path / "samples")))
+    assert json.loads((folder / "sample.json").read_text())["ema_length"] == 0.05
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,7 @@ def test_what_is_no_weights_is_refused(base, tmp_path, monkeypatch):
         ("checkpoint=nowhere", "/nowhere' has no whole checkpoint: name the folder of a run"),
         ("checkpoint=run out=run-if", "/run-if exists already: choose another out="),
         ("checkpoint=run out=t5/config.json/if", "could not be written (Not a directory)"),
+        ("checkpoint=run ema_length=0.1", "tracked no power-function averages (ema_snapshot_every=0)"),
         ("checkpoint=run weights=best", "weights=best must be one of ema, master"),
         ("checkpoint=run weights=mater", "(did you mean 'master'?)"),
         ("checkpoint=run dtype=fp16", "dtype=fp16 must be one of float32, float16, bfloat16"),

@@ -10,18 +10,18 @@ from launch.cost.estimate import Plan, make_plan
 from launch.cost.options import PlanOptions
 from launch.cost.overlap import Bucket, exposed_seconds, fill_buckets
 from launch.cost.page import render
-from launch.cost.traffic import checkpoint_bytes, collectives
+from launch.cost.traffic import checkpoint_bytes, collectives, snapshot_bytes
 from launch.plan import main
 from model.config import RECOMPUTE, UNetConfig
 from model.unet import UNet
 from tests.support.trainings import run_ranks
 from train.adam_state import moments_bytes
 from train.compose import compose_config
-from train.config import LoRAConfig, OptimConfig
+from train.config import Config, LoRAConfig, OptimConfig
 from train.engine import optimizer
 from train.monitor.flops import Flops, Gradient, peak_flops, training_flops
 from train.monitor.gpus import GPUS, find_device
-from train.monitor.memory import construction, largest_parameter, most_that_fits, partition, peak, states
+from train.monitor.memory import averages_of, construction, largest_parameter, most_that_fits, partition, peak, states
 from train.monitor.step_memory import inputs, step_bytes, walk_bytes, walk_step
 from train.weights.lora import add_lora
 
@@ -176,6 +176,9 @@ def test_512_ranks_on_paper():
     resident = states(count, 512, "adamw8bit", 2)
     assert partition(count, 512) * 512 - count < 2 * 512
     assert resident.ema == pytest.approx(34e6, rel=0.02)
+    with_power_averages = states(count, 512, "adamw8bit", 2, averages=averages_of(Config(ema_snapshot_every=50_000)))
+    assert with_power_averages.ema == 3 * resident.ema and averages_of(Config()) == 1
+    assert snapshot_bytes(count, 512) == pytest.approx(count * 4, rel=0.001)
     saved = states(count, 512, "adamw", 2).moments - resident.moments
     assert saved == pytest.approx(50e6, rel=0.02)
     assert checkpoint_bytes(resident, 512) == pytest.approx(count * (4 + 4 + 2 + 8 / 256), rel=0.001)
@@ -260,6 +263,11 @@ def test_the_page(plan):
     assert "every 5 steps" in line and "  40 forwards a rank" in line and f"{160 / 120:.2%} of the run" in line
     without = replace(plan, config=replace(plan.config, validate_every=0))
     assert "validation" not in render(without)
+    assert "ema_snapshot_every=0" in page and "a snapshot of averages" not in page
+    tracked = render(replace(plan, config=replace(plan.config, ema_snapshot_every=2)))
+    assert "EMA and 2 averages" in tracked and "a snapshot of averages every 2 steps" in tracked
+    (line,) = [line for line in tracked.splitlines() if "of the run, which stay" in line]
+    assert line.split()[1] == str(plan.config.steps // 2)
 
 
 @pytest.mark.parametrize(

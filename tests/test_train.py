@@ -30,6 +30,7 @@ from train.evaluation.validation import validation_losses
 from train.inputs import resolve_text_shape
 from train.monitor.rank_memory import needed_bytes
 from train.summary import parameters
+from train.weights.power_average import TRACKED
 from train.weights.trained_net import load_net
 
 
@@ -61,7 +62,7 @@ def foreign_lines(done) -> list[str]:
 
     Only stderr has the progress, and it ends with its one last line; no line is drawn over.
     """
-    result = re.compile(r"(W&B|curves|samples|checkpoint) +/.*|resumes from step \d+.*")
+    result = re.compile(r"(W&B|curves|samples|checkpoint) +/.*|resumes from step \d+.*|removes 2 snapshots .*")
     step = r"\S+: \d+ of \d+ steps \(\d+ %\), \S+ s(teps)?/s(tep)?"
     values = r"loss \S+, lr \S+, img/s \S+, data \d+%(, val mse \S+)?, to /\S+"
     minute, last = (re.compile(f"{step}, {time}, {values}") for time in (r"\d+ \S+ left", r"(\d+ of them )?in \d+ \S+"))
@@ -74,7 +75,7 @@ def foreign_lines(done) -> list[str]:
 @pytest.fixture(scope="module")
 def two_ranks(repo, data, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "two"
-    done = launch(repo, data, run_dir, "wandb.mode=offline", ranks=2)
+    done = launch(repo, data, run_dir, "wandb.mode=offline", "ema_snapshot_every=2", ranks=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert not foreign_lines(done)
     for what in ("curves", "samples", "checkpoint"):
@@ -97,6 +98,9 @@ def test_a_run_leaves_curves_samples_and_checkpoints(two_ranks):
         assert Image.open(two_ranks / name).size[0] > 300
     assert list(two_ranks.glob("wandb/offline-run-*/*.wandb"))
     assert [path.name for path in complete_checkpoints(two_ranks)] == ["step-00000003", "step-00000006"]
+    assert [path.name for path in sorted((two_ranks / "snapshots").iterdir())] == [
+        f"step-0000000{i}" for i in (2, 4, 6)
+    ]
     assert not list(two_ranks.rglob("*.part"))
 
 
@@ -177,8 +181,10 @@ def test_a_rerun_goes_on_bit_identically(repo, data, held_out, two_ranks, alone,
         file.write('{"step": 7, "lo')
     (run_dir / "checkpoints" / "step-00000006.part").mkdir()
     # What is kept for backward may change on the way, and the run may validate: no single bit is another.
-    done = launch(repo, data, run_dir, "wandb.mode=disabled", "recompute=cheap", "validate_every=2", *held_out, ranks=2)
+    allowed = ("wandb.mode=disabled", "recompute=cheap", "validate_every=2", "ema_snapshot_every=2")
+    done = launch(repo, data, run_dir, *allowed, *held_out, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "removes 2 snapshots of the averages after step 3: they are made again" in done.stdout
     assert not foreign_lines(done)
     names = ("step", "loss", "mse", "vb", "lr", "grad_norm")
     assert [[line[n] for n in names] for line in metrics(run_dir)] == [
@@ -187,10 +193,17 @@ def test_a_rerun_goes_on_bit_identically(repo, data, held_out, two_ranks, alone,
     for rank in range(2):
         file = f"checkpoints/step-00000006/rank-{rank:05d}.safetensors"
         before, after = load_file(two_ranks / file), load_file(run_dir / file)
-        assert {"master", "ema", "moments.state1", "moments.absmax2"} <= set(before)
+        assert {"master", "ema", *TRACKED, "moments.state1", "moments.absmax2"} <= set(before)
         assert before["moments.state1"].dtype == torch.uint8, "8-bit moments"
         for name, value in before.items():
             assert torch.equal(value, after[name]), name
+        for step in (2, 4, 6):
+            snapshot = f"snapshots/step-{step:08d}/rank-{rank:05d}.safetensors"
+            assert (run_dir / snapshot).read_bytes() == (two_ranks / snapshot).read_bytes()
+        halved = load_file(run_dir / snapshot)
+        assert set(halved) == set(TRACKED)
+        for name, value in halved.items():
+            assert torch.equal(value, before[name].half()) and not torch.equal(before[name], before["ema"])
     # The average on two ranks, whose parts are uneven, is validated to what one rank finds in its checkpoint.
     validated = [line for line in metrics(run_dir) if "validation/mse" in line]
     assert [line["step"] for line in validated] == [4, 6]

@@ -136,6 +136,8 @@ class Config:
         rounding alone. nhwc needs compile=true. docs/measurements/benchmarks.md.
     compile: torch.compile for the net; takes minutes at the start, and saves time on GPUs. Needs g++, or gcc for a GPU.
     ema_decay: decay per step of the weights' exponential moving average.
+    ema_snapshot_every: optimizer steps between snapshots of two power-function averages, of which averages of any
+        length are made after the run. They are never removed. 0 keeps no such averages. docs/guide/sampling.md.
     log_every: optimizer steps between lines of metrics.
     save_every: optimizer steps between checkpoints; -1 follows the steps.
     validate_every: optimizer steps between validations, by the average of the weights on the samples of
@@ -178,6 +180,7 @@ class Config:
     layout: str = "nchw"
     compile: bool = False
     ema_decay: float = 0.9999
+    ema_snapshot_every: int = 0
     log_every: int = 50
     save_every: int = 1000
     validate_every: int = 0
@@ -208,9 +211,9 @@ class Config:
                      "hang_seconds"):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
-        check_at_least("keep_every", self.keep_every, 0)
+        for name in ("ema_snapshot_every", "keep_every", "check_every"):
+            check_at_least(name, getattr(self, name), 0)
         check_size("validate_every", self.validate_every, 0)
-        check_at_least("check_every", self.check_every, 0)
         if self.validate_every > 0 and not (self.data.validation.shards or self.data.validation.share):
             raise ValueError(
                 f"validate_every={self.validate_every} needs held-out samples: name them in data.validation.shards and "

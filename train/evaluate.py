@@ -4,14 +4,14 @@ On several devices: `deepspeed --module train.evaluate ...`, or torchrun's `-m t
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from data.checks import check_at_least, check_choice
 from data.cli import command, location
 from data.storage.caption_fields import TXT, check_fields
-from train.checkpoint.format import WEIGHTS
+from train.checkpoint.format import check_weights
 from train.evaluation.scores import DIM, FEATURES
 
 
@@ -32,6 +32,8 @@ class Evaluate:
     scheduler: ddpm, ddim or dpm++
     seed: of the choice of captions and of the pictures
     weights: ema (their moving average) or master
+    ema_length: of another average, as a share of the steps up to the checkpoint: a standard deviation such as 0.1. Of
+        several each is evaluated, in a folder of its own, and the scores are drawn against them
     micro_batch: pictures at a time
     model: the net of released weights, such as if_i_xl: a file of conf/model
     adapter: a LoRA as diffusers saves it, a file or its folder, to merge into the net
@@ -51,6 +53,7 @@ class Evaluate:
     scheduler: str = "ddpm"
     seed: int = 0
     weights: str = "ema"
+    ema_length: list[float] = field(default_factory=list)
     micro_batch: int = 64
     model: str = ""
     adapter: str = location("")
@@ -65,6 +68,8 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     Raises: ValueError for what cannot be evaluated; OSError if something cannot be read or written.
     """
     check(args)
+    if len(args.ema_length) > 1:
+        return evaluate_lengths(args)
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     import numpy as np
 
@@ -81,7 +86,7 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     from train.sampling.sampler import make_scheduler, set_steps
     from train.weights.lora import merge_adapter
 
-    net = find_net(args.checkpoint, args.model, args.weights, args.text)
+    net = find_net(args.checkpoint, args.model, args.weights, args.text, *args.ema_length)
     eval_set = find_eval_set(args.shards, args.text, args.samples, args.seed, net, args.caption)
     scheduler = make_scheduler(net.diffusion_steps, net.config.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)
@@ -133,13 +138,29 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     return lines
 
 
+def evaluate_lengths(args: Evaluate) -> list[dict[str, float]]:
+    """Evaluate each length of the average; returns the scores at each length and guidance scale.
+
+    Raises: ValueError; OSError, as evaluate.
+    """
+    from train.evaluation.results import write_lengths
+
+    lines = []
+    for length in args.ema_length:
+        of_length = replace(args, ema_length=[length], out=str(Path(args.out) / f"ema-length-{length:g}"))
+        lines += [{"ema_length": length} | line for line in evaluate(of_length)]
+    if lines:
+        write_lengths(Path(args.out), lines)
+    return lines
+
+
 def check(args: Evaluate) -> None:
     """Raises: ValueError for an argument that cannot be used, or fewer samples than a score needs."""
     if not args.scores:
         raise ValueError(f"scores=[] must be one or more of {', '.join(FEATURES)}")
     for name in args.scores:
         check_choice("scores", name, FEATURES)
-    check_choice("weights", args.weights, WEIGHTS)
+    check_weights(args.weights, *args.ema_length)
     check_fields("caption", [args.caption])
     check_at_least("micro_batch", args.micro_batch, 1)
     check_at_least("seed", args.seed, 0)

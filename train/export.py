@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from data.checks import check_absent, check_choice
 from data.cli import command, location
 from data.storage.atomic import atomic_folder
-from train.checkpoint.format import WEIGHTS
+from train.checkpoint.format import check_weights
 
 if TYPE_CHECKING:
     from train.checkpoint.checkpoint import Checkpoint
@@ -23,6 +23,7 @@ class Export:
     checkpoint: the folder of a run, whose newest checkpoint is taken, or of one step
     out: the folder to write
     weights: ema (their moving average) or master
+    ema_length: of another average, as a share of the steps up to the checkpoint: a standard deviation such as 0.1
     dtype: of the UNet: float32, float16 or bfloat16
     encoder: the T5 that the captions were embedded with, to go along: a folder, a name on the hub, or auto for the one
         that the checkpoint names
@@ -36,6 +37,7 @@ class Export:
     checkpoint: str = location()
     out: str = location()
     weights: str = "ema"
+    ema_length: float | None = None
     dtype: str = "float32"
     encoder: str = location("")
     license: str = "other"
@@ -57,10 +59,10 @@ def export(args: Export, shard_size: str = "10GB") -> None:
 
         destination = find_destination(args.push_to, args.private)
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
-    from train.checkpoint.checkpoint import Checkpoint
+    from train.checkpoint.post_hoc import open_checkpoint
     from train.weights.model_card import model_card
 
-    checkpoint = Checkpoint.open(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint, args.ema_length)
     facts = (args.weights, args.license, bool(args.encoder), args.dtype)
     card = model_card(checkpoint, args.push_to or out.name, *facts)
     if destination:
@@ -72,7 +74,8 @@ def export(args: Export, shard_size: str = "10GB") -> None:
     if not out.exists():
         _write(args, checkpoint, str(card), shard_size)
     if destination:
-        push(destination, out, f"Step {checkpoint.step:,}, {args.weights} weights in {args.dtype}", args.dry_run)
+        message = f"Step {checkpoint.step:,}, {checkpoint.title(args.weights)} weights in {args.dtype}"
+        push(destination, out, message, args.dry_run)
 
 
 def _write(args: Export, checkpoint: "Checkpoint", card: str, shard_size: str) -> None:
@@ -89,14 +92,14 @@ def _write(args: Export, checkpoint: "Checkpoint", card: str, shard_size: str) -
     takes = "without text encoder: give prompt_embeds"
     if encoder:
         takes = f"for prompts (clean_caption={encoder.cleaning != 'lower-strip'}, as in the training) or prompt_embeds"
-    print(f"{out}: an IFPipeline {takes}; {args.weights} weights of step {checkpoint.step} in {args.dtype}, "
-          f"{checkpoint.model.image_size} px, {checkpoint.diffusion_steps} diffusion steps, "
+    print(f"{out}: an IFPipeline {takes}; {checkpoint.title(args.weights)} weights of step {checkpoint.step} "
+          f"in {args.dtype}, {checkpoint.model.image_size} px, {checkpoint.diffusion_steps} diffusion steps, "
           f"{'learned' if checkpoint.model.learn_sigma else 'fixed'} variance")  # fmt: skip
 
 
 def check(args: Export) -> None:
     """Raises: ValueError for an argument that cannot be used."""
-    check_choice("weights", args.weights, WEIGHTS)
+    check_weights(args.weights, args.ema_length)
     check_choice("dtype", args.dtype, DTYPES)
     if not args.push_to:
         check_absent("out", args.out)

@@ -38,8 +38,8 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     """
     # Build
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    engine = build(config, inputs, ranks, device)
-    ema, diffusion = EMA(engine, config.ema_decay), Diffusion(config.diffusion_steps).to(device)
+    engine, diffusion = build(config, inputs, ranks, device), Diffusion(config.diffusion_steps).to(device)
+    ema = EMA(engine, config.ema_decay, tracked=config.ema_snapshot_every > 0)
     # Resume
     first_step, changes, spikes = resume(config, inputs.identity, engine, ema)
     last = first_step == config.steps
@@ -83,7 +83,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         guard.check_step(step, engine)
         last, (stop, *checkpoint) = step == config.steps, answer()
         writer.poll(*checkpoint)
-        cross_check.check(step, batch, before_save=(save := step % config.save_every == 0 or last or stop))
+        cross_check.check(step, batch, before_save=bool(save := writer.due(step, last or stop)))
         # Validate
         with metrics.phase("validate"):
             held_out = {} if stop else validation.at(step, engine, ema)
@@ -97,7 +97,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
         # Save
         if save:
             with metrics.phase("save"):
-                writer.begin(step, engine, ema, guard.remembered())
+                writer.begin(save, step, engine, ema, guard.remembered())
         # Sample
         if last or (config.sample.every and step % config.sample.every == 0):
             with metrics.phase("sample"), ema.in_place_of_weights(engine), others_wait(consensus, watchdog) as alive:

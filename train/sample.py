@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.checks import check_absent, check_at_least, check_choice
+from data.checks import check_absent, check_at_least
 from data.cli import command, location
 from data.storage.atomic import atomic_folder
-from train.checkpoint.format import WEIGHTS
+from train.checkpoint.format import check_weights
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Sample:
     scheduler: ddpm, ddim or dpm++
     encoder: the text encoder, a folder or a name on the hub, if it is not where the training had it
     weights: ema (their moving average) or master
+    ema_length: of another average, as a share of the steps up to the checkpoint: a standard deviation such as 0.1
     micro_batch: images at a time
     steps_sheet: also steps.png, the first image at each step: the noisy one, and what the net takes it to come from
     out: the folder to write; samples/0001, samples/0002, ... if left out
@@ -44,6 +45,7 @@ class Sample:
     scheduler: str = "ddpm"
     encoder: str = location("")
     weights: str = "ema"
+    ema_length: float | None = None
     micro_batch: int = 16
     steps_sheet: bool = False
     out: str = location("")
@@ -57,7 +59,7 @@ def run(args: Sample) -> Path:
     check(args)
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
     from data.device import default_device
-    from train.checkpoint.checkpoint import Checkpoint
+    from train.checkpoint.post_hoc import open_checkpoint
     from train.sampling.output import next_folder, write_samples
     from train.sampling.prompts import find_prompts, find_strip
     from train.sampling.sampler import make_scheduler, sample_batches, set_steps
@@ -67,7 +69,7 @@ def run(args: Sample) -> Path:
     # Guidance moves away from the empty caption, so that itself cannot be guided.
     is_empty = args.prompt is not None and args.to is None and not args.prompt.strip()
     scale = 1.0 if is_empty else args.guidance_scale
-    checkpoint, device = Checkpoint.open(args.checkpoint), default_device()
+    checkpoint, device = open_checkpoint(args.checkpoint, args.ema_length), default_device()
     scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)  # a mistake is reported before the net is loaded
     if args.prompt is not None and args.to is not None:
@@ -82,7 +84,8 @@ def run(args: Sample) -> Path:
         unet, scheduler, prompts.text_emb, prompts.empty, scale, args.steps, seeds, args.micro_batch, str(out),
         sheet if args.steps_sheet else lambda step: None,
     ).numpy()  # fmt: skip
-    title = f"step {checkpoint.step:,}, {args.weights}, {args.scheduler} {args.steps} steps, guidance {scale:g}"
+    title = f"step {checkpoint.step:,}, {checkpoint.title(args.weights)}, "
+    title += f"{args.scheduler} {args.steps} steps, guidance {scale:g}"
     of_sheet = f"{prompts.captions[0]}: {title}, seed {seeds[0]}"
     title += f", seeds {seeds[0]} to {seeds[-1]}"
     record = asdict(args) | {
@@ -104,7 +107,7 @@ def check(args: Sample) -> None:
     if args.to is not None and args.prompt is None:
         raise ValueError("to= is where a strip ends: give the prompt= too, with which it begins")
     check_at_least("strip", args.strip, 2)
-    check_choice("weights", args.weights, WEIGHTS)
+    check_weights(args.weights, args.ema_length)
     check_at_least("n", args.n, 1)
     check_at_least("micro_batch", args.micro_batch, 1)
     check_at_least("seed", args.seed, 0)

@@ -20,6 +20,7 @@ from train.monitor.memory import (
     WEIGHT_BYTES,
     Peak,
     States,
+    averages_of,
     construction,
     largest_parameter,
     most_that_fits,
@@ -138,7 +139,7 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     accumulate, weight_bytes = accumulation(config, ranks), WEIGHT_BYTES[config.precision]
     trained, frozen = parameters(config)
     largest = largest_parameter(config)
-    resident = states(trained, ranks, config.optim.name, weight_bytes, frozen)
+    resident = states(trained, ranks, config.optim.name, weight_bytes, frozen, averages_of(config))
     built = construction(trained, ranks, weight_bytes, frozen)
     available = gpu.memory - options.reserve_gb * GB
     available = available - resident.total if built <= available else 0.0
@@ -171,7 +172,7 @@ def step_times(
         compute=at_peak / options.mfu,
         all_reduce=0.0,
         all_gather=0.0,
-        # Masters, moments and EMA are read and written; the rest of the update is small beside them.
+        # Masters, moments and averages are read and written; the rest of the update is small beside them.
         update=2 * (resident.master + resident.moments + resident.ema) / gpu.memory_rate,
         reading=reading.sample * config.global_batch / (options.storage * GB) if options.storage else 0.0,
     )
@@ -190,7 +191,8 @@ def estimate_step(options: PlanOptions, config: Config) -> tuple[float, int]:
     resolve_sizes(config, options.samples)
     (trained, frozen), ranks = parameters(config), options.ranks
     accumulation(config, ranks)
-    resident = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen)
+    weight_bytes = WEIGHT_BYTES[config.precision]
+    resident = states(trained, ranks, config.optim.name, weight_bytes, frozen, averages_of(config))
     flops = training_flops(config.model, config.data.tokens, config.lora, config.recompute)
     reading = estimate_reading(options, config)
     alone, (engine, *_) = step_times(options, config, flops, largest_parameter(config), resident, reading)

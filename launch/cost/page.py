@@ -2,11 +2,14 @@
 
 from data.loader.held_out import micro_batches
 from launch.cost.estimate import GB, Plan, Times
+from launch.cost.traffic import snapshot_bytes
+from train.adam_state import FP32
 from train.config import summed_in
 from train.evaluation.validation import TIMESTEPS
 from train.monitor.gpus import NODE_LINKS
-from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, partition
+from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, averages_of, partition
 from train.summary import validation_share
+from train.weights.power_average import TRACKED
 
 # Gbit/s of a node's link at which the step is compared, beside that of the options.
 COMPARED = (200, 800, 1600)
@@ -59,12 +62,13 @@ def memory(plan: Plan) -> list[str]:
     weight_bytes = WEIGHT_BYTES[plan.config.precision]
     reserve = plan.options.reserve_gb * GB
     total, built = [resident.total + cost.peak.most + reserve for cost in costs], plan.construction + reserve
+    averages = "EMA" if averages_of(plan.config) == 1 else f"EMA and {len(TRACKED)} averages"
     return [
         row("MEMORY OF A GPU", gb(plan.gpu.memory)),
         row("weights", gb(resident.weights)),
         row(f"fp32 masters, 1/{ranks}: {partition(plan.parameters, ranks):,}", gb(resident.master)),
         row(f"moments of {plan.config.optim.name}, 1/{ranks}", gb(resident.moments)),
-        row(f"EMA, fp32, 1/{ranks}", gb(resident.ema)),
+        row(f"{averages}, fp32, 1/{ranks}", gb(resident.ema)),
         row("gradients, where they accumulate", gb(weight_bytes * plan.parameters)),
         row(f"{BUCKETS} buckets of the all-reduce", gb(BUCKETS * weight_bytes * plan.largest)),
         row("reserve", gb(reserve)),
@@ -195,6 +199,24 @@ def checkpoints(plan: Plan) -> list[str]:
             gb((config.keep_checkpoints + 1) * plan.checkpoint),
         ),
         row(f"one every {config.save_every:,} steps", f"{every / 60:,.1f} min"),
+        *snapshots(plan),
+    ]
+
+
+def snapshots(plan: Plan) -> list[str]:
+    """What averages of any length take, or would take."""
+    every, ranks = plan.config.ema_snapshot_every, plan.options.ranks
+    one, more = snapshot_bytes(plan.parameters, ranks), FP32 * len(TRACKED) * partition(plan.parameters, ranks)
+    if not every:
+        return [
+            row("averages of any length, ema_snapshot_every=0", "none"),
+            row("  they would take", f"{gb(more)} a GPU", f"{gb(ranks * more)} a checkpoint", f"{gb(one)} a snapshot",
+                width=26),
+        ]  # fmt: skip
+    number = plan.config.steps // every
+    return [
+        row(f"a snapshot of averages every {every:,} steps", gb(one), f"{gb(one / ranks)} a rank"),
+        row(f"all {number:,} of the run, which stay", gb(number * one)),
     ]
 
 

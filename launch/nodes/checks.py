@@ -16,11 +16,12 @@ from data.device import uses_gpu
 from data.storage.locations import open_location
 from data.storage.machine import check_open_files
 from data.text.meta import caption_folder, sidecar_location
-from launch.cost.traffic import checkpoint_bytes
+from launch.cost.traffic import checkpoint_bytes, snapshot_bytes
+from train.checkpoint.format import SNAPSHOTS, step_folders
 from train.compose import ROOT
 from train.config import Config
 from train.inputs import find_inputs
-from train.monitor.memory import WEIGHT_BYTES, states
+from train.monitor.memory import WEIGHT_BYTES, averages_of, states
 from train.summary import parameters
 
 LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "numpy", "pillow", "safetensors", "omegaconf")
@@ -100,18 +101,22 @@ def disk_faults(config: Config, ranks: int) -> list[str]:
     """What is wrong with run_dir as this node sees it: it cannot be made, or lacks space for the checkpoints."""
     run_dir = Path(config.run_dir)
     trained, frozen = parameters(config)
-    resident = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen)
+    resident = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen, averages_of(config))
     one = checkpoint_bytes(resident, ranks)
-    needed = (config.keep_checkpoints + 1) * one
+    every = config.ema_snapshot_every
+    snapshots = config.steps // every - len(step_folders(run_dir, SNAPSHOTS)) if every else 0
+    needed = (config.keep_checkpoints + 1) * one + snapshots * snapshot_bytes(trained, ranks)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run_dir).free
     except OSError as error:
         return [f"run_dir={run_dir} cannot be made: {error}"]
     if free < needed:
+        beside = f" and {snapshots:,} snapshots of averages" if snapshots else ""
         return [
             f"run_dir={run_dir} has {free / 1e9:.1f} GB free, and {config.keep_checkpoints} checkpoints and one being "
-            f"written take {needed / 1e9:.1f} GB: free some space, or lower keep_checkpoints"
+            f"written{beside} take {needed / 1e9:.1f} GB: free some space, or lower keep_checkpoints"
+            f"{' or raise ema_snapshot_every' if snapshots else ''}"
         ]
     return []
 

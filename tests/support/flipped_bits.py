@@ -23,7 +23,7 @@ from tests.chaos import TINY
 from tests.support.counted_waits import replace
 from tests.support.trainings import SMALL
 from train import loop
-from train.checkpoint import writer
+from train.checkpoint import new_folder
 from train.checkpoint.format import CheckpointFailed, complete_checkpoints, step_of
 from train.compose import compose_config
 from train.engine import Engine, init_distributed
@@ -33,7 +33,7 @@ from train.faults.quarantine import read_node_faults
 from train.inputs import find_inputs
 from train.noise import DeviceBatches
 
-SAVE_FILE = writer.save_file
+SAVE_FILE = new_folder.save_file
 CHECK_EVERY, SAVE_EVERY, STEPS = 4, 6, 10
 # Bits by the bytes of a number: of fp32, of bf16, and of 8-bit codes.
 BITS = {
@@ -153,7 +153,7 @@ def ways(trial: Trial, now: Moment) -> list[tuple]:
                 then=lambda checks, _: checks._engine.model.middle_block[0].register_forward_hook(noise),
             )
         ],
-        "checkpoint in host memory": lambda: [replace(writer, "save_file", save_flipped(now, trial))],
+        "checkpoint in host memory": lambda: [replace(new_folder, "save_file", save_flipped(now, trial))],
         "average": lambda: [around(CrossCheck, "check", then=at_the_end)],
         "gradient, once": lambda: [around(Engine, "backward", then=once(gradient))],
         "pixels on the device, always": lambda: [

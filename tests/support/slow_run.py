@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 import torch.distributed.distributed_c10d as c10d  # noqa: E402 - the path comes first
 
-import train.checkpoint.writer as writer  # noqa: E402
+import train.checkpoint.new_folder as new_folder  # noqa: E402
 import train.loop as loop  # noqa: E402
 import train.sampling.sampler as sampler  # noqa: E402
 from data.cli import arguments  # noqa: E402
@@ -24,14 +24,14 @@ from train.main import main  # noqa: E402
 def slow(what: str, seconds: float) -> None:
     """Make the one or the other slow."""
     if what == "save":
-        flush = writer.flush_to_disk
+        flush = new_folder.flush_to_disk
 
         def flush_slowly(path: Path) -> None:
             if path.suffix == ".safetensors":
                 time.sleep(seconds)
             flush(path)
 
-        writer.flush_to_disk = flush_slowly
+        new_folder.flush_to_disk = flush_slowly
     elif what == "first":
         losses = loop.training_losses
 

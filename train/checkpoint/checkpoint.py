@@ -17,7 +17,7 @@ from train.checkpoint.format import (
     size_fault,
     step_folders,
 )
-from train.checkpoint.reader import CheckpointReader
+from train.checkpoint.reader import CheckpointReader, PostHocAverage
 
 # Entries of a manifest that a resume or a model card reads, beside those that Checkpoint keeps.
 ENTRIES = ("schedule_step", "samples", "data", "base", "changes", "parameters", "files", "sha256")
@@ -29,6 +29,7 @@ class Checkpoint:
 
     ranks: that wrote it.  config: the run's configuration, as plain dicts.  text: describes the embeddings that the net
     was trained on.  verified: its files were found intact.
+    average: takes the place of the moving average that the training kept, if it is given.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Checkpoint:
     diffusion_steps: int
     text: TextMeta
     verified: bool = False
+    average: PostHocAverage | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -128,18 +130,22 @@ class Checkpoint:
         """Reads any part of the flat tensors of all ranks."""
         return CheckpointReader(self.folder, self.ranks)
 
+    def title(self, name: str) -> str:
+        """'ema' or 'master' as a title names it: with the length of an average that was made after the run."""
+        return f"{name} of length {self.average.length:g}" if self.average and name == "ema" else name
+
     def weights(self, name: str) -> dict[str, Tensor]:
         """All trained weights in fp32, by name; takes the memory of one copy.
 
         Of a run with LoRA these are its matrices alone: train.weights.pretrained.net_weights merges them.
         name: 'ema' or 'master'.
-        Raises: ValueError if the files are not intact.
+        Raises: ValueError if the files, or the snapshots that the average is made of, are not intact.
         """
         if not self.verified and (fault := self.verify()):
             raise ValueError(
                 f"'{self.folder}' is not a whole checkpoint ({fault}): name another step-NNNNNNNN folder of the run"
             )
-        reader, weights, start = self.reader(), {}, 0
+        reader, weights, start = self.average if self.average and name == "ema" else self.reader(), {}, 0
         for parameter, shape in self.manifest["parameters"].items():
             weights[parameter] = reader.read(name, start, start + prod(shape)).view(shape)
             start += prod(shape)

@@ -1,25 +1,43 @@
 """How a checkpoint lies on disk: RUN_DIR/checkpoints/step-NNNNNNNN with one file per rank and a manifest.
 
-A rank's file holds its part of the fp32 master weights, of their moving average and of the optimizer's moments. The
+A rank's file holds its part of the fp32 master weights, of their moving averages and of the optimizer's moments. The
 master weights of all ranks, one after another, are the parameters in the manifest's order, flat, with some padding at
 the end. So any number of ranks can divide them again. Nothing else is kept: every random draw and the position in the
 data follow from the step.
+A snapshot, RUN_DIR/snapshots/step-NNNNNNNN, is a checkpoint of the power-function averages alone, in half precision.
 """
 
 import hashlib
 import json
 from pathlib import Path
 
+from data.checks import check_choice
 from data.storage.atomic import atomic_file
+from train.weights.power_average import LONGEST
 
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 # The two sets of weights in a checkpoint: their moving average, and the fp32 masters that the optimizer steps.
 WEIGHTS = ("ema", "master")
+# The folders of a run: of all that it goes on from, and of what averages of any length are made of.
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written, or no checkpoint could be read; all ranks raise it together."""
+
+
+def check_weights(weights: str, *ema_lengths: float | None) -> None:
+    """Raises: ValueError for a name that is none of WEIGHTS, or a length that no average has; None is none."""
+    check_choice("weights", weights, WEIGHTS)
+    for length in ema_lengths:
+        if length is not None and weights != "ema":
+            raise ValueError(f"weights={weights} and ema_length={length:g} are both given: choose one")
+        if length is not None and not 0 < length <= LONGEST:
+            raise ValueError(
+                f"ema_length={length:g} must be above 0 and at most {LONGEST}: the standard deviation of the profile, "
+                "as a share of the steps"
+            )
 
 
 def part_file(rank: int) -> str:
@@ -27,9 +45,9 @@ def part_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def step_folder(run_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint of a step."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+def step_folder(run_dir: Path, step: int, kind: str = CHECKPOINTS) -> Path:
+    """The folder of the checkpoint of a step, or of its snapshot."""
+    return run_dir / kind / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
@@ -37,9 +55,9 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def step_folders(run_dir: Path) -> list[Path]:
-    """The folders of a run's checkpoints, newest first, complete or not."""
-    return sorted((run_dir / "checkpoints").glob("step-????????"), reverse=True)
+def step_folders(run_dir: Path, kind: str = CHECKPOINTS) -> list[Path]:
+    """The folders of a run's checkpoints or snapshots, newest first, complete or not."""
+    return sorted((run_dir / kind).glob("step-????????"), reverse=True)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:

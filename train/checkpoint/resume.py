@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from data.checks import count
 from data.cli import reason
 from data.loader.dataset import Dataset
 from data.storage.locations import is_remote, join
@@ -19,7 +20,15 @@ from data.storage.shards import Shard, read_stats
 from data.text.meta import EMPTY
 from train.checkpoint.changes import describe_changes, find_changes, rate_change
 from train.checkpoint.checkpoint import Checkpoint
-from train.checkpoint.format import MANIFEST, CheckpointFailed, latest_checkpoint, step_folders
+from train.checkpoint.format import (
+    CHECKPOINTS,
+    MANIFEST,
+    SNAPSHOTS,
+    CheckpointFailed,
+    latest_checkpoint,
+    step_folders,
+    step_of,
+)
 from train.checkpoint.identity import DataIdentity, check_same_run, describe_text
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
@@ -43,6 +52,11 @@ def check_resumable(config: Config, data: DataIdentity) -> None:
     check_same_run(str(folder), checkpoint.manifest, asdict(config), data)
     if checkpoint.step > config.steps:
         raise ValueError(f"'{folder}' is beyond steps={config.steps}: raise steps, or choose another run_dir")
+    if config.ema_snapshot_every and not checkpoint.config.get("ema_snapshot_every"):
+        raise ValueError(
+            f"'{folder}' has no power-function averages, since the run began with ema_snapshot_every=0, or went on "
+            "with it: set it back, or begin from scratch in another run_dir"
+        )
 
 
 def check_same_everywhere(config: Config, datasets: list[Dataset], held_out: list[Dataset]) -> None:
@@ -94,8 +108,8 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
     rank, ranks, run_dir = dist.get_rank(), dist.get_world_size(), Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
     if rank == 0:
-        for unfinished in checkpoints.glob("*.part"):  # left by a start that was killed as it saved
-            shutil.rmtree(unfinished, ignore_errors=True)
+        for unfinished in (part for kind in (CHECKPOINTS, SNAPSHOTS) for part in (run_dir / kind).glob("*.part")):
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a start that was killed as it saved
         (run_dir / "done").unlink(missing_ok=True)  # left by a start with fewer steps
     folders = of_first_rank(lambda: step_folders(run_dir))
     faults: list[tuple[str, str]] = [("", "")] * ranks
@@ -112,6 +126,7 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
                 "or raise the limit, then run the same command; or move that folder away to resume from the one before"
             )
         if checkpoint and not any(fault for fault, _ in faults):
+            _remove_later_snapshots(run_dir, checkpoint.step)
             return _restore(checkpoint, config, data, engine, ema)
         if rank == 0:
             _set_aside(folder, next(fault for fault, _ in faults if fault))
@@ -120,7 +135,19 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
             f"every checkpoint in '{checkpoints}' is damaged: choose another run_dir to begin from scratch, or delete "
             "that folder"
         )
+    _remove_later_snapshots(run_dir, 0)
     return 0, [], SpikeMemory()
+
+
+def _remove_later_snapshots(run_dir: Path, step: int) -> None:
+    """Remove what this start makes again: after another choice of batches or ranks it would not be of one training."""
+    if dist.get_rank():
+        return
+    if later := [folder for folder in step_folders(run_dir, SNAPSHOTS) if step_of(folder) > step]:
+        what = f"removes {count(len(later), 'snapshot')} of the averages after step {step}"
+        print(f"{what}: they are made again", flush=True)
+        for folder in later:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_aside(folder: Path, fault: str) -> None:
@@ -158,7 +185,8 @@ def _restore(
         moments = engine.as_moments(*flat) if flat else {}
     schedule_step = checkpoint.manifest["schedule_step"]
     engine.restore(checkpoint.step, schedule_step, reader.read("master", start, stop), moments)
-    ema.average.copy_(reader.read("ema", start, stop))
+    for name, average in ema.averages.items():
+        average.copy_(reader.read(name, start, stop))
     history, line = find_history(checkpoint, config, data, dist.get_world_size())
     memory = SpikeMemory(**(checkpoint.manifest.get("spikes") or {}))  # one from before spikes were judged has none
     if rank == 0:

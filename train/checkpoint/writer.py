@@ -1,7 +1,7 @@
-"""Writes checkpoints while the training goes on: a copy in host memory, one writing thread per rank, one rename."""
+"""Writes checkpoints and snapshots of the averages while the training goes on: a copy in host memory, one writing
+thread per rank, one rename.
+"""
 
-import json
-import os
 import platform
 import shutil
 import threading
@@ -11,36 +11,39 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
-from data.storage.atomic import WRITE_ERRORS, flush_to_disk
+from data.storage.atomic import WRITE_ERRORS
 from if_train import project_version
 from train.checkpoint.format import (
-    MANIFEST,
+    CHECKPOINTS,
+    SNAPSHOTS,
     CheckpointFailed,
     complete_checkpoints,
-    file_sha256,
-    part_file,
-    sealed,
     step_folder,
     step_of,
 )
 from train.checkpoint.identity import DataIdentity
+from train.checkpoint.new_folder import NewFolder, WrongFile
 from train.config import Config
 from train.ema import EMA
 from train.engine import Engine
-from train.faults.checksum import Corrupted, checksum
+from train.faults.checksum import Corrupted
 from train.faults.compile_cache import keep_cache
 from train.faults.limits import SAVE
 from train.faults.preempt import RankConsensus
 from train.faults.quarantine import node_name, record_node_fault
 from train.faults.spikes import SpikeMemory
 from train.faults.watchdog import Watchdog
+from train.weights.power_average import TRACKED
+
+# Of the averages in a snapshot.
+SNAPSHOT_DTYPE = torch.float16
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time; begin, poll and finish are collective calls of the training threads.
+    """Writes the folders of one step at a time; begin, poll and finish are collective calls of the training threads.
 
     The writing threads touch files and host memory alone, never a process group. The training threads ask one another
     in each step (progress) whether all ranks have written. If they have, the first rank's thread writes the manifest
@@ -58,51 +61,37 @@ class CheckpointWriter:
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._thread: threading.Thread | None = None
         # What the first rank does once all ranks have written; None while no checkpoint is under way.
-        self._publish: Callable[[list[tuple[int, str]]], None] | None = None
+        self._publish: Callable[[list[list[tuple[int, str]]]], None] | None = None
         self._publishing = False
-        # Of this rank's thread: its error, and what was corrupted if that is the error; size and SHA-256 of its file.
-        self._error, self._corrupted, self._written = "", "", (0, "")
+        # Of this rank's thread: its error, and what was corrupted if that is the error; size and SHA-256 of its files.
+        self._error, self._corrupted, self._written = "", "", list[tuple[int, str]]()
         self._stalled, self._since = 0.0, time.perf_counter()
-        self._aside = Path()
+        self._folders: list[NewFolder] = []
 
-    def begin(self, step: int, engine: Engine, ema: EMA, spikes: SpikeMemory) -> None:
-        """Copy the state of a step to the host and start to write it."""
+    def due(self, step: int, ending: bool) -> list[str]:
+        """What is written after a step: SNAPSHOTS, CHECKPOINTS, both or nothing.  ending: whether the run leaves."""
+        periods = {SNAPSHOTS: self._config.ema_snapshot_every, CHECKPOINTS: self._config.save_every}
+        due = {kind for kind, every in periods.items() if every and step % every == 0}
+        # Snapshots first, so that no checkpoint lacks one of before.
+        return [kind for kind in periods if kind in due or (ending and kind == CHECKPOINTS)]
+
+    def begin(self, kinds: list[str], step: int, engine: Engine, ema: EMA, spikes: SpikeMemory) -> None:
+        """Copy what is due of the state of a step to the host and start to write it."""
         self.finish()  # which gives the watchdog the time of a save
         began = time.perf_counter()
-        folder = step_folder(Path(self._config.run_dir), step)
-        self._aside = aside = folder.with_suffix(".part")
+        run_dir, manifest = Path(self._config.run_dir), self._manifest(step, engine) | {"spikes": asdict(spikes)}
         moments = {f"moments.{name}": value for name, value in engine.moments.items()}
-        state = {"master": engine.master.detach(), "ema": ema.average, **moments}
-        sums = {name: int(checksum([value])) for name, value in state.items()}
-        snapshot = {name: value.to("cpu", copy=True) for name, value in state.items()}
-        manifest = self._manifest(step, engine) | {"spikes": asdict(spikes)}
+        states = {CHECKPOINTS: {"master": engine.master.detach(), **ema.averages, **moments}}
+        if SNAPSHOTS in kinds:
+            states[SNAPSHOTS] = {name: ema.averages[name].to(SNAPSHOT_DTYPE) for name in TRACKED}
+        self._folders = folders = [NewFolder(step_folder(run_dir, step, kind), states[kind]) for kind in kinds]
 
         def write() -> None:
-            # run_dir itself is not created: if it is gone, so is the disk it was on, and nothing belongs on the disk
-            # below its mount point.
-            aside.parent.mkdir(exist_ok=True)
-            aside.mkdir(exist_ok=True)
-            file = aside / part_file(self._rank)
-            save_file(snapshot, file)
-            flush_to_disk(file)
-            written = load_file(file)
-            if changed := [name for name, value in sums.items() if int(checksum([written[name]])) != value]:
-                self._corrupted = f"{', '.join(changed)} is not in the file as it was on the device"
-                raise OSError(f"{self._corrupted}: the memory, the bus or the storage of {node_name()} makes errors")
-            self._written = (file.stat().st_size, file_sha256(file))
+            self._written = [folder.write(self._rank) for folder in folders]
 
-        def publish(written: list[tuple[int, str]]) -> None:
-            files = {part_file(rank): size for rank, (size, _) in enumerate(written)}
-            hashes = {part_file(rank): sha256 for rank, (_, sha256) in enumerate(written)}
-            for name, size in files.items():
-                if (aside / name).stat().st_size != size:  # no such file: that rank wrote to a disk of its own
-                    raise OSError(f"{name} has another size than its rank wrote")
-            text = json.dumps(sealed({**manifest, "files": files, "sha256": hashes}), indent=1) + "\n"
-            (aside / MANIFEST).write_text(text, encoding="utf-8")
-            flush_to_disk(aside / MANIFEST)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
-            flush_to_disk(folder.parent)
+        def publish(written: list[list[tuple[int, str]]]) -> None:
+            for folder, files in zip(folders, zip(*written, strict=True), strict=True):
+                folder.publish(files, manifest)
             self._prune()
             keep_cache()  # the other part of a quick restart
 
@@ -167,6 +156,7 @@ class CheckpointWriter:
                 action()
             except WRITE_ERRORS as error:
                 self._error = f"rank {self._rank}: {error}"
+                self._corrupted = error.what if isinstance(error, WrongFile) else ""
 
         # A daemon thread: a process that ends for another reason does not wait for it, and a .part folder is ignored.
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
@@ -174,20 +164,21 @@ class CheckpointWriter:
 
     def _fail(self) -> None:
         found = self._consensus.gather((self._error, self._corrupted, node_name()))
-        problems = [error for error, _, _ in found if error]
+        problems, aside = [error for error, _, _ in found if error], self._folders[-1].aside
         corrupted = {node: what for _, what, node in found if what}
         if self._rank == 0:
-            shutil.rmtree(self._aside, ignore_errors=True)  # half a checkpoint must not keep a full disk full
+            for folder in self._folders:
+                shutil.rmtree(folder.aside, ignore_errors=True)  # half of one must not keep a full disk full
             for node, what in corrupted.items():
                 record_node_fault(Path(self._config.run_dir), node, "corruption", what)
         self._consensus.gather(None)  # no rank leaves before, or the first one would be ended before it has said why
         if corrupted:
             raise Corrupted(
-                f"the checkpoint '{self._aside}' is wrong ({problems[0]}); those before are intact: leave out "
+                f"the checkpoint '{aside}' is wrong ({problems[0]}); those before are intact: leave out "
                 f"{', '.join(corrupted)}, and run the same command"
             )
         raise CheckpointFailed(
-            f"the checkpoint '{self._aside}' could not be written ({problems[0]}); those before are intact: "
+            f"the checkpoint '{aside}' could not be written ({problems[0]}); those before are intact: "
             "make room or repair the storage, then run the same command"
         )
 

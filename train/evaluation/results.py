@@ -5,9 +5,9 @@ from pathlib import Path
 from data.storage.tars import write_json
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.manifest import name_of
-from train.monitor.plots import plot_grid, plot_scores
+from train.monitor.plots import plot_grid, plot_lengths, plot_scores
 
-SCORES = "scores.json"
+SCORES, LENGTHS = "scores.json", "lengths.json"
 # Pictures in a grid.
 SHOWN = 16
 
@@ -32,3 +32,15 @@ def write_results(
     for name, line in zip(names, lines, strict=True):
         print("  ".join(f"{score} {value:.5g}" for score, value in line.items()), f" manifest {name}")
     print(f"{folder / SCORES}, {folder / 'scores.png'}")
+
+
+def write_lengths(folder: Path, lines: list[dict[str, float]]) -> None:
+    """Write lengths.json and lengths.png, the scores against the length of the average, and print them.
+
+    lines: the scores at each length and guidance scale.
+    """
+    write_json(folder / LENGTHS, {"scores": lines})
+    plot_lengths(lines, folder / "lengths.png")
+    for line in lines:
+        print("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
+    print(f"{folder / LENGTHS}, {folder / 'lengths.png'}")

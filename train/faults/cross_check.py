@@ -87,7 +87,7 @@ class CrossCheck:
 
     def _state(self, with_weights: bool) -> dict[str, list[Tensor]]:
         moments = [moment for moment in self._engine.moments.values() if moment.ndim]
-        state = {"masters": [self._engine.master], "moments": moments, "average": [self._ema.average]}
+        state = {"masters": [self._engine.master], "moments": moments, "average": [*self._ema.averages.values()]}
         return state | ({"weights": self._weights()} if with_weights else {})
 
     def _weights(self) -> list[Tensor]:

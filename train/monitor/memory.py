@@ -8,6 +8,7 @@ from train.adam_state import FP32, moments_bytes
 from train.config import Config
 from train.monitor.step_memory import Bytes
 from train.weights.lora import unet_on_meta
+from train.weights.power_average import TRACKED
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": FP32}
 # DeepSpeed's own: the buckets of the all-reduce, which take turns, and the multiple of the ranks to which it pads the
@@ -21,7 +22,7 @@ class States:
     """Bytes that a rank holds between two steps.
 
     weights: of the whole net, with those that are frozen.  master, moments, ema: of the rank's part, in fp32 but for
-    8-bit moments.
+    8-bit moments; ema: all averages.
     """
 
     weights: int
@@ -51,14 +52,22 @@ def partition(trained: int, ranks: int) -> int:
     return -(-trained // (ALIGNMENT * ranks)) * ALIGNMENT
 
 
-def states(trained: int, ranks: int, optimizer: str, weight_bytes: int, frozen: int = 0) -> States:
+def states(
+    trained: int, ranks: int, optimizer: str, weight_bytes: int, frozen: int = 0, averages: int = 1
+) -> States:  # fmt: skip
     """What a rank holds between two steps.
 
     trained, frozen: numbers of parameters; under LoRA the net is frozen.  weight_bytes: bytes of a weight.
+    averages: of the weights, as averages_of gives them.
     """
     part = partition(trained, ranks)
     weights = weight_bytes * (part * ranks + frozen)
-    return States(weights, FP32 * part, moments_bytes(part, optimizer), FP32 * part)
+    return States(weights, FP32 * part, moments_bytes(part, optimizer), averages * FP32 * part)
+
+
+def averages_of(config: Config) -> int:
+    """How many averages of the weights a training keeps."""
+    return 1 + len(TRACKED) if config.ema_snapshot_every else 1
 
 
 def peak(step: Bytes, trained: int, ranks: int, weight_bytes: int, largest: int) -> Peak:

@@ -13,6 +13,9 @@ from matplotlib.figure import Figure
 
 from data.storage.atomic import atomic_file
 
+# Ends of the names of what is drawn beside a score: its spread, and the same of others' captions.
+BESIDE = ("_std", "_chance")
+
 
 def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
     """Draw loss.png and lr.png into a folder: the same two curves as on the model card."""
@@ -53,7 +56,7 @@ def plot_grid(
 
 def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
     """Draw each score over the guidance scale, with NAME_std as its error bars and NAME_chance as a line."""
-    names = [name for name in lines[0] if name != "guidance_scale" and not name.endswith(("_std", "_chance"))]
+    names = [name for name in lines[0] if name != "guidance_scale" and not name.endswith(BESIDE)]
     figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False, layout="constrained")
     scales = [line["guidance_scale"] for line in lines]
     for axes, name in zip(panels.flat, names, strict=True):
@@ -65,6 +68,25 @@ def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
         axes.set(xlabel="guidance scale", ylabel=name)
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_lengths(lines: list[dict[str, float]], path: Path) -> None:
+    """Draw each score over the length of the average, a curve for each guidance scale where the lines have one."""
+    known = dict.fromkeys(name for line in lines for name in line)
+    names = [name for name in known if name not in ("ema_length", "guidance_scale") and not name.endswith(BESIDE)]
+    figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False, layout="constrained")
+    for axes, name in zip(panels.flat, names, strict=True):
+        of_score = [line for line in lines if name in line]
+        for scale in dict.fromkeys(line.get("guidance_scale") for line in of_score):
+            points = sorted(
+                (line["ema_length"], line[name]) for line in of_score if line.get("guidance_scale") == scale
+            )
+            axes.plot(*zip(*points, strict=True), "o-", label=None if scale is None else f"guidance {scale:g}")
+            if scale is not None:
+                axes.legend(frameon=False)
+        axes.set(xlabel="length of the average", ylabel=name, xscale="log")
+        axes.grid(alpha=0.3, which="both")
     save_figure(figure, path)
 
 

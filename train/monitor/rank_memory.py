@@ -8,7 +8,7 @@ import torch
 from data.device import uses_gpu
 from data.loader.workers import PREFETCH, SAMPLES_PER_MESSAGE
 from train.config import Config, accumulation
-from train.monitor.memory import WEIGHT_BYTES, construction, largest_parameter, peak, states
+from train.monitor.memory import WEIGHT_BYTES, averages_of, construction, largest_parameter, peak, states
 from train.monitor.step_memory import step_bytes
 
 GB = 1e9
@@ -52,7 +52,7 @@ def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> di
 def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: bool) -> tuple[int, int]:
     """Bytes that a rank needs for the net and its step, and beside that on the host: libraries, loader, checkpoint."""
     weight_bytes = WEIGHT_BYTES[config.precision]
-    held = states(trained, ranks, config.optim.name, weight_bytes, frozen)
+    held = states(trained, ranks, config.optim.name, weight_bytes, frozen, averages_of(config))
     accumulated = accumulation(config, ranks) > 1
     step = step_bytes(
         config.model, config.micro_batch, config.precision, accumulated, config.data.tokens, config.lora,

@@ -97,11 +97,16 @@ def model_card(
         pipeline_tag="text-to-image",
         tags=["deepfloyd-if", "pixel-diffusion", "if-stage-1"],
         training={
-            "run": run_digest(checkpoint.manifest), "step": checkpoint.step, "weights": weights, "dtype": dtype,
-            "text_encoder": has_encoder,
+            "run": run_digest(checkpoint.manifest), "step": checkpoint.step, "weights": checkpoint.title(weights),
+            "dtype": dtype, "text_encoder": has_encoder,
         },
     )  # fmt: skip
-    rows = {label: _setting(config, keys) for label, keys in RECIPE.items()} | {
+    kind = "The moving average of the weights" if weights == "ema" else "The weights"
+    rows: dict[str, object] = {label: _setting(config, keys) for label, keys in RECIPE.items()}
+    if weights == "ema" and checkpoint.average:
+        kind += f", of relative length {checkpoint.average.length:g} (a power function's, by EDM2)"
+        del rows["decay of the average"]
+    rows |= {
         "text tokens": checkpoint.text.tokens,
         "images seen": f"{checkpoint.step * config['global_batch']:,}",
         "GPUs, or ranks": checkpoint.ranks,
@@ -110,7 +115,7 @@ def model_card(
         name=name,
         pixels=checkpoint.model.image_size,
         origin=f"the weights of `{_public_name(config['init_from'])}`" if config["init_from"] else "random weights",
-        weights="The moving average of the weights" if weights == "ema" else "The weights",
+        weights=kind,
         step=f"{checkpoint.step:,} of {config['steps']:,}",
         dtype=dtype,
         call=BY_PROMPT.format(clean=_cleans(checkpoint.text)) if has_encoder else BY_EMBEDDING,
