@@ -145,12 +145,15 @@ class Collator:
         self.config, self.meta, self.image_size = config, meta, image_size
         self.crops, self.dropouts = Draws(seed, Draw.CROP), Draws(seed, Draw.DROPOUT)
         self.encoder = datasets[0].encoder
-        self.empty = self.encoder.token_ids([""])[0] if self.encoder else read_empty(datasets[0].text, meta)
-        self.text_shape = self.empty.shape
-        if meta.dtype == LOWRANK and not self.encoder:
-            self.empty, self.text_shape = empty_factors(), loaded_array(meta).shape
+        if self.encoder:
+            self.empty = self.encoder.token_ids([""])[0]
+        elif meta.dtype == LOWRANK:
+            self.empty = empty_factors()
             for dataset in datasets:  # each was measured on its own captions: makes its channels known to the workers
                 TextMeta.read(dataset.text)
+        else:
+            self.empty = read_empty(datasets[0].text, meta)
+        self.text_shape = self.empty.shape if self.encoder else loaded_array(meta).shape
 
     def new_buffer(self, micro_batch: int) -> Batch:
         """A micro batch of zeros in shared memory."""

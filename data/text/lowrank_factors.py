@@ -20,7 +20,7 @@ from data.text.lowrank import (
     known_channels,
     values_in_byte,
     zstd,
-)  # fmt: skip
+)
 
 # How many of the bits below a number's byte another byte holds.
 LOW_BITS = 7
@@ -48,10 +48,9 @@ def used_bytes(factors: np.ndarray) -> int:
 def read_factors(out: np.ndarray, data: bytes | memoryview, tokens: int, dim: int) -> int:
     """Write the factors of the states that encode stored into out [factors_bytes(tokens, dim)] uint8.
 
-    Returns how many of the bytes they take.
-
     They are a head (FACTORS), then a row for each component: its coefficients [tokens] float32, which are 0 in the
-    other group, and its numbers [dim] int8. A component of larger numbers has more rows, for the bits below.
+    other group, and its numbers [dim] int8. A component of larger numbers has more rows, for the bits below. Returns
+    how many of the bytes they take.
     Raises: ValueError if the data is not of such states, or its channels are not known.
     """
     reader = _Reader(data)
@@ -71,9 +70,8 @@ def read_factors(out: np.ndarray, data: bytes | memoryview, tokens: int, dim: in
     for group, (begin, end) in zip(groups, ends, strict=True):
         group.write(rows[: group.rows], begin, end, symbols)
         rows = rows[group.rows :]
-    FACTORS.pack_into(
-        out.data, 0, code, *(group.step / (1 << UNIT) for group in groups), FACTORS.size + size, length, 0
-    )
+    steps = (group.step / (1 << UNIT) for group in groups)
+    FACTORS.pack_into(out.data, 0, code, *steps, FACTORS.size + size, length, 0)
     return FACTORS.size + size
 
 
