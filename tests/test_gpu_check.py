@@ -101,6 +101,7 @@ def test_what_the_parts_find_on_a_cpu(everything):
     assert 0.2 > compiled["gradients_bfloat16_eager"] > 1e-4
     assert "ZeRO-1, AdamW8bit: two runs are equal" in of_part(everything, "resume")["eager"]["text"]
     assert of_part(everything, "syncs")["whole step"]["text"].startswith("ZeRO-1, AdamW8bit, 2 micro batches a step")
+    assert of_part(everything, "syncs")["text states of lowrank"]["text"].startswith("the bits of the CPU")
     assert [row["result"] for row in of_part(everything, "memory").values()] == [HOLDS] * 2 + [LEFT_OUT] * 2
     # Compiled whole, the backward is one node of autograd: nothing is ready before its end.
     overlap = of_part(everything, "overlap")

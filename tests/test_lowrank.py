@@ -19,15 +19,18 @@ from hypothesis import strategies as st
 from data.config import DataConfig
 from data.embed import Embed, embed
 from data.inspect import Inspect, inspect
+from data.loader.batch import Batch
 from data.loader.dataset import find_datasets
 from data.loader.prompts import stored_prompts
-from data.loader.stream import MicroBatches
+from data.loader.stream import MicroBatches, micro_batches
 from data.storage.tars import read_shard
 from data.text import embedding_job, lowrank
-from data.text.embeddings import from_bytes, read_empty, read_into, store
+from data.text.embeddings import from_bytes, loaded_array, read_empty, read_into, store
 from data.text.encoder import TextEncoder
 from data.text.fidelity import measure_forms, recommend
 from data.text.lowrank import measure_channels, register_channels
+from data.text.lowrank_factors import FACTORS, empty_factors, read_factors, used_bytes
+from data.text.lowrank_product import LowrankProduct
 from data.text.meta import TextMeta
 from data.text.some_captions import encode_captions
 from data.tiny_t5 import TinyT5, write_tiny_t5
@@ -36,6 +39,7 @@ from tests.support.trainings import launch, make_data, metrics
 from tests.test_text_modes import SAMPLES, TOKENS, write_shards
 from train.checkpoint.identity import describe_text
 from train.evaluation.manifest import _text
+from train.inputs import Inputs
 
 WIDTH, LENGTH = 256, 9
 REASONS = {"embedding not readable", "embedding of other channels than meta.json has"}
@@ -135,10 +139,69 @@ def test_alike_padding_takes_few_bytes():
     assert len(store(STATES, LENGTH, replace(META, error=0.1))) < 0.7 * sizes[0] < 0.4 * STATES.nbytes
 
 
-def test_the_same_bits_whichever_way_the_sums_are_made(monkeypatch):
-    found = from_bytes(GOOD, META)
-    monkeypatch.setattr(lowrank, "EXACT", 0)  # in float64, which another library adds up in another order
-    assert from_bytes(GOOD, META).tobytes() == found.tobytes()
+def factors_of(*stored: bytes, of: TextMeta = META) -> torch.Tensor:
+    """The factors [N, bytes] of some captions, behind them what is left from others."""
+    found = np.stack([loaded_array(of) for _ in stored])
+    found[:] = np.random.default_rng(0).integers(256, size=found.shape[1], dtype=np.uint8)
+    for out, data in zip(found, stored, strict=True):
+        read_into(out, data, of)
+    return torch.from_numpy(found)
+
+
+def rows_of(factors: torch.Tensor, tokens: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients [rows, tokens] int64 and numbers [rows, dim] int64 of a caption's factors [bytes]."""
+    rows = factors.numpy()[FACTORS.size : FACTORS.unpack_from(factors.numpy())[3]].reshape(-1, 4 * tokens + dim)
+    coefficients = np.ascontiguousarray(rows[:, : 4 * tokens]).view("<f4")
+    assert (coefficients == np.rint(coefficients)).all()
+    return coefficients.astype(np.int64), rows[:, 4 * tokens :].astype(np.int8).astype(np.int64)
+
+
+@pytest.mark.parametrize("times", [1, 30, 8000])
+def test_the_product_has_the_bits_of_the_sums_of_whole_numbers(times):
+    """Which are exact in float64, so that no order of adding, and no device, gives others."""
+    known = register_channels(META.channels, WIDTH)[1]
+    data = store(known.center[0] + times * (STATES - known.center[0]), LENGTH, META)
+    (factors,) = factors_of(data)
+    coefficients, numbers = rows_of(factors, *META.shape)
+    largest = (np.abs(coefficients).T @ np.abs(numbers)).max()
+    assert (len(numbers) > LENGTH + 2) == (times > 1), "numbers that need more bits have more rows"
+    assert (largest > 1 << 24) == (times > 1000) and largest < 1 << 53
+    steps, padding = np.float32(FACTORS.unpack_from(factors.numpy())[1:3]), np.arange(20) >= LENGTH
+    expected = (coefficients.T @ numbers).astype(np.float32) * (known.scale * steps[padding.astype(int)][:, None])
+    expected += known.center[padding.astype(int)]
+    found = LowrankProduct(np.zeros(META.shape, np.float32), torch.device("cpu")).states(factors[None])[0].numpy()
+    assert found.tobytes() == expected.tobytes() == from_bytes(data, META).tobytes()
+
+
+def test_a_batch_takes_the_bytes_of_its_largest_caption_and_keeps_the_empty_one_exact():
+    rough, smooth = np.random.default_rng(0).standard_normal((20, WIDTH)).astype(np.float32), STATES.copy()
+    smooth[LENGTH:] = smooth[LENGTH]
+    stored = [store(rough, LENGTH, META), store(smooth, LENGTH, META), GOOD]
+    factors, empty = factors_of(*stored), states(1, seed=5)[0]
+    used = [used_bytes(one[None].numpy()) for one in factors]
+    assert used[1] < used[2] < used[0]
+    factors.numpy()[0, : FACTORS.size] = empty_factors()
+    batch = Batch(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), factors, torch.arange(3), torch.ones(3)).copy(False)
+    assert batch.text_emb.shape == (3, used[2]) and batch.text_emb.is_contiguous()
+    assert used[2] < 0.5 * STATES.nbytes
+    product = LowrankProduct(empty, torch.device("cpu"))
+    found = product.states(batch.text_emb).numpy()
+    assert found[0].tobytes() == empty.tobytes()
+    for one, data in zip(found[1:], stored[1:], strict=True):
+        assert one.tobytes() == from_bytes(data, META).tobytes()
+    dropped = product.states(torch.from_numpy(np.stack([empty_factors()] * 2)))
+    assert dropped.numpy().tobytes() == 2 * empty.tobytes(), "all of a batch"
+
+
+def test_channels_that_the_device_does_not_have_make_no_states():
+    product = LowrankProduct(np.zeros(META.shape, np.float32), torch.device("cpu"))
+    other = meta(captions=5)
+    assert product.states(factors_of(GOOD, store(STATES, LENGTH, other))).isfinite().all((1, 2)).tolist() == [1, 0]
+
+
+def test_the_product_reads_no_number_on_the_host():
+    product = LowrankProduct(np.zeros(META.shape, np.float32), torch.device("meta"))
+    assert product.states(factors_of(GOOD, GOOD).to("meta")).shape == (2, *META.shape)
 
 
 def test_the_form_does_not_change():
@@ -183,12 +246,11 @@ def test_any_bytes_are_an_embedding_or_bad_for_a_known_reason(start, what, then)
     size = len(GOOD)
     for data in (GOOD[:start] + what, (GOOD[:start] + what + GOOD[start + len(what) :])[:size], GOOD[then:]):
         try:
-            out = np.empty(META.shape, np.float32)
-            read_into(out, data, META)
+            found = from_bytes(data, META)
         except ValueError as bad:
             assert str(bad) in REASONS
         else:
-            assert np.isfinite(out).all()
+            assert np.isfinite(found).all()
 
 
 def test_no_memory_is_taken_for_what_bytes_claim():
@@ -196,12 +258,12 @@ def test_no_memory_is_taken_for_what_bytes_claim():
 
     bomb = pa.Codec("zstd").compress(bytes(1 << 28), asbytes=True)
     body = bytearray(GOOD[128:])
-    at = lowrank._HEAD.size
-    rank, step, size = lowrank._GROUP.unpack_from(body, at)
-    forged = body[:at] + lowrank._GROUP.pack(rank, step, len(bomb)) + bomb + body[at + lowrank._GROUP.size + size :]
+    at = lowrank.HEAD.size
+    rank, step, size = lowrank.GROUP.unpack_from(body, at)
+    forged = body[:at] + lowrank.GROUP.pack(rank, step, len(bomb)) + bomb + body[at + lowrank.GROUP.size + size :]
     before = pa.default_memory_pool().max_memory()
     with pytest.raises(ValueError, match="embedding not readable"):
-        lowrank.decode(np.empty(META.shape, np.float32), forged)
+        read_factors(loaded_array(META), forged, *META.shape)
     assert pa.default_memory_pool().max_memory() - before < 1 << 22
 
 
@@ -289,10 +351,13 @@ def test_a_training_reads_it_from_folders_with_channels_of_their_own(base, tmp_p
         meta = TextMeta.read(datasets[0].text)
         lowrank._known.clear()  # as on a rank that the first one sent the datasets to
         register_channels.cache_clear()
+        inputs = Inputs(datasets, meta)
+        inputs.to(torch.device("cpu"))
         stream = MicroBatches(config, datasets, meta, image_size=8, seed=0, global_batch=SAMPLES, micro_batch=SAMPLES)
-        found = next(stream.fill(0, 1, [stream.new_buffer()]))
-        assert len(stored_prompts(datasets, meta, 3)) == 3
-        return found.text_emb.clone()
+        found = next(micro_batches(stream, 0, pin_memory=False))
+        prompts = stored_prompts(datasets, meta, 3)
+        assert len(prompts) == 3 and all(emb.shape == meta.shape for _, emb in prompts)
+        return inputs.text_emb(found.text_emb)
 
     coded = batch(*names)
     exact = batch((base / "shards", base / "exact"), (tmp_path / "shards", base / "exact"))

@@ -19,7 +19,8 @@ from data.storage.hub import as_recorded, pinned
 from data.storage.locations import absolute
 from data.storage.shards import find_shards
 from data.text.embeddings import read_empty
-from data.text.meta import TextMeta, check_meta, check_sidecars
+from data.text.lowrank_product import LowrankProduct
+from data.text.meta import LOWRANK, TextMeta, check_meta, check_sidecars
 from data.text.state_cache import StateCache
 from model.config import MIN_GROUP_CHANNELS
 from train.checkpoint.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ class Inputs:
 
     from_weights: whether all weights that are trained begin from some, there being no checkpoint to go on from.
     encoder: makes the embeddings where they are not stored.  cache: keeps what it made, if asked for.
+    product: makes them of what is stored as lowrank.
     base: weights_digest of the net that a LoRA is added to, '' without LoRA.
     held_out: the samples of the validation, if the run has one.
     prompts: on the first rank the captions of one's own for the sample grids, if any, with embeddings [tokens, dim].
@@ -56,6 +58,7 @@ class Inputs:
     weights: dict[str, Tensor] | None = None
     from_weights: bool = False
     encoder: "TextEncoder | None" = None
+    product: LowrankProduct | None = None
     base: str = ""
     held_out: list[Dataset] = field(default_factory=list)
     prompts: list[tuple[str, np.ndarray]] = field(default_factory=list)
@@ -63,18 +66,23 @@ class Inputs:
     cache: StateCache | None = None
 
     def to(self, device: torch.device) -> None:
-        """Move the text encoder to the device, if the run has one."""
+        """Move what makes the embeddings to the device, if the run has that."""
         if self.encoder:
             self.encoder.to(device)
+        elif self.meta.dtype == LOWRANK:
+            for dataset in (*self.datasets, *self.held_out):
+                TextMeta.read(dataset.text)  # makes its channels known
+            self.product = LowrankProduct(read_empty(self.datasets[0].text, self.meta), device)
 
     def text_emb(self, loaded: Tensor, on_host: Batch | None = None) -> Tensor:
-        """[N, L, D] of a batch's text_emb on the device: as loaded, or made by the frozen encoder of its tokens.
+        """[N, L, D] of a batch's text_emb on the device: as loaded, or made of its tokens or of its factors.
 
         on_host: the batch as it came, for the cache, which without it is not asked.
         """
         if self.cache and on_host:
             return self.cache.states(loaded, on_host.text_emb)
-        return self.encoder.states(loaded) if self.encoder else loaded
+        source = self.encoder or self.product
+        return source.states(loaded) if source else loaded
 
     def pop_counts(self) -> dict[str, float]:
         """What this rank's cache did since the last call; {} without a cache."""

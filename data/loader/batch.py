@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from data.text.lowrank_factors import used_bytes
+
 
 @dataclass(slots=True)
 class Batch:
     """A micro batch of N samples.
 
     Shapes: pixels [N, 3, H, W] uint8; text_emb [N, L, D]; visit [N] int64; weight [N] float32.
-    text_emb: where the encoder runs on the rank, token ids [N, L] int32 instead, -1 at the padding.
+    text_emb: of lowrank their factors [N, bytes] uint8 instead, of which a copy keeps what is used; where the encoder
+    runs on the rank, token ids [N, L] int32, -1 at the padding.
     visit: epoch x rows in all shards + the sample's row among them, the key of all its random draws.
     weight: 1, or 0 for a sample that could not be read: its pixels are zeros and it adds nothing to the loss.
     bad: (sample, reason) for each weight of 0.
@@ -40,8 +43,11 @@ class Batch:
 
     def copy(self, pin_memory: bool) -> "Batch":
         """A copy in memory of its own; what goes to the device is page-locked if pin_memory."""
+        is_factors = self.text_emb.dtype == torch.uint8
+        text_emb = self.text_emb[:, : used_bytes(self.text_emb.numpy())] if is_factors else self.text_emb
         pixels, text_emb, weight = (
-            t.pin_memory() if pin_memory else t.clone() for t in (self.pixels, self.text_emb, self.weight)
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=pin_memory).copy_(t)
+            for t in (self.pixels, text_emb, self.weight)
         )
         return Batch(pixels, text_emb, self.visit.clone(), weight, self.bad, self.lacks.clone())
 

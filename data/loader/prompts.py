@@ -8,7 +8,7 @@ from data.loader.cursor import ShardCursor
 from data.loader.dataset import Dataset
 from data.storage.machine import raise_if_machine
 from data.text.decode import decode_caption
-from data.text.embeddings import read_into
+from data.text.embeddings import from_bytes
 from data.text.meta import TextMeta
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,11 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
         raw = cursor.read(int(dataset.rows(number)[index - ends[place]]))
         cursor.close()
         try:
-            embedding, caption = np.empty(meta.shape, meta.array_dtype), decode_caption(raw.caption)
+            caption = decode_caption(raw.caption)
             if encoder and not raw.problem:
-                embedding[:] = encoder([caption])[0]
+                prompts.append((caption, encoder([caption])[0].astype(meta.array_dtype)))
             else:
-                read_into(embedding, raw.embedding, meta)
-            prompts.append((caption, embedding))
+                prompts.append((caption, from_bytes(raw.embedding, meta)))
         except (ValueError, OSError) as problem:
             if isinstance(problem, OSError):
                 raise_if_machine(problem, raw.name)

@@ -19,7 +19,8 @@ from data.loader.order import Block
 from data.loader.workers import HANG_SECONDS, Workers
 from data.storage.machine import raise_if_machine
 from data.text.decode import decode_caption
-from data.text.embeddings import read_empty, read_into
+from data.text.embeddings import loaded_array, read_empty, read_into
+from data.text.lowrank_factors import empty_factors
 from data.text.meta import LOWRANK, TextMeta
 
 logger = logging.getLogger(__name__)
@@ -144,14 +145,19 @@ class Collator:
         self.config, self.meta, self.image_size = config, meta, image_size
         self.crops, self.dropouts = Draws(seed, Draw.CROP), Draws(seed, Draw.DROPOUT)
         self.encoder = datasets[0].encoder
-        self.empty = self.encoder.token_ids([""])[0] if self.encoder else read_empty(datasets[0].text, meta)
-        if meta.dtype == LOWRANK and not self.encoder:
+        if self.encoder:
+            self.empty = self.encoder.token_ids([""])[0]
+        elif meta.dtype == LOWRANK:
+            self.empty = empty_factors()
             for dataset in datasets:  # each was measured on its own captions: makes its channels known to the workers
                 TextMeta.read(dataset.text)
+        else:
+            self.empty = read_empty(datasets[0].text, meta)
+        self.text_shape = self.empty.shape if self.encoder else loaded_array(meta).shape
 
     def new_buffer(self, micro_batch: int) -> Batch:
         """A micro batch of zeros in shared memory."""
-        return Batch.shared(micro_batch, self.image_size, self.empty.shape, getattr(torch, self.empty.dtype.name))
+        return Batch.shared(micro_batch, self.image_size, self.text_shape, getattr(torch, self.empty.dtype.name))
 
     def collate(self, samples: list[tuple[int, RawSample]], batch: Batch) -> None:
         """Write the samples, each with its visit, to the batch."""
@@ -164,12 +170,12 @@ class Collator:
                     raise BadImage(raw.problem)
                 pixels[i] = preprocess(raw.image, self.image_size, c.crop_shift, self.crops.at(visit), c.images)
                 if self.dropouts.at(visit).random() < c.cond_drop_prob:
-                    text_emb[i] = self.empty
+                    text_emb[i, : len(self.empty)] = self.empty
                 else:
                     self._read_text(text_emb[i], raw)
                 lacks += raw.lacks
             except ValueError as problem:
-                pixels[i], text_emb[i], weight[i] = 0, self.empty, 0.0
+                pixels[i], text_emb[i, : len(self.empty)], weight[i] = 0, self.empty, 0.0
                 batch.bad.append((raw.name, str(problem)))
         batch.visit.numpy()[:] = [visit for visit, _ in samples]
         batch.lacks.numpy()[0] = lacks

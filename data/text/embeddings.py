@@ -10,7 +10,8 @@ import numpy as np
 
 from data.storage.locations import join, read_bytes
 from data.storage.tars import Span
-from data.text.lowrank import decode, encode
+from data.text.lowrank import encode
+from data.text.lowrank_factors import factors_bytes, read_factors
 from data.text.meta import EMPTY, LOWRANK, TextMeta
 
 # Bytes of the header that to_bytes writes for a vector.
@@ -84,32 +85,43 @@ def to_bytes(stored: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def from_bytes(data: bytes, meta: TextMeta) -> np.ndarray:
+def from_bytes(source: bytes | Span, meta: TextMeta) -> np.ndarray:
     """[tokens, dim] in meta.array_dtype from the bytes of a .npy file. Nothing is unpickled.
 
-    Raises: ValueError if the array has another shape or dtype, or is not finite.
+    Raises: ValueError if the array has another shape or dtype, or is not finite; OSError.
     """
     if meta.dtype == LOWRANK:
-        body = _lowrank_body(data)
-        out = np.empty(meta.shape, np.float32)
-        decode(out, body)
-        return out
-    stored = _stored(data, meta)  # checked before memory is allocated for it
-    out = np.empty(meta.shape, meta.array_dtype)
+        import torch  # it takes a second to import
+
+        from data.text.lowrank_product import LowrankProduct
+
+        factors = loaded_array(meta)
+        used = read_factors(factors, _lowrank_body(source, meta), *meta.shape)
+        product = LowrankProduct(np.zeros(meta.shape, np.float32), torch.device("cpu"))  # none of them is dropped
+        return product.states(torch.from_numpy(factors[None, :used])).numpy()[0]
+    stored = _stored(source.read() if isinstance(source, Span) else source, meta)
+    out = np.empty(meta.shape, meta.array_dtype)  # after the check, for it may be large
     _decode_states(out, stored)
     return out
 
 
+def loaded_array(meta: TextMeta) -> np.ndarray:
+    """For an embedding as a loader carries it: [tokens, dim] in meta.array_dtype, or of lowrank its factors.
+
+    Shapes: factors [bytes] uint8, of which each caption takes what it needs.
+    """
+    if meta.dtype == LOWRANK:
+        return np.empty(factors_bytes(*meta.shape), np.uint8)
+    return np.empty(meta.shape, meta.array_dtype)
+
+
 def read_into(out: np.ndarray, source: bytes | Span, meta: TextMeta) -> None:
-    """Read an embedding into out [tokens, dim] in meta.array_dtype. Floats of a local tar go there without a copy.
+    """Read an embedding into out, as loaded_array gives it. Floats of a local tar go there without a copy.
 
     Raises: ValueError, as from_bytes, and OSError; the content of out is then undefined.
     """
     if meta.dtype == LOWRANK:
-        if isinstance(source, Span):
-            most = 2 * NPY_HEADER + 4 * meta.tokens * (meta.dim + meta.tokens)  # whatever the tar says
-            source = source._replace(size=min(source.size, most)).read()
-        decode(out, _lowrank_body(source))
+        read_factors(out, _lowrank_body(source, meta), *meta.shape)
         return
     if isinstance(source, Span):
         expected = _npy_header(*meta.stored)
@@ -132,10 +144,13 @@ def _scratch(kind: str, shape: tuple[int, int], thread: int) -> np.ndarray:
     return np.empty(shape, kind)
 
 
-def _lowrank_body(data: bytes) -> memoryview:
-    """What lies behind the header of a .npy of bytes. Raises: ValueError."""
-    body = memoryview(data)[NPY_HEADER:]
-    if data[:NPY_HEADER] != _npy_header("uint8", (len(body),)):
+def _lowrank_body(source: bytes | Span, meta: TextMeta) -> memoryview:
+    """What lies behind the header of a .npy of bytes. Raises: ValueError; OSError."""
+    if isinstance(source, Span):
+        most = 2 * NPY_HEADER + 4 * meta.tokens * (meta.dim + meta.tokens)  # whatever the tar says
+        source = source._replace(size=min(source.size, most)).read()
+    body = memoryview(source)[NPY_HEADER:]
+    if source[:NPY_HEADER] != _npy_header("uint8", (len(body),)):
         raise ValueError("embedding not readable")
     return body
 

@@ -10,7 +10,7 @@ import numpy as np
 from data.device import default_device
 from data.storage.caption_fields import TXT
 from data.storage.shards import Shard
-from data.text.embeddings import from_bytes, read_into, store
+from data.text.embeddings import from_bytes, loaded_array, read_into, store
 from data.text.encoder import TextEncoder
 from data.text.lowrank import measure_channels
 from data.text.meta import LOWRANK, TextMeta
@@ -109,7 +109,7 @@ def _measure(name: str, meta: TextMeta, states: np.ndarray, lengths: np.ndarray,
 
 
 def _decoded_per_second(stored: list[bytes], meta: TextMeta) -> float:
-    out, done, start = np.empty(meta.shape, meta.array_dtype), 0, time.process_time()
+    out, done, start = loaded_array(meta), 0, time.process_time()
     while (passed := time.process_time() - start) < DECODE_SECONDS:
         read_into(out, stored[done % len(stored)], meta)
         done += 1

@@ -3,8 +3,8 @@
 States are centred and scaled channel by channel (Channels). The tokens of a caption and its padding are a group each,
 whose rows [rows, dim] become a product of coefficients [rows, rank] and components [rank, dim], by the singular value
 decomposition: neighbours in the padding are alike, so that most of its components are dropped. Both factors are
-rounded to integers, the components in steps that give the wanted error, and Huffman-coded by zstd. Integers whose
-sums are exact in floating point decode to the same bits on every machine.
+rounded to integers, the components in steps that give the wanted error, and Huffman-coded by zstd.
+data/text/lowrank_factors.py reads the integers, data/text/lowrank_product.py multiplies them.
 Source: reverse water-filling, Cover and Thomas 2006, 10.3.3.
 """
 
@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-# Coefficients are in units of 2^-UNIT. Of float32 and float64 integers up to these are exact.
+# Coefficients are in units of 2^-UNIT.
 UNIT = 10
-EXACT = 1 << 24
 # A channel that hardly varies is taken to vary by this share of the median channel.
 LEAST_SCALE = 1 / 16
 # Components are coded together while their root mean square falls by less than this.
@@ -27,14 +26,17 @@ ALIKE = 2**0.5
 # zstd's level: of noise without repeats the higher ones make nothing smaller.
 LEVEL = 1
 VERSION = 1
+# Bits of a number below its byte at most.
 MAX_SHIFT = 16
+# Steps and channels at least as large are refused: below them states are finite, whatever the bytes say, since a sum is
+# below 2^55 units of 2^-UNIT.
+MAX_STEP, MAX_CHANNEL = 1024, 1e20
 # Deviations beyond which states are refused before float32 overflows, and how far the error may exceed what is asked.
 FARTHEST, ABOVE = 1e9, 1.05
 # Of a caption: version, hash of the channels, tokens that are no padding.  Of a group: rank, step, bytes of the
 # coefficients.  Of components that are coded together: their number, bits below, the largest if several share a byte,
 # bytes.
-_HEAD, _GROUP, _PART = struct.Struct("<BQH"), struct.Struct("<HfI"), struct.Struct("<HBBI")
-DAMAGED, OTHER_CHANNELS = "embedding not readable", "embedding of other channels than meta.json has"
+HEAD, GROUP, PART = struct.Struct("<BqH"), struct.Struct("<HfI"), struct.Struct("<HBBI")
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,29 @@ _known: dict[tuple[int, int], Channels] = {}
 
 @lru_cache(maxsize=64)
 def register_channels(text: str, dim: int) -> tuple[int, Channels]:
-    """Make channels known to decode. Returns the hash that embeddings name them with, and the channels.
+    """Make channels known to read_factors. Returns the hash that embeddings name them with, and the channels.
 
     text: as Channels.to_text gives it.
-    Raises: ValueError if it is not, its numbers are not finite or its scales not positive.
+    Raises: ValueError if it is not, its numbers are not finite or too large, or its scales not positive.
     """
     try:
         values = np.frombuffer(base64.b64decode(text, validate=True), "<f4").reshape(3, dim).astype(np.float32)
     except ValueError:
         raise ValueError(f"its channels are not [3, {dim}] float32 in base64") from None
-    if not np.isfinite(values).all() or not (values[2] > 0).all():
-        raise ValueError("its channels are not finite, or a scale is not positive")
-    channels = Channels(values[:2], values[2])
-    code = int.from_bytes(hashlib.blake2b(values.astype("<f4").tobytes(), digest_size=8).digest(), "little")
+    if not (np.abs(values) < MAX_CHANNEL).all() or not (values[2] > 0).all():
+        raise ValueError(f"its channels are not below {MAX_CHANNEL:g}, or a scale is not positive")
+    code = int.from_bytes(
+        hashlib.blake2b(values.astype("<f4").tobytes(), digest_size=8).digest(), "little", signed=True
+    )
+    # + 0: of zeros the positive one, so that the sign of a zero that a centre is added to does not matter.
+    channels = Channels(values[:2] + np.float32(0), values[2])
     _known[code, dim] = channels
     return code, channels
+
+
+def known_channels(dim: int) -> dict[int, Channels]:
+    """All channels of this width that were registered, by the hashes that embeddings name them with, in their order."""
+    return dict(sorted((code, channels) for (code, width), channels in _known.items() if width == dim))
 
 
 def encode(states: np.ndarray, length: int, channels: str, error: float) -> bytes:
@@ -102,7 +112,7 @@ def encode(states: np.ndarray, length: int, channels: str, error: float) -> byte
     if not 0 < error < 1:
         raise ValueError(f"error={error} must lie between 0 and 1")
     code, known = register_channels(channels, states.shape[1])
-    data = [_HEAD.pack(VERSION, code, length)]
+    data = [HEAD.pack(VERSION, code, length)]
     for center, rows in zip(known.center, (states[:length], states[length:]), strict=True):
         if len(rows):
             with np.errstate(over="ignore"):  # what is infinite is refused
@@ -120,7 +130,7 @@ def _encode_group(rows: np.ndarray, error: float) -> bytes:
     floor = _water_level(energy, error**2 * len(rows))
     rank = int((energy > floor).sum())
     if not rank:
-        return _GROUP.pack(0, 0.0, 0)
+        return GROUP.pack(0, 0.0, 0)
     coefficients, components, step = _round(rows, vectors[:, ::-1][:, :rank], floor)
     if rank < len(rows):
         # Few strong components: what rounding takes from their coefficients is more than the error. All of them fit
@@ -130,7 +140,7 @@ def _encode_group(rows: np.ndarray, error: float) -> bytes:
             rank = len(rows)
             coefficients, components, step = _round(rows, vectors[:, ::-1], error**2)
     packed = _compress(_planes(coefficients.T))
-    data = [_GROUP.pack(rank, step, len(packed)), packed]
+    data = [GROUP.pack(rank, step, len(packed)), packed]
     size = np.sqrt(np.square(components, dtype=np.float64).mean(1))
     first = 0
     while first < rank:
@@ -177,7 +187,7 @@ def _encode_part(components: np.ndarray) -> bytes:
     most = int(np.abs(components).max())
     shift = max(most.bit_length() - 7, 0)
     high = components >> shift
-    per_byte = _values_in_byte(most) if not shift else 1
+    per_byte = values_in_byte(most) if not shift else 1
     if per_byte > 1:
         base = 2 * most + 1
         digits = np.zeros((-(-high.size // per_byte), per_byte), np.int32)
@@ -187,10 +197,10 @@ def _encode_part(components: np.ndarray) -> bytes:
         symbols = high.astype(np.int8).view(np.uint8)
     low = b"".join(np.packbits(components >> bit & 1).tobytes() for bit in range(shift))
     packed = _compress(symbols)
-    return _PART.pack(len(components), shift, most if per_byte > 1 else 0, len(packed)) + packed + low
+    return PART.pack(len(components), shift, most if per_byte > 1 else 0, len(packed)) + packed + low
 
 
-def _values_in_byte(most: int) -> int:
+def values_in_byte(most: int) -> int:
     """How many numbers from -most to most fit into a byte; 1 if they are all 0."""
     base, count = 2 * most + 1, 1
     while base > 1 and base ** (count + 1) <= 256:
@@ -198,120 +208,18 @@ def _values_in_byte(most: int) -> int:
     return count
 
 
-def decode(out: np.ndarray, data: bytes | memoryview) -> None:
-    """Write the states that encode stored into out [tokens, dim] float32: the same bits on every machine.
-
-    Raises: ValueError if the data is not of such an array, its channels are not known, or it is not finite.
-    """
-    reader = _Reader(data)
-    version, code, length = reader.unpack(_HEAD)
-    if version != VERSION or length > len(out):
-        raise ValueError(DAMAGED)
-    if (known := _known.get((code, out.shape[1]))) is None:
-        raise ValueError(OTHER_CHANNELS)
-    for center, rows in zip(known.center, (out[:length], out[length:]), strict=True):
-        if len(rows):
-            _decode_group(rows, reader, center, known.scale)
-    if reader.left or not np.isfinite(out).all():
-        raise ValueError(DAMAGED)
-
-
-def _decode_group(out: np.ndarray, reader: "_Reader", center: np.ndarray, scale: np.ndarray) -> None:
-    rank, step, size = reader.unpack(_GROUP)
-    if rank > len(out) or not 0 <= step < np.inf:
-        raise ValueError(DAMAGED)
-    if not rank:
-        out[:] = center
-        return
-    coefficients = _from_planes(reader.decompress(size, 2 * rank * len(out)), (rank, len(out))).T
-    components, first = np.empty((rank, out.shape[1]), np.float32), 0
-    while first < rank:
-        rows, shift, most, size = reader.unpack(_PART)
-        if not 0 < rows <= rank - first or shift > MAX_SHIFT or (most and shift) or most > 127:
-            raise ValueError(DAMAGED)
-        _decode_part(components[first : first + rows], reader, shift, most, size)
-        first += rows
-    # No sum of whole numbers below this depends on the order in which it is added up, nor on the machine.
-    largest = np.abs(coefficients.astype(np.int32)).max(0).astype(np.float64) @ np.abs(components).max(1).astype(
-        np.float64
-    )
-    kind = np.float32 if largest < EXACT else np.float64
-    if kind is np.float32:
-        np.matmul(coefficients.astype(kind), components, out=out)
-    else:
-        out[:] = coefficients.astype(kind) @ components.astype(kind)
-    with np.errstate(all="ignore"):
-        out *= scale * np.float32(step / (1 << UNIT))
-        out += center
-
-
-def _decode_part(out: np.ndarray, reader: "_Reader", shift: int, most: int, size: int) -> None:
-    """Write components into out [rows, dim].  most: the largest number if several share a byte, else 0."""
-    if most:
-        per_byte = _values_in_byte(most)
-        symbols = np.frombuffer(reader.decompress(size, -(-out.size // per_byte)), np.uint8)
-        out[:] = _digits(most, per_byte)[symbols].reshape(-1)[: out.size].reshape(out.shape)
-        return
-    out[:] = np.frombuffer(reader.decompress(size, out.size), np.int8).reshape(out.shape)
-    if shift:
-        out *= 1 << shift
-        for bit in range(shift):
-            bits = np.unpackbits(np.frombuffer(reader.take(-(-out.size // 8)), np.uint8), count=out.size)
-            out += bits.reshape(out.shape).astype(np.float32) * np.float32(1 << bit)
-
-
-@lru_cache(maxsize=128)
-def _digits(most: int, per_byte: int) -> np.ndarray:
-    """[256, per_byte] float32: the numbers that share a byte."""
-    base = 2 * most + 1
-    return (np.arange(256)[:, None] // base ** np.arange(per_byte) % base - most).astype(np.float32)
-
-
 def _planes(numbers: np.ndarray) -> np.ndarray:
     """int16 as the low bytes of all, then the high bytes, which are mostly alike."""
     return np.ascontiguousarray(numbers.astype("<i2").reshape(-1, 1).view(np.uint8).T)
 
 
-def _from_planes(data: bytes, shape: tuple[int, int]) -> np.ndarray:
-    planes = np.frombuffer(data, np.uint8).reshape(2, -1)
-    return np.ascontiguousarray(planes.T).view("<i2").reshape(shape).astype(np.int16)
-
-
-class _Reader:
-    """Takes bytes one after the other. Nothing is allocated that the array's shape does not ask for."""
-
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._data, self._at = memoryview(data), 0
-
-    @property
-    def left(self) -> int:
-        return len(self._data) - self._at
-
-    def take(self, size: int) -> memoryview:
-        if size > self.left:
-            raise ValueError(DAMAGED)
-        self._at += size
-        return self._data[self._at - size : self._at]
-
-    def unpack(self, fields: struct.Struct) -> tuple:
-        return fields.unpack(self.take(fields.size))
-
-    def decompress(self, size: int, expected: int) -> bytes:
-        try:
-            data = _zstd().decompress(self.take(size), expected, asbytes=True)
-        except OSError as error:
-            raise ValueError(DAMAGED) from error
-        if len(data) != expected:
-            raise ValueError(DAMAGED)
-        return data
-
-
 def _compress(symbols: np.ndarray) -> bytes:
-    return _zstd().compress(np.ascontiguousarray(symbols).tobytes(), asbytes=True)
+    return zstd().compress(np.ascontiguousarray(symbols).tobytes(), asbytes=True)
 
 
 @lru_cache(maxsize=1)
-def _zstd() -> Any:
+def zstd() -> Any:
+    """The codec."""
     # Here, for it takes a while to import and most stored forms do without.
     import pyarrow as pa
 

@@ -5,31 +5,37 @@
 The captions are pieces of LICENSE, a text that stays. Encoders: a real one, whose 384 channels stand for 4096
 (minilm), and T5 with random weights at full width, whose padding depends on the place a little, smoothly or roughly, as
 its relative bias is drawn. Of a trained T5 nothing is known here: `python -m data.embed mode=fidelity` measures yours.
-Besides the forms of data.embed: int8 through zstd, and a rotation with blocks of few bits. Needs no network; five
-minutes of a core.
+Besides the forms of data.embed: int8 through zstd, and a rotation with blocks of few bits. What the device does for
+lowrank is counted. Needs no network; five minutes of a core.
 """
 
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 from matplotlib import pyplot as plt
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from data.cli import command, location
-from data.text.embeddings import encode_states
+from data.text.embeddings import encode_states, loaded_array, read_into, store
 from data.text.encoder import TextEncoder
 from data.text.fidelity import HEADER, Form, measure_forms, row_of
-from data.text.meta import TextMeta
+from data.text.lowrank import measure_channels
+from data.text.lowrank_factors import used_bytes
+from data.text.lowrank_product import LowrankProduct
+from data.text.meta import LOWRANK, TextMeta
 from data.text.some_captions import encode_captions
 from train.monitor.plots import save_figure
 
-TOKENS, BLOCK = 77, 64
+TOKENS, BLOCK, MICRO_BATCH = 77, 64, 6
 # Channels that are made so many times as large, as a few of trained transformers are.
 OUTLIERS = {7: 30.0, 100: 100.0}
 ERRORS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
@@ -151,7 +157,43 @@ def table(title: str, states: np.ndarray, lengths: np.ndarray, meta: TextMeta, e
     for bits in (4, 6, 8):
         size, tokens, padding = rotated(states[half:], bits, scale, tried)
         print(f"| rotation, {bits} bits | {size:.1f} | {tokens:.2%} | {padding:.2%} | | | | | |", flush=True)
+    for error in errors if len(tried) >= MICRO_BATCH else ():
+        print(count_device(states, lengths, meta, error), flush=True)
     return forms
+
+
+class Moved(TorchDispatchMode):
+    """Counts the bytes that operators read and write."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.bytes += sum(one.nbytes for one in tree_leaves((args, out)) if isinstance(one, torch.Tensor))
+        return out
+
+
+def count_device(states: np.ndarray, lengths: np.ndarray, meta: TextMeta, error: float) -> str:
+    """What crosses to the device in micro batches of lowrank, and what the device does, of each caption."""
+    half = len(states) // 2
+    channels = measure_channels(states[:half], lengths[:half]).to_text()
+    meta = replace(meta, dtype=LOWRANK, error=error, channels=channels)
+    factors = np.stack([loaded_array(meta) for _ in states[half:]])
+    for out, rows, length in zip(factors, states[half:], lengths[half:], strict=True):
+        read_into(out, store(rows, int(length), meta), meta)
+    product, batches = LowrankProduct(states[0], torch.device("cpu")), len(factors) // MICRO_BATCH
+    captions = batches * MICRO_BATCH
+    sent = [torch.from_numpy(batch[:, : used_bytes(batch)]) for batch in np.split(factors[:captions], batches)]
+    with FlopCounterMode(display=False) as flop, Moved() as moved:
+        for batch in sent:
+            product.states(batch)
+    crossed = sum(batch.nbytes for batch in sent)
+    return (
+        f"error={error:g}, micro batches of {MICRO_BATCH}: {crossed / captions / 1e3:.0f} KB a caption cross to the "
+        f"device, of float16 {meta.tokens * meta.dim / 500:.0f}; there {flop.get_total_flops() / captions / 1e6:.1f} "
+        f"MFLOP, {moved.bytes / captions / 1e6:.0f} MB moved"
+    )
 
 
 def draw(found: dict[str, tuple[TextMeta, list[Form]]], path: str) -> None:

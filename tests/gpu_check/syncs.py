@@ -1,14 +1,21 @@
-"""How often a micro batch makes the host wait for the device, and how often something is read back from it."""
+"""How often a micro batch makes the host wait for the device, and how often something is read back from it.
+
+Text states of lowrank too, which must have the bits that they have on a CPU.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from data.text.lowrank import Channels, register_channels
+from data.text.lowrank_factors import FACTORS
+from data.text.lowrank_product import LowrankProduct
 from tests.gpu_check.check import LEFT_OUT, MEASURED, Check, Row, attempt, planned, verdict
 from tests.gpu_check.nets import FEW_BIT, Step, build, compile_whole, images, shape
 from tests.gpu_check.trainer import ACCUMULATE, ENGINE, Spec, has_engine, make_batch, make_trainer
@@ -33,11 +40,12 @@ OWN = ("train/", "model/", "data/", "tests/")
 def run(check: Check) -> Iterator[Row]:
     """Rows of the net with its loss, eager and compiled, then of the whole step with the optimizer."""
     names = {"eager": False} if check.tiny else {"eager": False, "compiled": True}
-    whole = "whole step"
-    yield from planned([*(f"net, loss, backward, {name}" for name in names), whole])
+    whole, lowrank = "whole step", "text states of lowrank"
+    yield from planned([*(f"net, loss, backward, {name}" for name in names), lowrank, whole])
     for label, compiled in names.items():
         name = f"net, loss, backward, {label}"
         yield attempt(name, lambda name=name, compiled=compiled: net_row(name, check, compiled))
+    yield attempt(lowrank, lambda: lowrank_row(lowrank, check))
     if not has_engine():
         yield Row("engine", LEFT_OUT, f"needs {' and '.join(ENGINE)}: torch's AdamW takes its place")
     yield attempt(whole, lambda: step_row(whole, check))
@@ -61,6 +69,29 @@ def net_row(name: str, check: Check, compiled: bool) -> Row:
     return verdict(
         name, not waits, f"{text}, in {BATCHES} micro batches{said(where, check)}", counts=found, where=where
     )
+
+
+def lowrank_row(name: str, check: Check) -> Row:
+    """The product of random factors, with sums that float32 does not hold."""
+    captions, rows, tokens, dim = (8, 11, 20, 64) if check.tiny else (8, 51, 77, 4096)
+    draw = np.random.default_rng(0)
+    center, scale = draw.standard_normal((2, dim), np.float32), draw.random(dim, np.float32) + 0.1
+    code, _ = register_channels(Channels(center, scale).to_text(), dim)
+    size = FACTORS.size + rows * (4 * tokens + dim)
+    head = np.frombuffer(FACTORS.pack(code, 3e-5, 5e-5, size, tokens // 2, 0), np.uint8)
+    coefficients = draw.integers(-(1 << 17), 1 << 17, (captions, rows, tokens)).astype("<f4").view(np.uint8)
+    numbers = draw.integers(256, size=(captions, rows, dim), dtype=np.uint8)
+    body = np.concatenate([coefficients, numbers], 2).reshape(captions, -1)
+    on_host = torch.from_numpy(np.concatenate([np.tile(head, (captions, 1)), body], 1))
+    empty = draw.standard_normal((tokens, dim), np.float32)
+    there, here = on_host.to(check.device), LowrankProduct(empty, torch.device("cpu"))
+    product = LowrankProduct(empty, torch.device(check.device))
+    found, where = count(lambda: product.states(there), check, warm_up=lambda: product.states(there))
+    waits = {what: found[what] for what in NONE_OF if found[what]}
+    equal = torch.equal(product.states(there).cpu(), here.states(on_host))
+    text = ", ".join(f"{what}: {n}" for what, n in waits.items()) or "no wait and no read-back"
+    bits = "the bits of the CPU" if equal else "other bits than on the CPU"
+    return verdict(name, equal and not waits, f"{bits}, {text}{said(where, check)}", counts=found, where=where)
 
 
 def step_row(name: str, check: Check) -> Row:

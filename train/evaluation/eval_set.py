@@ -13,7 +13,7 @@ from data.progress import each
 from data.storage.caption_fields import TXT
 from data.storage.shards import Shard, find_shards
 from data.text.decode import decode_caption
-from data.text.embeddings import read_empty, read_into
+from data.text.embeddings import from_bytes, read_empty
 from data.text.meta import TextMeta, check_sidecars
 from train.evaluation.evaluated_net import EvaluatedNet
 
@@ -114,7 +114,7 @@ class EvalSet(Pictures):
         embeddings = np.empty((len(raws), *self.meta.shape), self.meta.array_dtype)
         for raw, out in zip(raws, embeddings, strict=True):
             try:
-                read_into(out, raw.embedding, self.meta)
+                out[:] = from_bytes(raw.embedding, self.meta)
             except (ValueError, OSError) as error:
                 raise ValueError(_unusable(raw, error)) from None
         return embeddings
