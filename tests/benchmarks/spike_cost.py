@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ class Operations(TorchDispatchMode):
 class Alone:
     """One rank's consensus, which notes what it is to send."""
 
-    sent: list[torch.Tensor] = []
+    sent: ClassVar[list[torch.Tensor]] = []
 
     def mean(self, values: torch.Tensor) -> Callable[[], list[float]]:
         self.sent.append(values)
