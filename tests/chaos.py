@@ -305,7 +305,9 @@ def undisturbed(data: Path, run_dir: Path, steps: str, left_out: list[int]) -> N
 
 
 def chaos(args: Chaos) -> dict:
-    """Run it; returns what happened."""
+    """Run it; returns what happened.  Raises: ValueError."""
+    if args.others and args.steps < 2 * LEARNED:
+        raise ValueError(f"steps={args.steps} must be at least {2 * LEARNED}: bad data comes after step {LEARNED}")
     out, draw = Path(args.out), random.Random(args.seed)
     shutil.rmtree(out, ignore_errors=True)
     data = make_data(out / "data")

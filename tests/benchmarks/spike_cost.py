@@ -91,7 +91,7 @@ def count(args: SpikeCost) -> None:
 
 
 def rank_of_some(rank: int, ranks: int, args: SpikeCost, folder: str) -> None:
-    """One rank; the first writes a line for each pair: ms of a step without and with, and of the two calls alone."""
+    """One rank; the first writes a line for each pair: ms of a step without and with, and of its processor."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=ranks)
     consensus, gradient = RankConsensus(), torch.zeros(GRADIENT)
@@ -99,23 +99,21 @@ def rank_of_some(rank: int, ranks: int, args: SpikeCost, folder: str) -> None:
 
     def step(number: int, judged: bool) -> tuple[float, float]:
         errors, norm = errors_of(args, number), torch.rand(())
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         answer = consensus.ask(False, False, False)
         time.sleep(args.milliseconds / 1000)
         dist.all_reduce(gradient)
-        of_calls = time.perf_counter()
         if judged:
             spikes.add(number, errors, norm)
             spikes.judge()
-        of_calls = time.perf_counter() - of_calls
         answer()
-        return 1000 * (time.perf_counter() - began), 1000 * of_calls
+        return 1000 * (time.perf_counter() - began), 1000 * (time.process_time() - used)
 
     for number in range(args.pairs):
         first = bool(number % 2)
         one, other = step(number, first), step(number, not first)
         without, judged = (other, one) if first else (one, other)
-        lines.append(f"{without[0]} {judged[0]} {judged[1]}")
+        lines.append(" ".join(map(str, (*without, *judged))))
     if rank == 0:
         Path(folder, "pairs").write_text("\n".join(lines))
     dist.barrier()
@@ -125,17 +123,20 @@ def rank_of_some(rank: int, ranks: int, args: SpikeCost, folder: str) -> None:
 def measure(args: SpikeCost) -> None:
     """Print the count, and a table."""
     count(args)
-    print("| ranks | a step without, ms | with - without, ms: median, 5th to 95th of 100 pairs | the calls alone, ms |")
+    print(
+        "| ranks | a step without, ms | with - without: median, 5th to 95th of 100 pairs | of the processor, likewise |"
+    )
     print("|---:|---:|---:|---:|")
     for ranks in args.ranks:
         with tempfile.TemporaryDirectory() as folder:
             mp.start_processes(rank_of_some, (ranks, args, folder), ranks, start_method="fork")
             pairs = [list(map(float, line.split())) for line in Path(folder, "pairs").read_text().splitlines()]
-        more = sorted(judged - without for without, judged, _ in pairs)
-        low, high = more[len(more) // 20], more[-1 - len(more) // 20]
-        without, alone = (statistics.median(pair[i] for pair in pairs) for i in (0, 2))
-        middle = statistics.median(more)
-        print(f"| {ranks} | {without:.2f} | {middle:+.2f}, {low:+.2f} to {high:+.2f} | {alone:.2f} |", flush=True)
+        cells = [f"{statistics.median(pair[0] for pair in pairs):.1f}"]
+        for unit in range(2):
+            more = sorted(pair[2 + unit] - pair[unit] for pair in pairs)
+            low, high = more[len(more) // 20], more[-1 - len(more) // 20]
+            cells.append(f"{statistics.median(more):+.2f}, {low:+.2f} to {high:+.2f}")
+        print(f"| {ranks} | {' | '.join(cells)} |", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
