@@ -1,29 +1,26 @@
 """Whether a rank that is a fifth slower is named: `python -m tests.benchmarks.straggler work=SCRATCH`.
 
-A real training of several ranks, in which first none of them is slowed (tests/support/slowed.py), then each in turn.
-What else the cores do adds scatter, which the turns without a slowed rank show.
+A real training of several ranks, in which first none of them is slowed, then each in turn, first where it loads data
+and then in the forward (tests/support/slowed_run.py). A slowed rank sleeps for a share of the time that it takes
+itself, so what else its core does adds scatter and no bias; the turn without a slowed rank shows the scatter.
 """
 
-import json
 import os
-import random
+import re
 import statistics
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from data.cli import command, location
-from tests.chaos import Run, ask_a_rank
-from tests.support.slowed import slowed
-from tests.support.trainings import make_data, metrics
+from tests.support.slowed_run import turns_of
+from tests.support.trainings import make_data, metrics, start
 from train.monitor.phases import OWN
 from train.monitor.stragglers import LINES
 
-NET = ("model.image_size=32", "model.channel_mult=[1,2]", "model.attention_resolutions=[16]", "save_every=1000000")
+REPO = Path(__file__).resolve().parent.parent.parent
+ALERT = re.compile(r"ALERT (straggler [^:]*): step (\d+): (.*);")
 
 
 @dataclass
@@ -34,7 +31,7 @@ class Straggler:
     ranks: of the training.
     slower: share by which a rank is slowed.
     log_every: steps of a line; an alert needs five lines with a minute of a rank's own time.
-    lines: that a turn has beyond the first five, in which the slowed rank changes.
+    lines: that are read of a turn, after those whose median is of the turn before too; two or more.
     rounds: of all turns.
     """
 
@@ -43,19 +40,7 @@ class Straggler:
     slower: float = 0.2
     log_every: int = 40
     lines: int = 3
-    rounds: int = 2
-
-
-def lines_of_turn(run: Run, process: psutil.Process | None, args: Straggler) -> tuple[list[dict], list[str]]:
-    """The lines of a turn after its first LINES, whose median is of this turn alone; and the alerts."""
-    there, said = len(metrics(run.run_dir)), len(run.said())
-    with slowed(process, args.slower) if process else nullcontext():
-        # A line is under way as the turn begins.
-        while len(metrics(run.run_dir)) < there + 1 + LINES + args.lines:
-            assert run.process.poll() is None, run.said()[-3000:]
-            time.sleep(0.5)
-    alerts = [line for line in run.said()[said:].splitlines() if "ALERT straggler" in line]
-    return metrics(run.run_dir)[there + LINES :][-args.lines - 1 :], alerts
+    rounds: int = 1
 
 
 def measure(args: Straggler) -> None:
@@ -63,29 +48,39 @@ def measure(args: Straggler) -> None:
     data, run_dir = Path(args.work) / "data", Path(args.work) / f"run-{time.time():.0f}"
     if not data.exists():
         make_data(data)
-    own = (f"log_every={args.log_every}", f"global_batch={8 * args.ranks}", "micro_batch=4", "steps=1000000")
-    run = Run(data, run_dir, *NET, *own, "check_every=0", ranks=args.ranks)
-    run.wait_for(2 * args.log_every, patience=1800.0)
-    ranks = run.ranks()
-    print("| slowed | named, in lines | behind: median, lowest to highest | data | forward | backward | alert |")
+    turns, of_turn = turns_of(args.ranks), LINES - 1 + args.lines
+    own = {
+        "log_every": args.log_every, "global_batch": 8 * args.ranks, "micro_batch": 4, "check_every": 0,
+        "steps": args.log_every * of_turn * len(turns) * args.rounds, "save_every": 1_000_000,
+    }  # fmt: skip
+    slowed = {
+        "script": REPO / "tests/support/slowed_run.py",
+        "before": (str(args.slower), str(args.log_every * of_turn)),
+    }
+    overrides = (f"{name}={value}" for name, value in own.items())
+    process = start(REPO, data, run_dir, *overrides, "wandb.mode=disabled", ranks=args.ranks, **slowed)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    lines, alerts = metrics(run_dir), ALERT.findall(errors)
+    print("| slowed | named, in lines | behind: median, lowest to highest | data | forward | backward | alerts |")
     print("|---|---|---:|---:|---:|---:|---|")
-    for turn in [None, *range(args.ranks)] * args.rounds:
-        lines, alerts = lines_of_turn(run, None if turn is None else ranks[turn], args)
-        named = Counter(int(line["straggler_rank"]) for line in lines).most_common()
-        behind = [line["straggler_behind"] for line in lines]
-        by_phase = (statistics.median(line[f"straggler_{phase}"] for line in lines) for phase in OWN)
+    for number, (rank, phase) in enumerate(turns * args.rounds):
+        # The first line of a start has no place in a median.
+        first, last = number * of_turn + LINES - 1 + (not number), (number + 1) * of_turn
+        shown = lines[first:last]
+        named = Counter(int(line["straggler_rank"]) for line in shown).most_common()
+        behind = [line["straggler_behind"] for line in shown]
+        by_phase = (statistics.median(line[f"straggler_{name}"] for line in shown) for name in OWN)
+        told = [f"{who}: {what}" for who, step, what in alerts if shown[0]["step"] <= int(step) <= shown[-1]["step"]]
         cells = [
-            "none" if turn is None else f"rank {turn}",
-            ", ".join(f"rank {rank}: {times}" for rank, times in named),
+            f"rank {rank}, {phase}" if phase else "none",
+            ", ".join(f"rank {other}: {times}" for other, times in named),
             f"{statistics.median(behind):.0%}, {min(behind):.0%} to {max(behind):.0%}",
             *(f"{share:.0%}" for share in by_phase),
-            "; ".join(alert[alert.index("ALERT") :] for alert in alerts) or "-",
+            "; ".join(told) or "-",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
-    tree = run.tree()
-    ask_a_rank(run, random.Random(0))
-    run.end(tree, patience=600.0)
-    print(json.dumps({"lines": len(metrics(run_dir)), "load": os.getloadavg()}))
+    print(f"{statistics.median(line['seconds_forward'] for line in lines):.2f} s a step in the forward")
 
 
 def main(argv: list[str] | None = None) -> None:
