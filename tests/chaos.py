@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,11 @@ import psutil
 from safetensors.torch import load_file
 
 from data.cli import REQUEUE, command, location
+from tests.support.slowed import slowed
 from tests.support.trainings import launch, make_data, metrics, start
 from train.checkpoint.checkpoint import Checkpoint
-from train.checkpoint.format import complete_checkpoints, latest_checkpoint
+from train.checkpoint.format import complete_checkpoints, latest_checkpoint, leave_out, read_manifest, step_of
+from train.monitor.stragglers import LINES
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = (
@@ -31,6 +34,12 @@ AWAY_SECONDS = 5.0
 # What starts a training that flips a bit, in a step that comes after all that a start is waited for.
 FLIP_STEP = 15
 FLIPPED = {"script": REPO / "tests/support/flipped_run.py", "before": (str(FLIP_STEP),)}
+# What starts a training that meets a bad batch, which is after so many steps, since the errors of a young net scatter.
+LEARNED = 150
+SPOILED = REPO / "tests/support/spoiled_run.py"
+SPIKES = ("on_spike=rollback", "spike_factor=8")
+# By which share a rank is slowed: more than the noise of cores that have other work.
+SLOWER = 1.0
 SAME = ("step", "loss", "mse", "vb", "lr", "grad_norm", "samples", "bad_samples", "skipped_steps")
 
 
@@ -56,7 +65,7 @@ class Run:
     """One start of a training by two ranks or more, and what can be done to it."""
 
     def __init__(self, data: Path, run_dir: Path, *overrides: str, ranks: int = 2, **script) -> None:
-        self.run_dir, self.began_at = run_dir, last_step(run_dir)
+        self.run_dir = run_dir
         self._log = open(run_dir.parent / f"{run_dir.name}.log", "w+")  # noqa: SIM115 - closed in end()
         to_log = {"stdout": self._log, "stderr": self._log}
         self.process = start(REPO, data, run_dir, *TINY, *overrides, ranks=ranks, **script, **to_log)
@@ -82,9 +91,7 @@ class Run:
         found = {}
         for process in self.tree():
             with contextlib.suppress(psutil.Error):
-                if "train/main.py" in " ".join(process.cmdline()) and process.parent().cmdline()[2:4] == [
-                    "-m", "deepspeed.launcher.launch",
-                ]:  # fmt: skip
+                if process.parent().cmdline()[2:4] == ["-m", "deepspeed.launcher.launch"]:
                     found[int(process.environ()["RANK"])] = process
         return [found[rank] for rank in sorted(found)]
 
@@ -206,8 +213,51 @@ def flip_a_bit(run: Run, draw: random.Random) -> str:
     return "bit flipped"
 
 
+def slow_a_rank(run: Run, draw: random.Random) -> str:
+    """A rank takes twice as long for all it does; the metrics name it where other work on its core does not hide it."""
+    rank, there = draw.randrange(2), len(metrics(run.run_dir))
+    with slowed(run.ranks()[rank], SLOWER):
+        run.wait_for(run._made() + 3 * LINES)
+    named = [line["straggler_rank"] for line in metrics(run.run_dir)[there + LINES :] if "straggler_rank" in line]
+    right = 2 * named.count(rank) > len(named)
+    return ask_what_goes_on(run, draw, f"rank slowed, {'' if right else 'not '}named")
+
+
+def meet_bad_data(run: Run, draw: random.Random) -> str:
+    """A batch of checkerboards: it is told with its samples, and the run goes back and leaves it out."""
+    back = re.compile(
+        r"SPIKE step (\d+), batch (\d+): .* highest mse: (.*)\n(?:.*\n)*?.*without batch \2 from there on"
+    )
+    until = time.monotonic() + 300
+    while not (found := back.search(run.said())):
+        assert run.process.poll() is None and time.monotonic() < until, run.said()[-3000:]
+        time.sleep(0.2)
+    assert int(found[2]) >= LEARNED and found[3].count(".tar:") == 8, found[0]
+    # The next start of the ranks, which is no start of the launcher.
+    run.wait_for(run._made() + 4)
+    return ask_what_goes_on(run, draw, "bad data")
+
+
+def start_before(fault: Callable, data: Path, run_dir: Path, steps: str) -> Run:
+    """A start to which the fault will happen."""
+    if fault is flip_a_bit:
+        return Run(data, run_dir, steps, **FLIPPED)
+    if fault is meet_bad_data:
+        latest = latest_checkpoint(run_dir)
+        bad = max(LEARNED, step_of(latest) + 4 if latest else 0) + len(left_out_by(run_dir))
+        return Run(data, run_dir, steps, *SPIKES, script=SPOILED, before=(str(bad),))
+    return Run(data, run_dir, steps)
+
+
+def left_out_by(run_dir: Path) -> list[int]:
+    """The batches that a run has left out."""
+    latest = latest_checkpoint(run_dir)
+    return [entry["batch"] for entry in read_manifest(latest)["spikes"]["left_out"]] if latest else []
+
+
 OTHERS = [
-    ask_a_rank, end_all, kill_a_worker, kill_the_launcher, lose_the_folder, stall_the_data, pause_a_rank, flip_a_bit,
+    ask_a_rank, end_all, kill_a_worker, kill_the_launcher, lose_the_folder, stall_the_data, pause_a_rank, slow_a_rank,
+    flip_a_bit, meet_bad_data,
 ]  # fmt: skip
 
 
@@ -240,21 +290,35 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
     return found
 
 
+def undisturbed(data: Path, run_dir: Path, steps: str, left_out: list[int]) -> None:
+    """A run to which nothing happens, and which never meets these batches."""
+    run = Run(data, run_dir, steps)
+    run.wait_for(3)
+    tree = run.tree()
+    ask_a_rank(run, random.Random(0))
+    assert run.end(tree) == REQUEUE and last_step(run_dir) < LEARNED
+    for folder in complete_checkpoints(run_dir):
+        for batch in left_out:
+            leave_out(folder, {"batch": batch, "what": "the other run left it out"})
+    done = launch(REPO, data, run_dir, *TINY, steps, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def chaos(args: Chaos) -> dict:
-    """Run it; returns what happened."""
+    """Run it; returns what happened.  Raises: ValueError."""
+    if args.others and args.steps < 2 * LEARNED:
+        raise ValueError(f"steps={args.steps} must be at least {2 * LEARNED}: bad data comes after step {LEARNED}")
     out, draw = Path(args.out), random.Random(args.seed)
     shutil.rmtree(out, ignore_errors=True)
     data = make_data(out / "data")
     steps = f"steps={args.steps}"
-    done = launch(REPO, data, out / "undisturbed", *TINY, steps, ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
     kills = [kill_a_rank, kill_a_rank_that_saves, kill_everything]
     plan = [kills[i % 3] for i in range(args.kills)] + OTHERS * args.others
     draw.shuffle(plan)
     happened: Counter[str] = Counter()
     slowest, run_dir = 0.0, out / "disturbed"
     for number, fault in enumerate(plan):
-        run = Run(data, run_dir, steps, **(FLIPPED if fault is flip_a_bit else {}))
+        run = start_before(fault, data, run_dir, steps)
         run.wait_for(draw.randint(1, 3))
         assert run.process.poll() is None, f"ended before its fault: {run.said()[-3000:]}"
         tree = run.tree()
@@ -270,6 +334,7 @@ def chaos(args: Chaos) -> dict:
         print(f"{number + 1}/{len(plan)} {name}: exit {status}, step {last_step(run_dir)}", flush=True)
     done = launch(REPO, data, run_dir, *TINY, steps, ranks=2)
     assert done.returncode == 0 and (run_dir / "done").exists(), done.stderr[-3000:]
+    undisturbed(data, out / "undisturbed", steps, left_out_by(run_dir))
     faults = [fault for folder in complete_checkpoints(run_dir) if (fault := fault_of(folder))]
     return {
         "happened": dict(happened),

@@ -149,7 +149,7 @@ def test_spikes_raise_one_alert(alerts_and_sent):
     for step, spikes in enumerate((0, 2, 1, 0, 1)):
         alerts.check(step, {"loss": 0.1, "spikes": spikes})
     assert [title for title, _ in sent] == ["spike"] * 2
-    assert "step 1: the loss or the gradient norm of 2 steps" in sent[0][1]
+    assert "step 1: the mse or the gradient norm of 2 steps" in sent[0][1]
 
 
 @pytest.mark.parametrize("values", [{"loss": math.nan}, {"loss": math.inf}, {"loss": 0.1, "skipped_steps": 2}])

@@ -117,8 +117,17 @@ def test_the_faults_of_a_node_are_counted_and_make_it_bad(tmp_path):
     assert found["node7"]["straggler"]["what"] == "GPU 3: again" and (tmp_path / NODES).stat().st_size < 2000
     assert list(bad_nodes(tmp_path, 3)) == ["node7"] and list(bad_nodes(tmp_path, 1)) == ["node7", "node2"]
     assert "straggler 2 x (GPU 3: again), corruption 1 x" in bad_nodes(tmp_path, 3)["node7"]
-    assert not bad_nodes(tmp_path, 4) and not bad_nodes(tmp_path, 0), "0 remembers, and leaves none out"
+    assert not bad_nodes(tmp_path, 0), "it remembers, and leaves none out"
     assert [path.name for path in tmp_path.iterdir()] == [NODES], "nothing is left aside"
+
+
+def test_a_node_that_computed_wrongly_is_left_out_at_once_and_others_after_so_many_faults(tmp_path):
+    record_node_fault(tmp_path, "node1", "corruption", "step 200: rank 8 (device 0 of node node1): its masters changed")
+    for kind in ("death", "straggler"):
+        record_node_fault(tmp_path, "node2", kind, "once")
+    assert list(bad_nodes(tmp_path, 3)) == ["node1"] and not bad_nodes(tmp_path, 0)
+    record_node_fault(tmp_path, "node2", "death", "again")
+    assert list(bad_nodes(tmp_path, 3)) == ["node1", "node2"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"death": {}}}', '{"a": {"death": {"times": "x"}}}'])

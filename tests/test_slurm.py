@@ -138,11 +138,12 @@ def test_started_again_in_place_with_a_spare_node(cluster, repo, data, tmp_path)
     assert read_manifest(latest_checkpoint(run_dir))["ranks"] == 2
 
 
-def test_a_node_that_failed_too_often_is_left_out(cluster, repo, data, tmp_path):
+@pytest.mark.parametrize(("kind", "times"), [("straggler", 3), ("corruption", 1)])
+def test_a_node_that_failed_too_often_or_computed_wrongly_is_left_out(cluster, repo, data, tmp_path, kind, times):
     run_dir, log = tmp_path / "run", tmp_path / "job.log"
     run_dir.mkdir()
-    for number in range(3):
-        record_node_fault(run_dir, "node1", "straggler", f"GPU {number}, 20% behind")
+    for number in range(times):
+        record_node_fault(run_dir, "node1", kind, f"fault {number}")
     overrides = [
         *FIRST,
         f"run_dir={run_dir}",
@@ -159,7 +160,7 @@ def test_a_node_that_failed_too_often_is_left_out(cluster, repo, data, tmp_path)
     wait_until(trained.exists, "the start on the other node", log, 120)
     cluster.command("scancel", job)
     output = log.read_text()
-    assert "node1 is left out: straggler 3 x (GPU 2, 20% behind); MAX_NODE_FAULTS=3" in output
+    assert f"node1 is left out: {kind} {times} x (fault {times - 1}); MAX_NODE_FAULTS=3" in output
     assert list((run_dir / "logs").glob("train-*.log")) == [trained]
 
 

@@ -148,7 +148,7 @@ class Config:
     check_every: optimizer steps between checks of the ranks by one another: all compute one micro batch again, and
         weights, masters and moments are compared, as also before each checkpoint. 0 makes none.
         docs/measurements/corruption.md.
-    on_spike: after a step whose loss or gradient norm leaps: tell, or rollback to the last checkpoint and on from there
+    on_spike: after a step whose mse or gradient norm leaps: tell, or rollback to the last checkpoint and on from there
         without the batch of that step. docs/reference/checkpoints.md.
     spike_factor: a value is a spike where it is above the median of the steps before by so many standard deviations.
     max_rollbacks: the run ends at a spike after so many rollbacks.

@@ -68,7 +68,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             with metrics.phase("backward"):
                 engine.backward((losses["loss"] * batch.weight).mean())
             metrics.add_micro_batch(losses, batch)
-            guard.record(step, batch.bad, losses["loss"])
+            guard.record(step, batch.bad, losses)
             # Send the next batch while the device computes
             with metrics.phase("data"):
                 batches.prefetch()

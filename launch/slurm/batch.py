@@ -4,8 +4,8 @@
 
 Environment variables and their defaults: RANKS_PER_NODE (the GPUs of a node), MAX_RESTARTS (100), PREFLIGHT (1: run it
 before the first start; 0: never), SPARES (0: nodes of the job that wait to take over), MAX_NODE_FAULTS (3: a node
-with so many faults in RUN_DIR/nodes.json is left out; 0: none is), LOGS (run_dir/logs), HOSTFILE (written for the job),
-MASTER_PORT (a free one), SRUN_ARGS (none: more options of srun, such as those of a container).
+with so many faults in RUN_DIR/nodes.json, or one corruption, is left out; 0: none is), LOGS (run_dir/logs), HOSTFILE
+(written for the job), MASTER_PORT (a free one), SRUN_ARGS (none: more options of srun, such as those of a container).
 """
 
 import os
@@ -32,7 +32,7 @@ from launch.slurm.in_place import (
 )
 from train.compose import ROOT, compose_config, training_help
 from train.config import Config, check_accumulation
-from train.faults.quarantine import NODES, bad_nodes, fault_counts, record_node_fault
+from train.faults.quarantine import ENOUGH_ALONE, NODES, bad_nodes, fault_counts, record_node_fault
 
 # The launcher has no handler for USR1, which would kill it: it ignores the signal, and the ranks install a handler.
 # The name of the log has Slurm's name of the node, which may differ from the machine's.
@@ -200,7 +200,7 @@ def train_in_place(job: Job, whole: Allocation, config: Config, overrides: list[
         bad, failed = _known_faults(run_dir, faults)
         left = [node for node in usable if node not in bad]
         for node in sorted(set(nodes) & set(bad)):
-            say(f"{node} is left out: {bad[node]}; MAX_NODE_FAULTS={faults}")
+            say(left_out(node, bad[node], faults))
             fruitless = 0
         if fruitless == TRIES:
             say(f"{TRIES} starts in a row made no checkpoint later than step {reached}")
@@ -257,8 +257,13 @@ def _is_known(node: str) -> bool:
     return subprocess.run(["scontrol", "show", "node", node], capture_output=True, check=False).returncode == 0
 
 
+def left_out(node: str, what: str, most: int) -> str:
+    """The line that says why a node is left out.  most: faults of a node."""
+    return f"{node} is left out: {what}; MAX_NODE_FAULTS={most}, and one of {ENOUGH_ALONE} is enough"
+
+
 def leave_out_bad_nodes(allocation: Allocation, run_dir: Path, most: int, restarts: int) -> None:
-    """Requeue this job without the nodes of its allocation that failed too often, if there are any.
+    """Requeue this job without the nodes of its allocation that bad_nodes() names, if there are any.
 
     most: faults of a node.  restarts: of the job at most.
     Exits: once it is requeued.
@@ -267,7 +272,7 @@ def leave_out_bad_nodes(allocation: Allocation, run_dir: Path, most: int, restar
     bad = bad_nodes(run_dir, most)
     here = [node for node in allocation.nodes if node in bad]
     for node in here:
-        say(f"{node} is left out: {bad[node]}; MAX_NODE_FAULTS={most}")
+        say(left_out(node, bad[node], most))
     if not here:
         return
     if allocation.restarts < restarts and requeue(allocation.job_id, list(bad)):

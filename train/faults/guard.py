@@ -1,6 +1,6 @@
 """Ends a run that would train on nonsense: too many unreadable samples, too many steps without a finite loss.
 
-Tells steps whose loss or gradient norm leaps, and by choice sends the run back before them.
+Tells steps whose error or gradient norm leaps, and by choice sends the run back before them.
 """
 
 import logging
@@ -61,13 +61,18 @@ class Guard:
         self._quarantine = Quarantine(Path(config.run_dir), rank)
         self._next_micro_batch = stream.first
         self._losses: list[tuple[int, Tensor]] = []
+        self._errors: list[tuple[int, Tensor]] = []
         self._skipped_in_a_row = self._skipped = self._spiked = 0
         self._samples = self._bad = 0.0
 
-    def record(self, step: int, bad: list[tuple[str, str]], losses: Tensor) -> None:
-        """List the bad samples of the next micro batch, and keep its losses [N] without reading their values."""
+    def record(self, step: int, bad: list[tuple[str, str]], losses: dict[str, Tensor]) -> None:
+        """List the bad samples of the next micro batch, and keep its losses [N] without reading their values.
+
+        losses: as training_losses gives them.
+        """
         self._quarantine.add(step, bad)
-        self._losses.append((self._next_micro_batch, losses.detach()))
+        self._losses.append((self._next_micro_batch, losses["loss"].detach()))
+        self._errors.append((self._next_micro_batch, losses["mse"].detach()))
         self._next_micro_batch += 1
 
     def check_step(self, step: int, engine: Engine) -> None:
@@ -77,9 +82,10 @@ class Guard:
         Raises: NotFinite; RollBack, TooManySpikes.
         """
         losses, self._losses = self._losses, []
+        errors, self._errors = self._errors, []
         if engine.stepped:
             self._skipped_in_a_row = 0
-            self._spikes.add(step, losses, engine.grad_norm())
+            self._spikes.add(step, errors, engine.grad_norm())
             self._judge()
             return
         self._skipped_in_a_row, self._skipped = self._skipped_in_a_row + 1, self._skipped + 1
@@ -142,17 +148,17 @@ class Guard:
             self._on_spike(*found)
 
     def _on_spike(self, judged: JudgedStep, what: str) -> None:
-        """Tell a spike with the samples of its batch that have the highest losses, then go back if that is chosen."""
-        number, losses = judged.losses[0][0], torch.cat([values for _, values in judged.losses]).tolist()
-        own = sorted(((loss, self._rank, i) for i, loss in enumerate(losses)), reverse=True)[:MAX_NAMED]
+        """Tell a spike with the samples of its batch that have the highest mse, then go back if that is chosen."""
+        number, errors = judged.errors[0][0], torch.cat([values for _, values in judged.errors]).tolist()
+        own = sorted(((error, self._rank, i) for i, error in enumerate(errors)), reverse=True)[:MAX_NAMED]
         highest = sorted((entry for found in self._consensus.gather(own) for entry in found), reverse=True)[:MAX_NAMED]
         # To name a sample its shard is read, so each rank names only what is told.
-        named = [(loss, self._name(number, i)) for loss, rank, i in highest if rank == self._rank]
-        self._quarantine.add(judged.step, [(name, f"in a spike, loss {loss:.4g}") for loss, name in named])
+        named = [(error, self._name(number, i)) for error, rank, i in highest if rank == self._rank]
+        self._quarantine.add(judged.step, [(name, f"in a spike, mse {error:.4g}") for error, name in named])
         of_all = sorted((pair for pairs in self._consensus.gather(named) for pair in pairs), reverse=True)
         batch = self._stream.batch_of(number)
-        worst = ", ".join(f"{name} ({loss:.4g})" for loss, name in of_all)
-        text = f"step {judged.step}, batch {batch}: {what}; highest losses: {worst}"
+        worst = ", ".join(f"{name} ({error:.4g})" for error, name in of_all)
+        text = f"step {judged.step}, batch {batch}: {what}; highest mse: {worst}"
         if self._rank == 0:
             logger.warning("SPIKE %s", text)
         if self._config.on_spike == "rollback":

@@ -16,6 +16,9 @@ MAX_NAME_LENGTH = 300
 # The nodes of a run, what failed there and how often: {node: {kind: {"times": 2, "last": time, "what": text}}}.
 NODES = "nodes.json"
 KINDS = ("preflight", "straggler", "corruption", "death")
+# Of which one is enough: it is counted where the ranks are sure which one of them is wrong, and a wrong number may go
+# into a checkpoint, where a slow or a dead node only costs time.
+ENOUGH_ALONE = "corruption"
 
 
 class Quarantine:
@@ -114,7 +117,7 @@ def fault_counts(run_dir: Path) -> Counter[str]:
 
 
 def bad_nodes(run_dir: Path, most: int) -> dict[str, str]:
-    """The nodes with at least so many faults, and in words what they were; none for 0.
+    """The nodes with at least so many faults, or one of ENOUGH_ALONE, and in words what they were; none for 0.
 
     Raises: ValueError, OSError as read_node_faults.
     """
@@ -124,5 +127,5 @@ def bad_nodes(run_dir: Path, most: int) -> dict[str, str]:
     return {
         node: ", ".join(f"{kind} {fault['times']} x ({fault['what']})" for kind, fault in faults.items())
         for node, faults in nodes.items()
-        if counts[node] >= most
+        if counts[node] >= most or ENOUGH_ALONE in faults
     }

@@ -1,4 +1,8 @@
-"""Steps whose loss or gradient norm leaps out of those before, and the batches that a run has left out for it."""
+"""Steps whose error or gradient norm leaps out of those before, and the batches that a run has left out for it.
+
+The error is the mse. The loss has the variational term too, which is 720 times the mse at the last t of 1000, and
+leaps with each such sample; the gradient hardly feels it (docs/reference/checkpoints.md).
+"""
 
 import math
 from collections import deque
@@ -17,7 +21,7 @@ WINDOW, MIN_STEPS = 200, 30
 MAD_TO_SIGMA = 1.4826
 # The deviation is taken to be at least this share of the median: of equal values none is a spike by rounding.
 LEAST_DEVIATION = 0.01
-QUANTITIES = ("loss", "grad_norm")
+QUANTITIES = ("mse", "grad_norm")
 
 
 @dataclass(slots=True)
@@ -44,12 +48,12 @@ class SpikeMemory:
 class JudgedStep:
     """A step that is not judged yet.
 
-    losses: the micro batches' numbers and losses [N].  local: mean loss of this rank, and the norm of the gradient; on
+    errors: the micro batches' numbers and mse [N].  local: mean mse of this rank, and the norm of the gradient, on
     their way to the host.  means: waits for their means over the ranks.
     """
 
     step: int
-    losses: list[tuple[int, Tensor]]
+    errors: list[tuple[int, Tensor]]
     local: Tensor
     means: Callable[[], list[float]] | None = None
 
@@ -65,13 +69,13 @@ class Spikes:
         self._steps: deque[JudgedStep] = deque()
 
     @torch.no_grad()
-    def add(self, step: int, losses: list[tuple[int, Tensor]], grad_norm: Tensor) -> None:
+    def add(self, step: int, errors: list[tuple[int, Tensor]], grad_norm: Tensor) -> None:
         """Add a step that was made; collective, as the other methods."""
         if self._steps and self._steps[-1].means is None:  # the host has waited for the device since
             self._ask(self._steps[-1])
-        mean = torch.cat([values for _, values in losses]).double().mean()
+        mean = torch.cat([values for _, values in errors]).double().mean()
         local = torch.stack([mean, mean.new_zeros(()) + grad_norm]).to("cpu", non_blocking=True)
-        self._steps.append(JudgedStep(step, losses, local))
+        self._steps.append(JudgedStep(step, errors, local))
 
     def judge(self, all_steps: bool = False) -> tuple[JudgedStep, str] | None:
         """Judge what was asked a step ago; the first spike among it, and what it is in words.

@@ -47,7 +47,7 @@ class Alerts:
         spikes = values.get("spikes", 0)
         self._set(
             "spike", spikes > 0,
-            f"step {step}: the loss or the gradient norm of {spikes:.0f} steps since the last line leaps; each is told "
+            f"step {step}: the mse or the gradient norm of {spikes:.0f} steps since the last line leaps; each is told "
             "after the word SPIKE, with the samples of its batch",
         )  # fmt: skip
 
