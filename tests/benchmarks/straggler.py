@@ -71,7 +71,10 @@ def measure(args: Straggler) -> None:
         named = Counter(int(line["straggler_rank"]) for line in shown).most_common()
         behind = [line["straggler_behind"] for line in shown]
         by_phase = (statistics.median(line[f"straggler_{name}"] for line in shown) for name in OWN)
-        told = [f"{who}: {what}" for who, step, what in alerts if shown[0]["step"] <= int(step) <= shown[-1]["step"]]
+        # Where it is told already, it is not told again.
+        told = [
+            f"{who}: {what}" for who, step, what in alerts if number == (int(step) - 1) // (args.log_every * of_turn)
+        ]
         cells = [
             f"rank {rank}, {phase}" if phase else "none",
             ", ".join(f"rank {other}: {times}" for other, times in named),

@@ -1,4 +1,4 @@
-"""Alerts: the loss is not finite or leaps, a rank is behind the others, or the run has stalled."""
+"""Alerts: the loss is not finite, the error leaps, a rank is behind the others, or the run has stalled."""
 
 import math
 import threading
