@@ -112,7 +112,7 @@ class TextConfig:
         meta.json in data.text names.
     encoder: where that encoder lies now, if not where meta.json says: a folder, or ORG/NAME@REVISION on the hub.
     cache_gb: GB of the host in which each rank of mode=online may keep the states of all captions, so that the encoder
-        runs in the first epoch alone; 0 keeps none. docs/reference/text.md.
+        runs in the first epochs alone; 0 keeps none. docs/reference/text.md.
     """
 
     mode: str = "stored"

@@ -94,7 +94,7 @@ def test_online_gives_what_is_stored(base, workers, ranks):
     assert without_caption == {("00001.tar:00017", "no caption")}
 
 
-def test_a_cache_gives_the_bits_of_the_encoder_which_runs_in_the_first_epoch_alone(base, monkeypatch):
+def test_a_cache_gives_the_bits_of_the_encoder_which_runs_in_the_first_epochs_alone(base, monkeypatch):
     config, found = inputs(base, "online", 0.05, cache_gb=0.001)
     assert found.cache and found.pop_counts() == {"text_cache_share": 0.0}
     stream = MicroBatches(config.data, found.datasets, found.meta, image_size=8, seed=0, global_batch=8, micro_batch=8)

@@ -7,8 +7,9 @@ other captions of their batch, seconds of a micro batch with and without the cac
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,11 +61,11 @@ def visits(args: OnlineCache, ids: Tensor) -> Iterator[tuple[int, list[int], Ten
 def measure(args: OnlineCache, compute: str, captions: list[str], device: torch.device) -> list[str]:
     """A row for each table: bits, seconds, shares."""
 
-    def timed(made: list[float], states: Tensor, start: float) -> Tensor:
+    def timed(make: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        start, states = time.perf_counter(), make()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        made.append(time.perf_counter() - start)
-        return states
+        return time.perf_counter() - start, states
 
     encoder = TextEncoder(args.encoder, args.tokens, compute, device)
     ids = torch.from_numpy(encoder.token_ids([*captions, ""]))
@@ -75,11 +76,12 @@ def measure(args: OnlineCache, compute: str, captions: list[str], device: torch.
     shares: list[list[float]] = [[] for _ in range(args.epochs)]
     for epoch, rows, host in visits(args, ids):
         on_device = host.to(device)
-        states = timed(seconds, encoder.states(on_device), time.perf_counter())
-        start, before = time.perf_counter(), cache.taken
-        kept = cache.states(on_device, host)
+        took, states = timed(partial(encoder.states, on_device))
+        seconds.append(took)
+        before = cache.taken
+        took, _ = timed(partial(cache.states, on_device, host))
         if cache.taken > before:
-            timed(from_cache, kept, start)
+            from_cache.append(took)
         shares[epoch].append((cache.taken - before) / len(rows))
         for row, state in zip(rows, states, strict=True):
             if row in first:
