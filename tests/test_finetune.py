@@ -363,6 +363,7 @@ def test_a_lora_on_weights_of_the_hub_goes_on_with_them_when_main_has_moved(repo
     """A training in a process of its own, which resumes, and whose net is read without the hub."""
     for name, value in {
         "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+        "HF_HUB_ETAG_TIMEOUT": "60",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -377,7 +378,10 @@ def test_a_lora_on_weights_of_the_hub_goes_on_with_them_when_main_has_moved(repo
     done = train(repo, base, *given)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumes from step 4" in done.stdout and "init_from" not in done.stdout.partition("resumes from")[2][:200]
-    assert f"main of org/net on the hub has moved to commit {second}; org/net@{first} is taken" in done.stderr
+    assert (
+        f"main of org/net on the hub has moved to commit {second}; org/net@{first} is taken"
+        in done.stdout + done.stderr
+    )
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     checkpoint = Checkpoint.open(tmp_path / "run")
     assert checkpoint.config["init_from"] == f"org/net@{first}" and checkpoint.step == 6
