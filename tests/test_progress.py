@@ -193,8 +193,14 @@ def test_lines_stand_above_the_bar_and_bars_below_one_another():
     assert (result, cursor) == ("the result", "")
 
 
-def test_an_error_stands_in_a_line_of_its_own():
-    action = 'for item in each(range(4), "work", "step"):\n    if item == 2: raise ValueError("wrong")'
+@pytest.mark.parametrize(
+    "action",
+    [
+        'for item in each(range(4), "work", "step"):\n    if item == 2: raise ValueError("wrong")',
+        'work = Progress("work", 4, "step")\nwork.update(2)\nraise ValueError("wrong")',  # which nothing has closed
+    ],
+)
+def test_an_error_stands_in_a_line_of_its_own(action):
     terminal = on_terminal(toy(action))
     assert terminal.end() == 2
     work, error, cursor = terminal.screen()
