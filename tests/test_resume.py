@@ -83,6 +83,15 @@ def test_what_was_no_key_yet_had_its_default(tmp_path):
         check_resumable(load(tmp_path / "run", wide), DATA)
 
 
+def test_power_function_averages_begin_with_the_first_step_or_never(tmp_path):
+    write_step(load(tmp_path / "without"))
+    with pytest.raises(ValueError, match=r"has no power-function averages, .*ema_snapshot_every=0"):
+        check_resumable(load(tmp_path / "without", "ema_snapshot_every=5"), DATA)
+    write_step(load(tmp_path / "with", "ema_snapshot_every=5"))
+    for every in (0, 5, 7):
+        check_resumable(load(tmp_path / "with", f"ema_snapshot_every={every}"), DATA)
+
+
 def test_all_else_may_change_on_the_way(tmp_path):
     write_step(load(tmp_path / "run"))
     other = ("data.mixture.a.shards=c", "recompute=blocks", "optim.name=adamw", "micro_batch=4", "lora.alpha=3")
