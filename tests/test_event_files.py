@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from train.config import Config, WandbConfig
-from train.monitor.tracker import Tracker
+from train.monitor.tracker import SAMPLE_GRID, Tracker
 
 pytest.importorskip("tensorboard", reason="needs the package tensorboard: pip install -e '.[tensorboard]'")
 CONFIG = Config(wandb=WandbConfig(mode="disabled"), tensorboard=True)
@@ -38,11 +38,18 @@ def grid(run_dir: Path, level: int) -> Path:
 
 def test_tensorboard_reads_what_metrics_jsonl_has(tmp_path):
     tracker = Tracker(CONFIG, tmp_path, 0)
-    line = {"loss": 0.5, "validation/mse": 0.25, "bad/no caption": 3.0, "lr": 5e-9, "straggler_node": "node 7"}
+    line = {
+        "loss": 0.5,
+        "validation/mse": 0.25,
+        "bad/no caption": 3.0,
+        "lr": 5e-9,
+        "samples": 24.0,
+        "straggler_node": "node 7",
+    }
     tracker.log(10, line)
     found = read(tmp_path)  # a line is there at once, whatever ends the training
     tracker.log(20, {"loss": math.nan})
-    tracker.image(20, "samples", grid(tmp_path, 200))
+    tracker.image(20, SAMPLE_GRID, grid(tmp_path, 200))
     tracker.close()
     words = found.pop("straggler_node/text_summary")
     assert words[0][0] == 10 and words[0][1].tolist() == [b"node 7"]
@@ -52,7 +59,7 @@ def test_tensorboard_reads_what_metrics_jsonl_has(tmp_path):
     assert set(logged) == {"step", "straggler_node"}
     found = read(tmp_path)
     assert [step for step, _ in found["loss"]] == [10, 20] and math.isnan(found["loss"][1][1])
-    ((step, (width, height, picture)),) = found["samples"]
+    ((step, (width, height, picture)),) = found[SAMPLE_GRID]
     (tmp_path / "read.png").write_bytes(picture)
     pixels = np.asarray(Image.open(tmp_path / "read.png"))
     assert (step, width, height) == (20, b"6", b"4") and pixels[0, 0].tolist() == [200, 0, 0, 255]
@@ -63,7 +70,7 @@ def test_a_later_start_leaves_no_step_that_is_made_again(tmp_path):
     first = Tracker(CONFIG, tmp_path, 0)
     for step in (10, 20, 30, 40):
         first.log(step, {"loss": float(step)} | ({"bad/no caption": 1.0} if step == 30 else {}))
-        first.image(step, "samples", grid(tmp_path, step))
+        first.image(step, SAMPLE_GRID, grid(tmp_path, step))
     (path,) = (tmp_path / "tensorboard").iterdir()
     whole = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-3])  # a crash leaves the last event unfinished
@@ -73,7 +80,7 @@ def test_a_later_start_leaves_no_step_that_is_made_again(tmp_path):
     third = Tracker(CONFIG, tmp_path, 20)
     third.log(45, {"loss": 0.5})
     found = read(tmp_path)
-    assert [step for step, _ in found["samples"]] == [10, 20] and "bad/no caption" not in found
+    assert [step for step, _ in found[SAMPLE_GRID]] == [10, 20] and "bad/no caption" not in found
     assert found["loss"] == [(10, 10.0), (20, 20.0), (45, 0.5)]
 
 

@@ -22,7 +22,7 @@ from train.monitor.metrics import Metrics
 from train.monitor.plots import plot_curves, plot_grid
 from train.monitor.run_log import read_metrics
 from train.monitor.stragglers import Place
-from train.monitor.tracker import Tracker
+from train.monitor.tracker import SAMPLE_GRID, Tracker
 
 # Decay of the exponential average that smooths the loss, a log line at a time.
 SMOOTH = 0.98
@@ -94,7 +94,7 @@ class RunProgress:
         beside = [f"guidance {scale:g}" for scale in scales]
         columns = n if len(scales) > 1 else 8
         plot_grid(torch.cat(rows).numpy(), self.captions * len(scales), title, path, columns, beside)
-        self.tracker.image(step, "samples", path)
+        self.tracker.image(step, SAMPLE_GRID, path)
 
     def _smooth(self, loss: float) -> float:
         """Add a loss to the exponential average, unless it is not finite; returns the average, without initial bias."""

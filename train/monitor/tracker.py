@@ -19,6 +19,9 @@ from train.monitor.run_log import METRICS, STARTS, read_metrics
 
 logger = logging.getLogger(__name__)
 
+# The name of the grids. `samples` is a metric, and a name can be of one kind only.
+SAMPLE_GRID = "sample_grid"
+
 
 def check_login(mode: str) -> None:
     """Check that W&B knows the user, if the run shall be sent there.
