@@ -361,7 +361,9 @@ def test_each_length_of_the_average_is_evaluated_exported_and_sampled_from_its_o
     assert all(torch.equal(exported[name], value) for name, value in expected.items())
     card = (tmp_path / "export" / "README.md").read_text()
     assert "The moving average of the weights, of relative length 0.1" in card and "decay of the average" not in card
-    folder = draw(Sample(str(tmp_path / "run"), n=1, steps="2", ema_length=0.05, out=str(tmp_path / "samples")))
+    np.save(tmp_path / "one.npy", np.zeros((16, 64), np.float32))
+    given = {"embeddings": str(tmp_path / "one.npy"), "guidance_scale": 1.0, "steps": "2", "n": 1}
+    folder = draw(Sample(str(tmp_path / "run"), ema_length=0.05, out=str(tmp_path / "samples"), **given))
     assert json.loads((folder / "sample.json").read_text())["ema_length"] == 0.05
 
 

@@ -86,7 +86,10 @@ def plot_lengths(lines: list[dict[str, float]], path: Path) -> None:
             if scale is not None:
                 axes.legend(frameon=False)
         axes.set(xlabel="length of the average", ylabel=name, xscale="log")
-        axes.grid(alpha=0.3, which="both")
+        lengths = sorted({line["ema_length"] for line in of_score})
+        axes.set_xticks(lengths, [f"{length:g}" for length in lengths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
     save_figure(figure, path)
 
 
