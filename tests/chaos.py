@@ -22,6 +22,7 @@ from tests.support.slowed import slowed
 from tests.support.trainings import launch, make_data, metrics, start
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint, leave_out, read_manifest, step_of
+from train.monitor.run_log import STARTS, read_lines
 from train.monitor.stragglers import LINES
 
 REPO = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ class Run:
     """One start of a training by two ranks or more, and what can be done to it."""
 
     def __init__(self, data: Path, run_dir: Path, *overrides: str, ranks: int = 2, **script) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self._starts_before = run_dir, len(starts_of(run_dir))
         self._log = open(run_dir.parent / f"{run_dir.name}.log", "w+")  # noqa: SIM115 - closed in end()
         to_log = {"stdout": self._log, "stderr": self._log}
         self.process = start(REPO, data, run_dir, *TINY, *overrides, ranks=ranks, **script, **to_log)
@@ -78,9 +79,9 @@ class Run:
             time.sleep(0.02)
 
     def _made(self) -> int:
-        # Steps beyond the checkpoint gone on from are made again: their lines are dropped as the start begins.
-        beginning = re.findall(r"(\d+)/\d+ \[", self.said())
-        return last_step(self.run_dir) - int(beginning[0]) if beginning else 0
+        # Lines of steps that are made again are dropped before the start has a line of its own.
+        own = starts_of(self.run_dir)[self._starts_before :]
+        return last_step(self.run_dir) - own[0]["step"] if own else 0
 
     def tree(self) -> list[psutil.Process]:
         """All processes below the launcher, itself not included."""
@@ -105,6 +106,11 @@ class Run:
         assert not alive, f"{alive} still live\n{self.said()[-3000:]}"
         self._log.close()
         return self.process.wait(timeout=patience)
+
+
+def starts_of(run_dir: Path) -> list[dict]:
+    """The whole lines of starts.jsonl."""
+    return read_lines(run_dir / STARTS)[0]
 
 
 def last_step(run_dir: Path) -> int:
