@@ -131,10 +131,10 @@ def test_the_empty_prompt_needs_no_encoder_and_is_not_guided(base):
     )).abs().max() <= 1  # fmt: skip
 
 
-def test_the_bar_counts_the_steps_of_every_image(base, capsys):
+def test_the_steps_of_every_image_are_counted(base, capsys):
     draw(base, "prompt=a red circle", "n=3", "steps=4", "micro_batch=2")
     said = capsys.readouterr().err
-    assert "3 images: " in said and "12/12 [" in said
+    assert "3 images: 12 of 12 steps (100 %)" in said
 
 
 def test_what_is_beyond_the_tokens_is_named(base, capsys):
