@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +11,16 @@ from diffusers import DDPMScheduler, DiffusionPipeline, IFSuperResolutionPipelin
 from huggingface_hub import CommitOperationAdd, ModelCard
 from torch import Tensor
 
-from data.config import DataConfig, TextConfig
+from data.config import DataConfig, DatasetConfig, TextConfig, ValidationConfig
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.convert import diffusers_config
 from tests.checkpoints import write_run
 from tests.test_export import NET, TIMESTEPS, load, trained, write_meta
 from train.checkpoint.checkpoint import Checkpoint
-from train.config import OptimConfig
+from train.config import Config, OptimConfig
 from train.export import Export, export, main
 from train.sampling.sampler import PRESETS, make_scheduler, sample
-from train.weights.model_card import model_card
+from train.weights.model_card import _without_paths, model_card
 
 PROMPT = "a red circle left of a blue square"
 
@@ -37,7 +37,11 @@ def base(tmp_path_factory) -> Path:
             base / name, NET, base / "text", diffusion_steps=timesteps, global_batch=3072, steps=2_420_000,
             optim=OptimConfig(name="adamw8bit", lr_start=2e-6, lr_peak=5e-5, lr_end=5e-9),
             init_from=str(secret / "IF-I-M-v1.0"), text=TextConfig(encoder=str(secret / "t5")),
-            data=DataConfig(shards=str(secret / "laion"), text=str(base / "text"), cond_drop_prob=0.1),
+            data=DataConfig(
+                shards=str(secret / "laion"), text=str(base / "text"), drop=[str(secret / "drop.txt")],
+                validation=ValidationConfig(shards="s3://secret/held?X-Amz-Signature=1", text=str(secret / "held")),
+                cond_drop_prob=0.1,
+            ),
         )  # fmt: skip
         export(Export(str(base / name), str(base / f"{name}-if"), encoder="auto", license="apache-2.0"))
     return base
@@ -161,6 +165,14 @@ def test_the_card_is_what_the_hub_reads(base):
     assert "secret" not in card.content and str(base) not in card.content
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)
     compile(code.group(1), "card", "exec")
+
+
+def test_no_place_of_a_mixture_is_told():
+    data = {name: DatasetConfig(shards="secret", text="secret", drop=["secret"], weight=3) for name in ("text", "a.b")}
+    config = asdict(Config(run_dir="secret", data=DataConfig(mixture=data, drop=["secret"])))
+    public = _without_paths(config | {"init_from": "secret", "wandb": {"project": "secret"}})
+    assert "secret" not in str(public)
+    assert public["data"]["mixture"] == {name: {"weight": 3, "where": ""} for name in ("text", "a.b")}
 
 
 def test_the_code_of_the_card_runs(base, monkeypatch):

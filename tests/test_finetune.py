@@ -273,6 +273,7 @@ def test_a_tuned_checkpoint_serves_here_and_in_diffusers(base, tuned, tmp_path, 
         ([f"checkpoint={tuned}", f"out={tmp_path / 'lora'}"], "exists already: choose another out="),
         ([f"checkpoint={tuned}", f"out={tmp_path / 'none'}", "weights=foo"], "weights=foo must be one of ema, master"),
         ([f"checkpoint={tuned}", f"out={tmp_path / 'none'}", "weights=masters"], "(did you mean 'master'?)"),
+        ([f"checkpoint={tuned}", f"out={tmp_path / 'none'}", "ema_length=0.1"], "tracked no power-function averages"),
     ):
         with pytest.raises(SystemExit) as caught:
             export_lora.main(arguments)

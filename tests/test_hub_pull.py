@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.storage.hub import HubName, hub_name, pinned
-from data.text.encoder import TextEncoder, load_encoder
+from data.text.encoder import TextEncoder, _not_loaded, load_encoder
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.config import UNetConfig
 from tests.checkpoints import random_net, write_run
 from tests.support.hub_server import Hub, Repo
 from train.config import Config, LoRAConfig
+from train.evaluation.evaluated_net import open_nets
 from train.inputs import Inputs, pin_init_from
 from train.weights.pretrained import load_pretrained
 
@@ -168,6 +169,25 @@ def test_what_the_hub_does_not_give_is_told_in_one_line(hub, encoders, name, tol
         load_pretrained(name, NET)
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"no weights at '{Path(name).absolute()}', nor of that name in the hub's cache")
+
+
+def test_an_encoder_that_came_and_does_not_load_is_not_called_missing(hub, encoders):
+    encoders.commit({"model.safetensors": b"damaged", "config.json": b"{"})
+    with pytest.raises(ValueError, match=r"the encoder 'org/t5@.*' cannot be loaded \((?!there is no such folder)"):
+        TextEncoder("org/t5", 20, "float32", CPU)
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded \(there is no such folder, it is not in the hub's cache, and"
+    ):
+        TextEncoder("org/none", 20, "float32", CPU)
+    assert "(OSError):" in str(_not_loaded("org/t5", OSError()))
+
+
+def test_released_weights_of_the_hub_are_evaluated_at_one_commit(hub, tmp_path):
+    commit = on_hub(hub, tmp_path, 1)
+    assert open_nets("org/net", "scenes", []) == [f"org/net@{commit}"]
+    assert open_nets("org/net@main", "scenes", []) == [f"org/net@{commit}"]
+    with pytest.raises(ValueError, match=r"no weights at '.*org/none', nor .* and the hub has no org/none, .*: name a"):
+        open_nets("org/none", "scenes", [])
 
 
 def test_a_token_that_the_hub_does_not_know_is_told_and_not_shown(hub, encoders, monkeypatch):

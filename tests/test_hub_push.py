@@ -122,6 +122,24 @@ def test_a_dry_run_lists_the_files_with_their_sizes_and_sends_nothing(base, me, 
     assert head(me).items() >= contents(out).items()
 
 
+def test_a_card_with_the_name_of_another_repository_gets_the_new_one_unless_it_was_edited(base, me, tmp_path):
+    push(base, tmp_path / "net", push_to="me/typo", dry_run="true")
+    card = tmp_path / "net" / "README.md"
+    assert "# me/typo\n" in card.read_text()
+    push(base, tmp_path / "net", push_to="me/net")
+    assert b"typo" not in head(me)["README.md"] and b"# me/net\n" in head(me)["README.md"]
+    card.write_text(edited := card.read_text() + "mine")
+    push(base, tmp_path / "net", push_to="team/net")
+    assert head(me, "team/net")["README.md"].decode() == edited
+
+
+def test_no_repository_is_made_for_an_export_that_fails(base, me, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        push(base, tmp_path / "if", encoder=str(tmp_path / "gone"))
+    assert "cannot be loaded (there is no such folder)" in capsys.readouterr().err
+    assert not me.repos and not sends(me)
+
+
 def test_an_export_that_is_there_is_pushed_with_what_was_written_into_its_card(base, me, tmp_path, capsys):
     out = shutil.copytree(base / "net", tmp_path / "net")
     push(base, out)

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,13 +15,14 @@ from data.text.meta import TextMeta
 from tests.checkpoints import changed_run, write_checkpoint
 from tests.support.trainings import launch, make_data
 from tests.test_ema import engines_of
+from train.checkpoint import post_hoc
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import SNAPSHOTS, check_weights, step_folder, step_folders, step_of
-from train.checkpoint.post_hoc import open_checkpoint
+from train.checkpoint.post_hoc import MOST_LEFT, ROUNDING, open_checkpoint, with_averages
 from train.checkpoint.writer import SNAPSHOT_DTYPE
 from train.config import Config
 from train.ema import EMA
-from train.weights.power_average import TRACKED, decay, gamma_of
+from train.weights.power_average import TRACKED, coefficients, decay, gamma_of
 
 SIZE, STEPS, EVERY, EARLIER = 3001, 320, 10, 155
 TEXT = asdict(TextMeta("t5", "", "", 16, 64, "float16", "float32", "if-1"))
@@ -107,6 +109,44 @@ def test_what_cannot_be_made_is_refused_with_the_numbers(run, tmp_path):
             check_weights("ema", wrong)
     with pytest.raises(ValueError, match=r"weights=master and ema_length=0.1 are both given"):
         check_weights("master", 0.1)
+
+
+def test_the_rounding_of_the_snapshots_counts(run, monkeypatch):
+    """Of a short length the coefficients are large: what is left of its profile is little, what fp16 adds is not."""
+    steps = [step for step in range(10, 2401, 10) for _ in TRACKED]
+    (factors,), (left,) = coefficients(steps, [*TRACKED.values()] * 240, 2400, [0.005])
+    assert left < MOST_LEFT < ROUNDING * np.linalg.norm(factors)
+    checkpoint = Checkpoint.read(step_folder(run[0], STEPS))
+    with_averages(checkpoint, [0.07, 0.05])
+    monkeypatch.setattr(post_hoc, "ROUNDING", 1.0)
+    with_averages(checkpoint, [0.05])  # of the checkpoint alone, in fp32
+    with pytest.raises(ValueError, match=r"ema_length=0\.07 .* the rounding of the snapshots included"):
+        with_averages(checkpoint, [0.05, 0.07])
+
+
+def test_all_of_one_run_is_verified_once_for_several_lengths(run, monkeypatch):
+    verified = []
+    verify = Checkpoint.verify
+    monkeypatch.setattr(Checkpoint, "verify", lambda one: verified.append(one.folder) or verify(one))
+    made = with_averages(Checkpoint.read(step_folder(run[0], STEPS)), LENGTHS)
+    for one in made:
+        one.weights("ema")
+    assert len(verified) == len(set(verified)) > 20
+
+
+def test_a_snapshot_is_no_checkpoint_and_a_damaged_checkpoint_no_snapshot(run, tmp_path):
+    snapshot = step_folder(run[0], 310, SNAPSHOTS)
+    for length in (None, 0.05):
+        with pytest.raises(ValueError, match=r"step-00000310' is a snapshot of averages: name a checkpoint of the run"):
+            open_checkpoint(snapshot, length)
+    shutil.copytree(run[0] / SNAPSHOTS, tmp_path / "run" / SNAPSHOTS)
+    shutil.copytree(run[0] / "checkpoints", tmp_path / "disk")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    folder = step_folder(tmp_path / "run", STEPS)
+    open_checkpoint(folder, 0.07)  # the snapshots beside a link to the checkpoints
+    (folder / "rank-00001.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"step-00000320' is not a whole checkpoint .*name another step-NNNNNNNN"):
+        open_checkpoint(folder, 0.07)
 
 
 def test_damaged_snapshots_are_named_and_the_others_are_enough(run, tmp_path):

@@ -84,7 +84,7 @@ def test_what_is_left_is_the_distance_of_the_profiles(length):
     total, every = 6400, 400
     steps = [step for step in range(every, total + 1, every) for _ in TRACKED]
     lengths = list(TRACKED.values()) * (total // every)
-    factors, left = coefficients(steps, lengths, total, length)
+    (factors,), (left,) = coefficients(steps, lengths, total, [length])
     found = sum(f * shares(own, step, total) for f, step, own in zip(factors, steps, lengths, strict=True))
     wanted = shares(length, total, total)
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) == pytest.approx(left, rel=0.02, abs=1e-6)

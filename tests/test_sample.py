@@ -24,7 +24,7 @@ from tests.checkpoints import changed_run, opened_manifests, random_net, write_r
 from tests.test_export import NET, TIMESTEPS
 from train.checkpoint.checkpoint import Checkpoint
 from train.config import SampleConfig
-from train.evaluation.evaluated_net import find_net
+from train.evaluation.evaluated_net import find_net, open_nets
 from train.export import Export, export
 from train.sample import Sample, main, run
 from train.sampling.sampler import (
@@ -343,6 +343,7 @@ def test_the_learned_variance_makes_few_steps_keep_the_spread_of_the_data(steps)
         ("prompt=cat embeddings=x.npy", "choose one"),
         ("to=cat", "to= is where a strip ends: give the prompt= too"),
         ("prompt=cat to=dog strip=1", "strip=1 must be at least 2"),
+        ("prompt=cat strip=8", "strip=8 is of a strip, which needs to="),
         ("prompt=cat to=dog encoder=other_t5", "is another encoder than the one that"),
         ("embeddings=x.npy", "cannot be read as .npy"),
         ("embeddings=narrow.npy", "is [77, 3], the net was trained on [77, 48]"),
@@ -435,7 +436,8 @@ def test_a_manifest_is_read_once_when_a_net_is_loaded(base, tmp_path, path):
         export(Export(str(tmp_path / path), str(tmp_path / "if"), encoder="auto"))
     assert opened == [newest]
     with opened_manifests() as opened:
-        find_net(str(tmp_path / path), "", "ema", str(base / "text")).load(torch.device("cpu"))
+        (checkpoint,) = open_nets(str(tmp_path / path), "", [])
+        find_net(checkpoint, "", "ema", str(base / "text")).load(torch.device("cpu"))
     assert opened == [newest]
 
 

@@ -7,12 +7,24 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from data.checks import check_at_least, check_choice
 from data.cli import command, location
 from data.storage.caption_fields import TXT, check_fields
 from train.checkpoint.format import check_weights
 from train.evaluation.scores import DIM, FEATURES
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from diffusers import SchedulerMixin
+
+    from train.checkpoint.checkpoint import Checkpoint
+    from train.evaluation.chunked_array import ArrayFiller
+    from train.evaluation.eval_set import EvalSet
+    from train.evaluation.evaluated_net import EvaluatedNet
+    from train.evaluation.features import Extractor
 
 
 @dataclass
@@ -65,43 +77,67 @@ class Evaluate:
 def evaluate(args: Evaluate) -> list[dict[str, float]]:
     """All ranks draw and extract features, the first one scores; returns the scores at each guidance scale.
 
+    Of several lengths of the average each is evaluated, in a folder of its own.
     Raises: ValueError for what cannot be evaluated; OSError if something cannot be read or written.
     """
     check(args)
-    if len(args.ema_length) > 1:
-        return evaluate_lengths(args)
     # Imported here: they take seconds to import, and --help and mistakes in the arguments are answered at once.
-    import numpy as np
-
     from data.device import check_device, device_name
-    from train.evaluation.chunked_array import ArrayFiller, ChunkedArray
-    from train.evaluation.drawing import draw
+    from train.engine import init_distributed
+    from train.evaluation.chunked_array import ArrayFiller
     from train.evaluation.eval_set import find_eval_set
-    from train.evaluation.evaluated_net import find_net
+    from train.evaluation.evaluated_net import find_net, open_nets
     from train.evaluation.features import load_extractor
+    from train.evaluation.results import write_lengths
+    from train.faults.first_rank import checked_by_first_rank
+    from train.sampling.sampler import make_scheduler, set_steps
+
+    check_device()
+    rank, ranks, device = init_distributed()
+    # Once, and by the first rank alone: a run that goes on has a newer checkpoint by and by, and a branch may move.
+    opened = checked_by_first_rank(lambda: open_nets(args.checkpoint, args.model, args.ema_length))
+    nets = [find_net(one, args.model, args.weights, args.text) for one in opened]
+    eval_set = find_eval_set(args.shards, args.text, args.samples, args.seed, nets[0], args.caption)
+    scheduler = make_scheduler(nets[0].diffusion_steps, nets[0].config.learn_sigma, args.scheduler)
+    set_steps(scheduler, args.steps)
+    if rank == 0:
+        print(f"runs on {device_name(device)}")
+    names = sorted({FEATURES[name] for name in args.scores} - {""})
+    evaluate_one = partial(
+        evaluate_net, eval_set=eval_set, scheduler=scheduler, device=device, references={},
+        extractors=[load_extractor(name, args.inception, device) for name in names],
+        filler=ArrayFiller(args.micro_batch, rank, ranks),
+    )  # fmt: skip
+    if len(nets) == 1:
+        return evaluate_one(args, nets[0])
+    lines, of = [], cast("Checkpoint", opened[0])
+    for length, net in zip(args.ema_length, nets, strict=True):
+        out = str(Path(args.out) / f"ema-length-{length:g}")
+        of_length = replace(args, checkpoint=str(of.folder), ema_length=[length], out=out)
+        lines += [{"ema_length": length} | line for line in evaluate_one(of_length, net)]
+    if rank == 0:
+        write_lengths(Path(args.out), of.folder, of.step, lines)
+    return lines
+
+
+def evaluate_net(
+    args: Evaluate, net: "EvaluatedNet", eval_set: "EvalSet", scheduler: "SchedulerMixin", device: "torch.device",
+    extractors: list["Extractor"], references: dict[str, "np.ndarray"], filler: "ArrayFiller",
+) -> list[dict[str, float]]:  # fmt: skip
+    """Evaluate one net; returns the scores at each guidance scale, on the first rank.
+
+    references: their features by extractor, if they are known; what is computed is added.
+    Raises: ValueError; OSError, as evaluate.
+    """
+    from train.evaluation.chunked_array import ChunkedArray
+    from train.evaluation.drawing import draw
     from train.evaluation.manifest import make_manifest, settle
     from train.evaluation.references import extract_features, find_references
     from train.evaluation.results import SHOWN, write_results
     from train.evaluation.scores import score
-    from train.sampling.sampler import make_scheduler, set_steps
     from train.weights.lora import merge_adapter
 
-    net = find_net(args.checkpoint, args.model, args.weights, args.text, *args.ema_length)
-    eval_set = find_eval_set(args.shards, args.text, args.samples, args.seed, net, args.caption)
-    scheduler = make_scheduler(net.diffusion_steps, net.config.learn_sigma, args.scheduler)
-    set_steps(scheduler, args.steps)
-    out = Path(args.out)
-
-    from train.engine import init_distributed  # it takes seconds more
-
-    check_device()
-    rank, ranks, device = init_distributed()
-    if rank == 0:
-        print(f"runs on {device_name(device)}")
-    filler = ArrayFiller(args.micro_batch, rank, ranks)
-    names = sorted({FEATURES[name] for name in args.scores} - {""})
-    extractors = [load_extractor(name, args.inception, device) for name in names]
-    unet = net.load(device)
+    out, unet = Path(args.out), net.load(device)
     if args.adapter:
         merge_adapter(unet, args.adapter)
     # The pictures beside it in a micro batch change the rounding of a picture.
@@ -116,16 +152,16 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
         )
     del unet
 
-    references = {}
     features: dict[float, dict[str, np.ndarray]] = {scale: {} for scale in drawn}
     for extract in extractors:
         name, size = extract.name, net.config.image_size
-        references[name] = find_references(out, args.references, extract, eval_set, size, filler, manifest)
+        if name not in references:
+            references[name] = find_references(out, args.references, extract, eval_set, size, filler, manifest)
         for scale, images in drawn.items():
             array = ChunkedArray(images.folder, name, args.samples)
             filler.fill(array, partial(extract_features, extract, images.read), f"guidance {scale:g}, {name}")
             features[scale][name] = array.read()
-    if rank:
+    if filler.rank:
         return []
     captions = eval_set.captions(0, args.samples if "alignment" in args.scores else min(SHOWN, args.samples))
     lines = [
@@ -135,22 +171,6 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     title = f"{net.description}; {args.samples:,} pictures of {net.config.image_size} px, "
     title += f"{args.scheduler} {args.steps} steps"
     write_results(out, title, asdict(args), manifest, lines, drawn, captions)
-    return lines
-
-
-def evaluate_lengths(args: Evaluate) -> list[dict[str, float]]:
-    """Evaluate each length of the average; returns the scores at each length and guidance scale.
-
-    Raises: ValueError; OSError, as evaluate.
-    """
-    from train.evaluation.results import write_lengths
-
-    lines = []
-    for length in args.ema_length:
-        of_length = replace(args, ema_length=[length], out=str(Path(args.out) / f"ema-length-{length:g}"))
-        lines += [{"ema_length": length} | line for line in evaluate(of_length)]
-    if lines:
-        write_lengths(Path(args.out), lines)
     return lines
 
 

@@ -68,12 +68,12 @@ def export(args: Export, shard_size: str = "10GB") -> None:
     if destination:
         check_contents(destination, card)
         if out.exists():
-            take_up(out, card, model_card(checkpoint, out.name, *facts))
-        if not args.dry_run:
-            make(destination)
+            take_up(out, card, lambda name: model_card(checkpoint, name, *facts))
     if not out.exists():
         _write(args, checkpoint, str(card), shard_size)
     if destination:
+        if not args.dry_run:
+            make(destination)
         message = f"Step {checkpoint.step:,}, {checkpoint.title(args.weights)} weights in {args.dtype}"
         push(destination, out, message, args.dry_run)
 

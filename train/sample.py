@@ -8,6 +8,9 @@ from data.cli import command, location
 from data.storage.atomic import atomic_folder
 from train.checkpoint.format import check_weights
 
+# Images of a strip.
+STRIP = 8
+
 
 @dataclass
 class Sample:
@@ -18,7 +21,7 @@ class Sample:
         run's grids
     to: a second prompt: strips of images from prompt to this one, whose text states are mixed; n strips, each with one
         seed for all its images, so with the same noise
-    strip: images of a strip, those of both prompts included
+    strip: images of a strip, those of both prompts included; 8 if left out
     embeddings: a .npy file, [tokens, dim] or several of them, in place of a prompt
     n: images of each prompt, with the seeds seed, seed+1, ...
     guidance_scale: 1 follows the prompt as trained, more exaggerates it
@@ -36,7 +39,7 @@ class Sample:
     checkpoint: str = location()
     prompt: str | None = None
     to: str | None = None
-    strip: int = 8
+    strip: int | None = None
     embeddings: str = location("")
     n: int = 4
     guidance_scale: float = 7.0
@@ -68,13 +71,14 @@ def run(args: Sample) -> Path:
 
     # Guidance moves away from the empty caption, so that itself cannot be guided.
     is_empty = args.prompt is not None and args.to is None and not args.prompt.strip()
+    strip = args.strip or STRIP
     scale = 1.0 if is_empty else args.guidance_scale
     checkpoint, device = open_checkpoint(args.checkpoint, args.ema_length), default_device()
     scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)  # a mistake is reported before the net is loaded
     if args.prompt is not None and args.to is not None:
-        prompts = find_strip(checkpoint, device, args.prompt, args.to, args.encoder, args.strip)
-        seeds = [args.seed + i for i in range(args.n)] * args.strip
+        prompts = find_strip(checkpoint, device, args.prompt, args.to, args.encoder, strip)
+        seeds = [args.seed + i for i in range(args.n)] * strip
     else:
         prompts = find_prompts(checkpoint, device, args.prompt, args.embeddings, args.encoder, scale != 1)
         seeds = [args.seed + i for i in range(len(prompts.captions) * args.n)]
@@ -90,7 +94,7 @@ def run(args: Sample) -> Path:
     title += f", seeds {seeds[0]} to {seeds[-1]}"
     record = asdict(args) | {
         "guidance_scale": scale, "checkpoint": checkpoint.folder.name, "step": checkpoint.step,
-        "run_dir": checkpoint.config["run_dir"],
+        "run_dir": checkpoint.config["run_dir"], "strip": None if args.to is None else strip,
     }  # fmt: skip
     with atomic_folder(out) as folder:
         write_samples(folder, images, prompts.captions, seeds, title, record, strips=args.to is not None)
@@ -106,7 +110,10 @@ def check(args: Sample) -> None:
         raise ValueError("prompt= and embeddings= are both given: choose one")
     if args.to is not None and args.prompt is None:
         raise ValueError("to= is where a strip ends: give the prompt= too, with which it begins")
-    check_at_least("strip", args.strip, 2)
+    if args.strip is not None:
+        check_at_least("strip", args.strip, 2)
+        if args.to is None:
+            raise ValueError(f"strip={args.strip} is of a strip, which needs to=, the prompt where it ends")
     check_weights(args.weights, args.ema_length)
     check_at_least("n", args.n, 1)
     check_at_least("micro_batch", args.micro_batch, 1)

@@ -18,6 +18,8 @@ from data.text.meta import COMPUTE, TextMeta
 # Files of an encoder's weights, as transformers looks for them, and endings of what else it and the tokenizer read.
 WEIGHTS = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 BESIDE = (".json", ".model", ".txt", ".jinja")
+# What is so of a name whose files the hub does not give.
+NOT_HERE = "there is no such folder, it is not in the hub's cache, and "
 
 
 class TextEncoder:
@@ -137,13 +139,13 @@ def _pinned(name: str, recorded: str = "") -> str:
     try:
         return pinned(name, recorded, bare=True)
     except ValueError as error:
-        raise _not_loaded(name, error) from None
+        raise _not_loaded(name, ValueError(f"{NOT_HERE}{error}")) from None
 
 
 def _not_loaded(name: str, error: Exception) -> ValueError:
-    here = "there is no such folder, it is not in the hub's cache, and " if hub_name(name, bare=True) else ""
+    said = next(iter(str(error).splitlines()), type(error).__name__)
     return ValueError(
-        f"the encoder '{name}' cannot be loaded ({here}{str(error).splitlines()[0]}): give a folder that holds it "
+        f"the encoder '{name}' cannot be loaded ({said}): give a folder that holds it "
         "and its tokenizer, or the name of one on the hub, ORG/NAME or ORG/NAME@REVISION"
     )
 
@@ -158,7 +160,10 @@ def _from_pretrained(location: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     name, folder = hub_name(location, bare=True), Path(location)
     if name:
-        folder = fetch(name, WEIGHTS, lambda file: "/" not in file and file.endswith(BESIDE))
+        try:
+            folder = fetch(name, WEIGHTS, lambda file: "/" not in file and file.endswith(BESIDE))
+        except ValueError as error:
+            raise ValueError(f"{NOT_HERE}{error}") from None
     elif not folder.is_dir():
         raise ValueError("there is no such folder")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -19,7 +19,7 @@ from data.storage.shards import find_shards
 from model.diffusion import Diffusion
 from tests.benchmarks.commands import run
 from train.checkpoint.checkpoint import Checkpoint
-from train.checkpoint.post_hoc import with_average
+from train.checkpoint.post_hoc import with_averages
 from train.compose import compose_config
 from train.engine import init_distributed
 from train.evaluation.results import LENGTHS
@@ -51,7 +51,7 @@ def possible(checkpoint: Checkpoint, lengths: list[float]) -> dict[float, Checkp
     found = {}
     for length in sorted(lengths):
         try:
-            found[length] = with_average(checkpoint, length)
+            found[length] = with_averages(checkpoint, [length])[0]
         except ValueError as error:
             print(f"left out: {error}")
     if len(found) < 2:

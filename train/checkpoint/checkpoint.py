@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.text.meta import TextMeta
@@ -13,6 +14,7 @@ from train.checkpoint.format import (
     MANIFEST,
     complete_manifest,
     file_sha256,
+    part_file,
     read_manifest,
     size_fault,
     step_folders,
@@ -48,14 +50,17 @@ class Checkpoint:
         """The newest undamaged checkpoint of a run's folder, or the checkpoint of a step's folder.
 
         All files of a run's checkpoint are verified. A newer one that is damaged is named on stderr and passed over.
-        Raises: ValueError if there is none, or it is not of this version; OSError if it cannot be read.
+        Raises: ValueError if there is none, it is not of this version, or a snapshot; OSError if it cannot be read.
         """
         path = Path(path)
         if (path / MANIFEST).is_file():
             try:
-                return cls.read(path)
+                checkpoint = cls.read(path)
             except ValueError as error:
                 raise ValueError(f"{error}: name another checkpoint of the run") from None
+            if checkpoint._is_snapshot():
+                raise ValueError(f"'{path}' is a snapshot of averages: name a checkpoint of the run")
+            return checkpoint
         faults = []
         for folder in step_folders(path):
             try:
@@ -126,6 +131,21 @@ class Checkpoint:
         self.verified = ranks == 1
         return ""
 
+    def check_intact(self) -> None:
+        """Verify the files, if that was not done. Raises: ValueError if they are not intact."""
+        if not self.verified and (fault := self.verify()):
+            raise ValueError(
+                f"'{self.folder}' is not a whole checkpoint ({fault}): name another step-NNNNNNNN folder of the run"
+            )
+
+    def _is_snapshot(self) -> bool:
+        """Whether it has averages alone."""
+        try:
+            with safe_open(self.folder / part_file(0), framework="pt") as file:
+                return "master" not in file.keys()  # noqa: SIM118 - it is not a dict
+        except (OSError, SafetensorError):  # what is damaged is told when it is verified
+            return False
+
     def reader(self) -> CheckpointReader:
         """Reads any part of the flat tensors of all ranks."""
         return CheckpointReader(self.folder, self.ranks)
@@ -141,10 +161,7 @@ class Checkpoint:
         name: 'ema' or 'master'.
         Raises: ValueError if the files, or the snapshots that the average is made of, are not intact.
         """
-        if not self.verified and (fault := self.verify()):
-            raise ValueError(
-                f"'{self.folder}' is not a whole checkpoint ({fault}): name another step-NNNNNNNN folder of the run"
-            )
+        self.check_intact()
         reader, weights, start = self.average if self.average and name == "ema" else self.reader(), {}, 0
         for parameter, shape in self.manifest["parameters"].items():
             weights[parameter] = reader.read(name, start, start + prod(shape)).view(shape)

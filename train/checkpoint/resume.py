@@ -140,12 +140,14 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
 
 
 def _remove_later_snapshots(run_dir: Path, step: int) -> None:
-    """Remove what this start makes again: after another choice of batches or ranks it would not be of one training."""
+    """Remove those of steps that are trained again: after another choice of batches or ranks they are of another
+    training.
+    """
     if dist.get_rank():
         return
     if later := [folder for folder in step_folders(run_dir, SNAPSHOTS) if step_of(folder) > step]:
         what = f"removes {count(len(later), 'snapshot')} of the averages after step {step}"
-        print(f"{what}: they are made again", flush=True)
+        print(f"{what}, where this start goes on", flush=True)
         for folder in later:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,6 +1,6 @@
 """The net that is evaluated: a checkpoint of a run, or released weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,10 +9,12 @@ import torch
 from omegaconf import OmegaConf
 
 from data.checks import check_choice
+from data.storage.hub import hub_name, pinned
 from data.text.meta import TextMeta
 from model.config import UNetConfig
 from model.unet import UNet
-from train.checkpoint.post_hoc import open_checkpoint
+from train.checkpoint.checkpoint import Checkpoint
+from train.checkpoint.post_hoc import with_averages
 from train.weights.trained_net import load_net, load_released_net
 
 # Diffusion steps and tokens of a caption in IF's own training.
@@ -36,30 +38,50 @@ class EvaluatedNet:
     encoder: tuple[str, str] | None
 
 
-def find_net(
-    path: str, model: str, weights: str, embeddings: str, ema_length: float | None = None
-) -> EvaluatedNet:  # fmt: skip
-    """The checkpoint at a path, or released weights there if `model` names their net, a file of conf/model.
+def open_nets(path: str, model: str, ema_lengths: Sequence[float]) -> list[Checkpoint] | list[str]:
+    """The intact checkpoint at a path, for each length of the average if some are given.
+
+    With `model`, the net of released weights, where these are, on the hub with the commit.
+    Raises: ValueError if one of them is not there, damaged, or cannot be made.
+    """
+    if not model:
+        checkpoint = Checkpoint.open(path)
+        made = with_averages(checkpoint, ema_lengths) if ema_lengths else [checkpoint]
+        for one in made:
+            one.check_intact()
+        return made
+    if ema_lengths:
+        raise ValueError(
+            f"ema_length={ema_lengths[0]:g} is of a run, and model={model} of released weights: leave one out"
+        )
+    check_choice("model", model, sorted(file.stem for file in MODELS.glob("*.yaml")))
+    more = ""
+    if hub_name(path):
+        try:
+            return [pinned(path)]
+        except ValueError as error:
+            more = f", nor of that name in the hub's cache, and {error}"
+    elif Path(path).exists():
+        return [path]
+    raise ValueError(
+        f"no weights at '{Path(path).absolute()}'{more}: name a file or folder on this machine, or ORG/NAME or "
+        "ORG/NAME@REVISION on the hub"
+    )
+
+
+def find_net(opened: Checkpoint | str, model: str, weights: str, embeddings: str) -> EvaluatedNet:
+    """One of open_nets.
 
     weights: 'ema' or 'master'.  embeddings: their folder, whose width the net has if its file gives none.
-    ema_length: of the average, if it is not the one that the training kept.
     Raises: ValueError.
     """
-    if model:
-        if ema_length is not None:
-            raise ValueError(
-                f"ema_length={ema_length:g} is of a run, and model={model} of released weights: leave one out"
-            )
-        check_choice("model", model, sorted(file.stem for file in MODELS.glob("*.yaml")))
+    if isinstance(opened, str):
         values = OmegaConf.merge(OmegaConf.structured(UNetConfig), OmegaConf.load(MODELS / f"{model}.yaml"))
         config: UNetConfig = OmegaConf.to_object(values)  # type: ignore[assignment]
         config = replace(config, encoder_dim=config.encoder_dim or TextMeta.read(embeddings).dim)
-        if not Path(path).exists():
-            raise ValueError(f"no weights at '{Path(path).absolute()}': name a file or folder on this machine")
-        load = partial(load_released_net, path, config)
-        return EvaluatedNet(config, RELEASED_STEPS, load, f"{path} as {model}", RELEASED_TOKENS, None)
-    checkpoint = open_checkpoint(path, ema_length)
-    text = checkpoint.text
+        load = partial(load_released_net, opened, config)
+        return EvaluatedNet(config, RELEASED_STEPS, load, f"{opened} as {model}", RELEASED_TOKENS, None)
+    checkpoint, text = opened, opened.text
     return EvaluatedNet(
         checkpoint.model, checkpoint.diffusion_steps, partial(load_net, checkpoint, weights),
         f"{checkpoint.config['run_dir']}, step {checkpoint.step}, {checkpoint.title(weights)}", text.tokens,

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 
-from data.cli import reason
 from data.storage.tars import write_json
 from data.text.meta import TextMeta
 from model.unet import UNet
 from train.checkpoint.identity import weights_digest
 from train.evaluation.eval_set import EvalSet
 from train.evaluation.features import Extractor
-from train.faults.first_rank import of_first_rank
+from train.faults.first_rank import checked_by_first_rank
 
 MANIFEST = "evaluation.json"
 # Whose versions may change a picture or a score.
@@ -69,20 +68,14 @@ def settle(folder: Path, make: Callable[[], dict]) -> dict:
     Raises: ValueError on all ranks, if the folder holds another evaluation or `make` raises.
     """
 
-    def look() -> tuple[dict, str]:
-        try:
-            manifest = make()
-            check_same(folder, manifest)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / MANIFEST, manifest | {"extractors": _extractors(folder) | manifest["extractors"]})
-            return manifest, ""
-        except (ValueError, OSError) as error:
-            return {}, reason(error)
+    def look() -> dict:
+        manifest = make()
+        check_same(folder, manifest)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / MANIFEST, manifest | {"extractors": _extractors(folder) | manifest["extractors"]})
+        return manifest
 
-    manifest, fault = of_first_rank(look)
-    if fault:
-        raise ValueError(fault)
-    return manifest
+    return checked_by_first_rank(look)
 
 
 def check_same(folder: Path, manifest: dict) -> None:

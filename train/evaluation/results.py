@@ -34,12 +34,12 @@ def write_results(
     print(f"{folder / SCORES}, {folder / 'scores.png'}")
 
 
-def write_lengths(folder: Path, lines: list[dict[str, float]]) -> None:
+def write_lengths(folder: Path, checkpoint: Path, step: int, lines: list[dict[str, float]]) -> None:
     """Write lengths.json and lengths.png, the scores against the length of the average, and print them.
 
-    lines: the scores at each length and guidance scale.
+    checkpoint, step: of which all are.  lines: the scores at each length and guidance scale.
     """
-    write_json(folder / LENGTHS, {"scores": lines})
+    write_json(folder / LENGTHS, {"checkpoint": str(checkpoint), "step": step, "scores": lines})
     plot_lengths(lines, folder / "lengths.png")
     for line in lines:
         print("  ".join(f"{name} {value:.5g}" for name, value in line.items()))

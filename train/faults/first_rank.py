@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from data.cli import reason
 from train.faults.preempt import RankConsensus
 from train.faults.watchdog import Watchdog
 
@@ -43,6 +44,24 @@ def of_first_rank(look: Callable[[], T]) -> T:
     found = [look() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]  # type: ignore[return-value]
+
+
+def checked_by_first_rank(look: Callable[[], T]) -> T:
+    """of_first_rank, where all ranks raise what the first one finds wrong.
+
+    Raises: ValueError for a ValueError or OSError of the first rank.
+    """
+
+    def attempt() -> tuple[T | None, str]:
+        try:
+            return look(), ""
+        except (ValueError, OSError) as error:
+            return None, reason(error) or type(error).__name__
+
+    found, fault = of_first_rank(attempt)
+    if fault:
+        raise ValueError(fault)
+    return found  # type: ignore[return-value]
 
 
 def raise_on_all(fault: str) -> None:

@@ -10,6 +10,7 @@ from data.loader.workers import PREFETCH, SAMPLES_PER_MESSAGE
 from train.config import Config, accumulation
 from train.monitor.memory import WEIGHT_BYTES, averages_of, construction, largest_parameter, peak, states
 from train.monitor.step_memory import step_bytes
+from train.weights.power_average import TRACKED
 
 GB = 1e9
 # Resident memory of a rank before it has a net, and of a loader worker beside what it shares with its rank: of Python,
@@ -64,7 +65,9 @@ def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: 
     sample = 3 * config.model.image_size**2 + 4 * config.data.tokens * config.model.encoder_dim
     # Each worker is some messages ahead and writes the next one; a message has one micro batch or more.
     loaded = config.data.workers * (PREFETCH + 1) * max(SAMPLES_PER_MESSAGE, config.micro_batch) * sample
-    checkpoint = held.master + held.moments + held.ema
+    # A snapshot, which may be due with it, has the tracked averages in half precision.
+    snapshot = len(TRACKED) * held.master // 2 if config.ema_snapshot_every else 0
+    checkpoint = held.master + held.moments + held.ema + snapshot
     beside = PROCESS_BYTES + config.data.workers * WORKER_BYTES + int(config.text.cache_gb * GB)
     built = construction(trained, ranks, weight_bytes, frozen)
     return max(held.total + most, built), beside + loaded + checkpoint

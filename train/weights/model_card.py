@@ -1,6 +1,5 @@
 """The model card of an exported folder: what it is, the recipe, the data and the licence, as the hub reads it."""
 
-import copy
 import re
 from functools import reduce
 from operator import getitem
@@ -29,7 +28,10 @@ RECIPE: dict[str, str | tuple[str, ...]] = {
     "seed": "seed",
 }
 # Keys that name places, which a card does not show.
-PRIVATE = re.compile(r"run_dir|init_from|wandb\..*|text\.encoder|embeddings\.encoder|data\.(.*\.)?(shards|text|drop)")
+PRIVATE = re.compile(
+    r"run_dir|init_from|wandb(\..*)?|text\.encoder|embeddings\.encoder"
+    r"|data\.((mixture\..*|validation)\.)?(shards|text|drop)"
+)
 TEXT = """
 # {name}
 
@@ -196,12 +198,10 @@ def _public_name(location: str) -> str:
     return re.split(r"[/\\]", location.rstrip("/\\").partition("?")[0])[-1]
 
 
-def _without_paths(config: dict) -> dict:
-    config = copy.deepcopy(config)
-    for key in ("run_dir", "init_from", "wandb"):
-        del config[key]
-    del config["text"]["encoder"]
-    for dataset in (config["data"], *config["data"]["mixture"].values()):
-        del dataset["shards"], dataset["text"]
-        dataset.pop("drop", None)  # an older checkpoint has none
-    return config
+def _without_paths(config: dict, above: str = "") -> dict:
+    """The configuration without the keys of PRIVATE.  above: the dotted key of this part of it, with a dot."""
+    return {
+        key: _without_paths(value, f"{above}{key}.") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not PRIVATE.fullmatch(above + key)
+    }

@@ -7,6 +7,8 @@ Source: Karras et al. 2023, "Analyzing and Improving the Training Dynamics of Di
 appendix C.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 # The lengths that a training tracks, as the paper does, by the names of their averages in a checkpoint.
@@ -49,20 +51,24 @@ def inner_products(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio**exponent / np.maximum(t_a, t_b)
 
 
-def coefficients(steps: list[int], lengths: list[float], step: int, length: float) -> tuple[np.ndarray, float]:
+def coefficients(
+    steps: list[int], lengths: list[float], step: int, wanted: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
     """By what averages of these steps and lengths are multiplied so that their sum is the average of a step and length.
 
+    wanted: such lengths, W.
     The least squares between the profiles, as in EDM2, appendix C.3. Unlike there the coefficients add up to 1: what is
     missing of that would make all weights smaller.
-    Returns them, and what is left of the wanted profile: the norm of the difference over its own.
+    Returns them, [W, N], and what is left of each wanted profile, [W]: the norm of the difference over its own.
     """
     t, gamma = np.array(steps, float), np.array([gamma_of(one) for one in lengths])
-    wanted = np.float64(step), np.float64(gamma_of(length))
-    norms, norm = np.sqrt(inner_products(t, gamma, t, gamma)), np.sqrt(inner_products(*wanted, *wanted))
+    last, gammas = np.float64(step), np.array([gamma_of(one) for one in wanted])
+    # Of the averages a column, of the wanted ones a row.
+    norms, norm = np.sqrt(inner_products(t, gamma, t, gamma)), np.sqrt(inner_products(last, gammas, last, gammas))
     products = inner_products(t[:, None], gamma[:, None], t, gamma) / np.outer(norms, norms)
-    with_wanted = inner_products(t, gamma, *wanted) / (norms * norm)
-    each = norm / norms
-    constrained = np.block([[products, each[:, None]], [each, 0.0]])
-    found = np.linalg.solve(constrained, np.append(with_wanted, 1.0))[:-1]
-    left = 1.0 - 2.0 * found @ with_wanted + found @ products @ found
-    return found * each, float(np.sqrt(max(left, 0.0)))
+    with_wanted = inner_products(t[:, None], gamma[:, None], last, gammas) / np.outer(norms, norm)
+    # The coefficients of the profiles over their norms, which add up to 1 once they are divided by these.
+    constrained = np.block([[products, 1.0 / norms[:, None]], [1.0 / norms, 0.0]])
+    found = np.linalg.solve(constrained, np.vstack([with_wanted, 1.0 / norm]))[:-1]
+    left = 1.0 + np.sum(found * (products @ found - 2.0 * with_wanted), axis=0)
+    return (found * norm / norms[:, None]).T, np.sqrt(np.maximum(left, 0.0))

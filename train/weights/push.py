@@ -2,7 +2,9 @@
 
 import glob
 import hashlib
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,10 +119,10 @@ def check_contents(destination: Destination, card: "ModelCard") -> None:
         )
 
 
-def take_up(folder: Path, card: "ModelCard", unnamed: "ModelCard") -> None:
+def take_up(folder: Path, card: "ModelCard", named: Callable[[str], "ModelCard"]) -> None:
     """Check that a folder which is there holds the export of a card, to push it as it is.
 
-    unnamed: the card before it had the repository's name; if nobody has edited it, it is replaced.
+    named: the card under another name; if the folder has that and nobody has edited it, it is replaced.
     Raises: ValueError if the folder is of another export.
     """
     path, now = folder / "README.md", _front_matter(str(card))
@@ -135,7 +137,8 @@ def take_up(folder: Path, card: "ModelCard", unnamed: "ModelCard") -> None:
             f"out={folder.absolute()} exists and is another export than this one ({'; '.join(changed)}): choose "
             "another out=, delete it, or name the checkpoint and the arguments that it was written with"
         )
-    if text == str(unnamed) != str(card):
+    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+    if heading and text == str(named(heading[1])) != str(card):
         with atomic_file(path) as aside:
             aside.write_text(str(card), encoding="utf-8")
 
