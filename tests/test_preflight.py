@@ -19,6 +19,7 @@ from launch.preflight import record, slow_pairs, training_ranks
 from tests.support.trainings import SMALL, free_port, make_data
 from train.compose import compose_config
 from train.faults.quarantine import read_node_faults
+from train.inputs import resolve_text_shape
 
 FAST = ["test_mb=1", "step_seconds=60"]
 
@@ -100,6 +101,7 @@ def test_storage_is_named_only_where_it_may_be_missing(data, tmp_path, monkeypat
 
 def test_steps_that_are_not_known_yet_take_no_negative_space(tmp_path, monkeypatch):
     config = compose_config([*SMALL, f"run_dir={tmp_path}", "ema_snapshot_every=5", "steps=-1"])
+    resolve_text_shape(config)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     (tmp_path / "snapshots" / "step-00000005").mkdir(parents=True)
     (fault,) = disk_faults(config, ranks=1)
