@@ -20,8 +20,8 @@ def lifetime(argv: list[str]) -> None:
     from launch.interruptions.from_plan import make_life
     from launch.interruptions.page import render
 
-    life = make_life(options, config)
-    print(render(life, options))
+    life, sizes = make_life(options, config)
+    print(render(life, options, sizes))
     if options.chart:
         from launch.interruptions.chart import draw
 

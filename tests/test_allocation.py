@@ -11,9 +11,10 @@ import pytest
 from data import progress
 from data.cli import CORRUPTED, LOST, MISTAKE, REQUEUE
 from launch.slurm.allocation import Allocation, check_hostfile, find_allocation, free_port, ranks_per_node
-from launch.slurm.batch import LAUNCHER, NODE, Job, main, split_srun_args, verdict
+from launch.slurm.batch import LAUNCHER, NODE, Job, first_nodes, main, split_srun_args, verdict
 from launch.slurm.in_place import End, choose_nodes, first_to_fail, read_ends, spare_nodes
 from train.faults.launched import check_launched
+from train.faults.quarantine import record_node_fault
 
 JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[1-2]"}
 TWO = Allocation("123", ["node1", "node2"], 8, "node1", 15123, 0)
@@ -142,6 +143,14 @@ def test_spares_are_a_number_below_the_nodes():
 )
 def test_the_nodes_of_the_next_start(usable, failed, wanted, divides, chosen):
     assert choose_nodes([*"abcd"], [*usable], failed, wanted, lambda n: n in divides) == [*chosen]
+
+
+def test_a_bad_node_is_left_out_of_the_first_start_while_others_are_enough(tmp_path):
+    for node, kind in (("a", "corruption"), ("b", "death"), ("b", "death")):
+        record_node_fault(tmp_path, node, kind, "x")
+    assert first_nodes([*"abc"], tmp_path, 2, most=3) == ["b", "c"]
+    assert first_nodes([*"abc"], tmp_path, 3, most=3) == ["a", "b", "c"]
+    assert first_nodes([*"abc"], tmp_path, 2, most=0) == ["a", "c"], "none is bad: by the number of faults"
 
 
 def test_the_node_that_failed_first(tmp_path):

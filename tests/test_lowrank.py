@@ -386,7 +386,8 @@ def test_the_plan_counts_its_bytes(base):
 
 
 def test_data_inspect_shows_it(base, tmp_path, capsys):
-    inspect(Inspect(str(base / "shards"), text=str(base / "text"), out=str(tmp_path / "page.html")))
+    found = inspect(Inspect(str(base / "shards"), text=str(base / "text"), out=str(tmp_path / "page.html")))
+    assert found.bad == [("00001.tar:00017", "no embedding")]
     page = (tmp_path / "page.html").read_text()
     assert "as many bytes as each caption needs" in page and "lowrank" in page and len(page) < 1e6
 

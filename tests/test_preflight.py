@@ -7,14 +7,19 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from launch.nodes.checks import disk_faults, read_rate
 from launch.nodes.cpus import Cpus, cpu_faults, find_cpus
 from launch.nodes.network import tournament
 from launch.preflight import record, slow_pairs, training_ranks
 from tests.support.trainings import SMALL, free_port, make_data
+from train.compose import compose_config
 from train.faults.quarantine import read_node_faults
+from train.inputs import resolve_text_shape
 
 FAST = ["test_mb=1", "step_seconds=60"]
 
@@ -75,6 +80,32 @@ def test_a_full_disk_slow_storage_and_one_cpu_are_faults(repo, data, tmp_path):
     assert err.count("Slurm gave the job 1 of the node's") == (2 if os.cpu_count() > 1 else 0)
     assert err.count("GB free") == 2 and err.count("MB/s a node") == 2
     assert "node1, rank 0" in err and "node2, rank 1" in err
+
+
+def test_storage_is_named_only_where_it_may_be_missing(data, tmp_path, monkeypatch):
+    def told(*changed: str) -> str:
+        given = [f"data.shards={data / 'shards'}", f"data.text={data / 'text'}"]
+        rate, (fault,) = read_rate(compose_config([*SMALL, *given, *changed]), 0.0)
+        assert rate == 0.0
+        return fault
+
+    (tmp_path / "empty").mkdir()
+    for folder in ("none", "empty"):
+        hint = f"; or the storage of '{tmp_path / folder}' is not mounted on this node"
+        assert told(f"data.shards={tmp_path / folder}").endswith(hint)
+        assert told(f"data.text={tmp_path / folder}").endswith(hint)
+    assert "mounted" not in told("data.tokens=8"), "a mistake that every node has"
+    monkeypatch.setattr("launch.nodes.checks.find_inputs", Mock(side_effect=OSError(5, "Input/output error")))
+    assert told() == "[Errno 5] Input/output error"
+
+
+def test_steps_that_are_not_known_yet_take_no_negative_space(tmp_path, monkeypatch):
+    config = compose_config([*SMALL, f"run_dir={tmp_path}", "ema_snapshot_every=5", "steps=-1"])
+    resolve_text_shape(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    (tmp_path / "snapshots" / "step-00000005").mkdir(parents=True)
+    (fault,) = disk_faults(config, ranks=1)
+    assert "0.0 GB free" in fault and "snapshots" not in fault
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 7, 64])

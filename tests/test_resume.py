@@ -119,6 +119,15 @@ def test_other_contents_are_refused(tmp_path, change, message):
     assert message in str(error.value) and "or begin from scratch in another run_dir" in str(error.value)
 
 
+def test_data_that_grew_are_told_before_the_sizes_that_follow_them(tmp_path):
+    write_step(load(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"was trained on other data \(\[10\] samples, .* now has \[900\]\)"):
+        check_resumable(load(tmp_path / "run", "data.streams=6"), replace(DATA, samples=[900], digests=["e" * 32]))
+    two = load(tmp_path / "run", "data.mixture.b.shards=a", "data.mixture.b.text=b")
+    with pytest.raises(ValueError, match=r"was trained with data\.mixture={'a': 1\.0}, now it is {'a': 1\.0, 'b'"):
+        check_resumable(two, DataIdentity([10, 10], ["d" * 32] * 2, TEXT))
+
+
 def test_another_selection_is_refused_with_what_was_chosen_then_and_now(tmp_path):
     of_a, of_b = ({"digest": d * 32, "receipt": [f"where {d} > 1 leaves out 3"]} for d in "ab")
     config = load(tmp_path / "run")

@@ -1,6 +1,7 @@
 """The sizes that follow the data, the experiments that use them, and what is told before the start."""
 
 import logging
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +16,13 @@ from data.text.embeddings import to_bytes
 from data.text.meta import TextMeta
 from launch.cost.estimate import estimate_step
 from launch.cost.options import PlanOptions
+from launch.interruptions.from_plan import make_life
+from launch.interruptions.options import LifetimeOptions
 from model.config import MIN_GROUP_CHANNELS
 from tests.support.trainings import launch, make_data, metrics
 from train.compose import compose_config, follow_data, sizes_to_set
 from train.config import Config
-from train.inputs import find_inputs
+from train.inputs import find_inputs, resolve_sizes
 from train.monitor.run_time import MOST_TRIED, describe_time, duration
 from train.summary import describe, forwards_beside
 
@@ -141,22 +144,55 @@ def test_without_data_the_sizes_are_asked_for_and_a_plan_takes_its_own_number(tm
     assert values(config) == EXPECTED["own_gpu", 12_000]
 
 
+def test_the_pages_tell_the_sizes_and_why_the_number_of_samples_is_assumed(data, tmp_path):
+    config = own(data, "own_small", *FEWER)
+    assert resolve_sizes(config, 12_000).startswith("sizes that follow 12 samples: steps=1000, ")
+    assert resolve_sizes(config, 12_000) == "", "all are set"
+    given = [*FEWER, f"data.shards={tmp_path / 'none'}", f"data.text={tmp_path}"]
+    small = {"nodes": 1, "gpus_per_node": 1, "samples": 12_000}
+    config = compose_config(["+experiment=own_small", *given])
+    sizes = make_life(LifetimeOptions(**small), config)[1]
+    assert sizes.startswith("sizes that follow 12,000 samples: steps=")
+    assert f"(samples=12000 is assumed: no folder '{tmp_path / 'none'}'" in sizes
+
+
 def test_a_grid_and_a_validation_count_as_passes_of_the_net(data):
     config = own(data, "own_small", "steps=40", "sample.every=15", "sample.prompts=3", "sample.steps=7")
     inputs = find_inputs(config)
-    assert forwards_beside(config, inputs) == 3 * 3 * 7 * (1 + 2), "three grids with the one at the end, two scales"
+    of_grids = 3 * 3 * 7 * (1 + 2)  # three grids with the one at the end, two scales
+    assert forwards_beside(config, inputs) == (of_grids, 0)
     config.validate_every, config.sample.every = 10, 0
-    assert forwards_beside(config, replace(inputs, held_out=inputs.datasets)) == 3 * 7 * 3 + 4 * 8 * 12
+    assert forwards_beside(config, replace(inputs, held_out=inputs.datasets)) == (3 * 7 * 3, 4 * 8 * 12)
+
+
+def test_ranks_share_the_images_and_validations_and_the_cores_of_their_node_and_not_the_grids(data, monkeypatch):
+    config = own(data, "own_small", "steps=3000", "global_batch=16", *FEWER)
+    find_inputs(config)
+    monkeypatch.setattr("train.monitor.run_time.MOST_TRIED", math.inf)
+    monkeypatch.setattr("train.monitor.run_time.seconds_of_micro_batch", lambda config: float(config.micro_batch))
+
+    def told(nodes: int, of_this_node: int, of_grids: int = 0, of_validations: int = 0) -> str:
+        monkeypatch.setenv("WORLD_SIZE", str(nodes * of_this_node))
+        monkeypatch.setenv("LOCAL_SIZE", str(of_this_node))
+        return describe_time(config, of_grids, of_validations).partition(" images/s")[0]
+
+    # An image takes a second where a rank has all threads.
+    assert told(1, 4) == "about 3.3 hours, 4.0", "each rank has its own threads"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert told(1, 1) == told(1, 4) == "about 13.3 hours, 1.0" and told(2, 4) == "about 6.7 hours, 2.0"
+    assert told(2, 1, of_validations=3 * 48_000) == "about 13.3 hours, 2.0"
+    assert told(2, 1, of_grids=3 * 48_000) == "about 20.0 hours, 2.0"
+    assert told(1, 4, of_grids=3 * 48_000) == "about 3 days, 1.0", "the others' cores are idle meanwhile"
 
 
 def test_the_time_is_tried_without_a_draw_and_only_where_it_is_short(data, monkeypatch):
     config = own(data, "own_small", *FEWER)
     find_inputs(config)
     before = torch.random.get_rng_state()
-    assert "images/s, as one micro batch takes now on this CPU" in describe_time(config, 0)
+    assert "images/s, as one micro batch takes now on this CPU" in describe_time(config, 0, 0)
     assert torch.equal(before, torch.random.get_rng_state())
     monkeypatch.setattr("train.monitor.run_time.MOST_TRIED", MOST_TRIED / 1e6)
-    assert describe_time(config, 0) == "not tried here: a micro batch takes 0.0 TFLOP"
+    assert describe_time(config, 0, 0) == "not tried here: a micro batch takes 0.0 TFLOP"
     told = [duration(seconds) for seconds in (40, 46 * 60, 3.3 * 3600, 12 * 86_400)]
     assert told == ["40 seconds", "46 minutes", "3.3 hours", "12 days"]
 

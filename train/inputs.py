@@ -21,11 +21,11 @@ from data.storage.shards import find_shards
 from data.text.embeddings import read_empty
 from data.text.lowrank_product import LowrankProduct
 from data.text.meta import LOWRANK, TextMeta, check_meta, check_sidecars
-from data.text.state_cache import StateCache
+from data.text.state_cache import StateCache, cache_bytes
 from model.config import MIN_GROUP_CHANNELS
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.identity import DataIdentity, data_digest, describe_selection, weights_digest
-from train.compose import follow_data
+from train.compose import follow_data, sizes_to_set
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
 from train.weights.pretrained import load_pretrained
@@ -284,16 +284,19 @@ def resolve_text_shape(config: Config) -> bool:
     return assumed
 
 
-def resolve_sizes(config: Config, otherwise: int) -> None:
+def resolve_sizes(config: Config, otherwise: int) -> str:
     """Set the sizes that follow the data, for a run that is described before its data need be there.
 
-    otherwise: number of samples where no shards are found.
+    otherwise: number of samples where the datasets cannot be read.
+    Returns what was set, in a line, and why the number of samples is assumed if it is; '' for nothing.
     """
+    if not sizes_to_set(config):
+        return ""
     try:
-        samples = sum(dataset.samples for dataset in find_datasets(config.data))
-    except (ValueError, OSError):
-        samples = otherwise
-    follow_data(config, samples)
+        samples, why = sum(dataset.samples for dataset in find_datasets(config.data)), ""
+    except (ValueError, OSError) as error:
+        samples, why = otherwise, f" (samples={otherwise} is assumed: {error})"
+    return follow_data(config, samples) + why
 
 
 def _set_text_shape(config: Config, tokens: int, dim: int) -> None:
@@ -320,7 +323,7 @@ def _make_cache(config: Config, inputs: Inputs) -> StateCache | None:
     # Of several captions of a sample each has states of its own, and so has the empty one.
     captions = sum(dataset.samples * len(dataset.fields) for dataset in inputs.datasets) + 1
     tokens, dim = inputs.meta.shape
-    needed = captions * tokens * dim * inputs.encoder.model.dtype.itemsize / GB
+    needed = cache_bytes(captions, tokens * dim * inputs.encoder.model.dtype.itemsize) / GB
     if needed > config.text.cache_gb:
         raise ValueError(
             f"text.cache_gb={config.text.cache_gb:g} is less than the {needed:.3g} GB of the states of "

@@ -79,18 +79,18 @@ def describe_cost(config: Config, ranks: int, inputs: Inputs | None) -> str:
     Raises: ValueError if the ranks don't fit the batch.
     """
     memory = describe_memory(config, ranks, *parameters(config))
-    return _as_lines(memory | {"time": describe_time(config, forwards_beside(config, inputs))})
+    return _as_lines(memory | {"time": describe_time(config, *forwards_beside(config, inputs))})
 
 
-def forwards_beside(config: Config, inputs: Inputs | None) -> int:
-    """Passes of an image through the net for the run's sample grids and validations, without a backward."""
+def forwards_beside(config: Config, inputs: Inputs | None) -> tuple[int, int]:
+    """Passes of an image through the net for the run's sample grids and for its validations, without a backward."""
     sample, every = config.sample, config.validate_every
     prompts = sample.prompts if isinstance(sample.prompts, int) else len(sample.prompts)
     # With guidance the net sees each image twice.
     of_grid = prompts * sample.steps * sum(1 if scale == 1 else 2 for scale in sample.guidance_scales)
     grids = -(-config.steps // sample.every) if sample.every else 1
     validations = -(-config.steps // every) if every else 0
-    return of_grid * grids + TIMESTEPS * held_out_samples(config, inputs) * validations
+    return of_grid * grids, TIMESTEPS * held_out_samples(config, inputs) * validations
 
 
 def held_out_samples(config: Config, inputs: Inputs | None) -> int:

@@ -19,7 +19,7 @@ from data.storage.caption_fields import TXT
 from data.storage.machine import raise_if_machine
 from data.storage.shards import Shard
 from data.text.decode import decode_caption
-from data.text.embeddings import read_into
+from data.text.embeddings import loaded_array, read_into
 from data.text.meta import TextMeta
 
 # To reach a sample, all headers before it are read, so a few samples from each of very many shards would take hours.
@@ -219,7 +219,7 @@ def _inspect_sample(
         findings.kinds["of an odd header"] += 1
     if meta and not raw.problem:
         try:
-            read_into(np.empty(meta.shape, meta.array_dtype), raw.embedding, meta)
+            read_into(loaded_array(meta), raw.embedding, meta)
         except ValueError as problem:
             return pixels, str(problem)
         except OSError as error:

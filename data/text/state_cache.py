@@ -9,6 +9,21 @@ if TYPE_CHECKING:  # it takes seconds to import, and a cache is made for one tha
     from data.text.encoder import TextEncoder
 
 
+# Of page-locked memory, of which torch rounds each piece up to a power of two.
+BLOCK_BYTES = 2**28
+
+
+def block_rows(captions: int, of_each: int) -> list[int]:
+    """How many captions each block of a cache holds.  of_each: bytes of a caption's states."""
+    rows = max(BLOCK_BYTES // of_each, 1)
+    return [min(rows, captions - first) for first in range(0, captions, rows)]
+
+
+def cache_bytes(captions: int, of_each: int) -> int:
+    """Bytes of a cache, its blocks as torch rounds them.  of_each: bytes of a caption's states."""
+    return sum(1 << (rows * of_each - 1).bit_length() for rows in block_rows(captions, of_each))
+
+
 class StateCache:
     """The states of all captions of a small set, at most `captions` of them, in the encoder's dtype.
 
@@ -21,7 +36,7 @@ class StateCache:
     def __init__(self, encoder: "TextEncoder", captions: int) -> None:
         self._encoder, self._captions = encoder, captions
         self._rows: dict[bytes, int] = {}
-        self._kept: Tensor | None = None
+        self._kept: list[Tensor] = []  # by row: views of the blocks
         self.asked = self.taken = 0
 
     def states(self, token_ids: Tensor, on_host: Tensor) -> Tensor:
@@ -35,9 +50,9 @@ class StateCache:
             states = self._encoder.states(token_ids)
             self._keep(keys, states)
             return states
-        assert self._kept is not None
         self.taken += len(keys)
-        states = torch.empty((len(keys), *self._kept.shape[1:]), dtype=self._kept.dtype, device=token_ids.device)
+        kept = self._kept[0]
+        states = torch.empty((len(keys), *kept.shape), dtype=kept.dtype, device=token_ids.device)
         for state, key in zip(states, keys, strict=True):
             state.copy_(self._kept[self._rows[key]], non_blocking=True)
         return states
@@ -49,10 +64,11 @@ class StateCache:
         return share
 
     def _keep(self, keys: list[bytes], states: Tensor) -> None:
-        if self._kept is None:
+        if not self._kept:
             # Page-locked, so that copies from and to a GPU are made in the order of its stream, without a wait.
             pin = states.device.type == "cuda"
-            self._kept = torch.empty((self._captions, *states.shape[1:]), dtype=states.dtype, pin_memory=pin)
+            for rows in block_rows(self._captions, states[0].nbytes):
+                self._kept += torch.empty((rows, *states.shape[1:]), dtype=states.dtype, pin_memory=pin)
         for state, key in zip(states, keys, strict=True):
             if key not in self._rows and len(self._rows) < self._captions:
                 self._kept[len(self._rows)].copy_(state, non_blocking=True)

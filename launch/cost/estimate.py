@@ -77,6 +77,7 @@ class Plan:
     parameters: that are trained.  largest: elements of the largest of them.  costs: by choice of recomputation.
     construction: the most bytes before the first step.  buckets: as the engine has them, then larger ones.
     checkpoint: bytes.  alone: a step without a network.  limit: the physical limit.
+    sizes: which sizes of the configuration follow the data, in a line; '' for none.
     """
 
     options: PlanOptions
@@ -95,6 +96,7 @@ class Plan:
     checkpoint: int
     alone: Times
     limit: Times
+    sizes: str
 
     @property
     def flops(self) -> Flops:
@@ -134,7 +136,7 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     """
     check_options(options)
     assumed_text = resolve_text_shape(config)
-    resolve_sizes(config, options.samples)
+    sizes = resolve_sizes(config, options.samples)
     gpu, ranks = find_gpu(options.gpu), options.ranks
     accumulate, weight_bytes = accumulation(config, ranks), WEIGHT_BYTES[config.precision]
     trained, frozen = parameters(config)
@@ -158,7 +160,7 @@ def make_plan(options: PlanOptions, config: Config) -> Plan:
     return Plan(
         options, config, gpu, trained, largest, accumulate, resident,
         built, costs, traffic, buckets, reading, assumed_text,
-        checkpoint_bytes(resident, ranks), alone, limit,
+        checkpoint_bytes(resident, ranks), alone, limit, sizes,
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ def head(plan: Plan) -> list[str]:
         f"{options.nodes} nodes x {options.gpus_per_node} {options.gpu} = {options.ranks} ranks; batch "
         f"{config.global_batch} = {options.ranks} x {config.micro_batch} micro batch x {plan.accumulate} accumulation"
         f"{summed_in(config, plan.accumulate)}; {config.steps:,} steps",
+        *([plan.sizes] if plan.sizes else []),
     ]
 
 

@@ -6,21 +6,23 @@ from launch.cost.estimate import GB, estimate_step
 from launch.interruptions.events import Life
 from launch.interruptions.options import LifetimeOptions, check_options
 from train.config import Config
+from train.inputs import resolve_sizes
 
 DAY = 86_400
 
 
-def make_life(options: LifetimeOptions, config: Config) -> Life:
-    """The run of a configuration on the nodes of the options.
+def make_life(options: LifetimeOptions, config: Config) -> tuple[Life, str]:
+    """The run of a configuration on the nodes of the options, and which of its sizes follow the data, in a line.
 
     Raises: ValueError for a value that cannot be, or a micro batch that does not divide the batch.
     """
     check_options(options)
     if options.corruptions and not config.check_every:
         raise ValueError("check_every=0 finds no corruption, so no time of it is known: set corruptions=0 as well")
+    sizes = resolve_sizes(config, options.samples)
     step, checkpoint = estimate_step(options.plan, config)
     through_storage = checkpoint / (options.storage * GB)
-    return Life(
+    life = Life(
         steps=config.steps,
         step=options.step_seconds or step,
         save_every=config.save_every,
@@ -41,6 +43,7 @@ def make_life(options: LifetimeOptions, config: Config) -> Life:
         check_every=config.check_every or 1,  # without checks no corruption is simulated
         memory_every=options.memory_every,
     )
+    return life, sizes
 
 
 def with_faults(life: Life, options: LifetimeOptions, per_1000: float) -> Life:

@@ -39,7 +39,7 @@ class LifetimeOptions:
     storage: GB/s at which all nodes together read and write checkpoints.
     host_copy: GB/s at which a rank copies its part of a checkpoint to the host, while the training stands still.
     step_seconds: seconds of a step; 0 takes those of launch.plan.
-    gpu, nodes, gpus_per_node, link, mfu: as launch.plan has them.
+    gpu, nodes, gpus_per_node, link, mfu, samples: as launch.plan has them.
     runs: runs that are simulated, each from a seed of its own.
     chart: a PNG to draw the share over save_every, and the lost hours, into.
     """
@@ -67,12 +67,13 @@ class LifetimeOptions:
     gpus_per_node: int = PLAN.gpus_per_node
     link: float = PLAN.link
     mfu: float = PLAN.mfu
+    samples: int = PLAN.samples
     runs: int = 200
     chart: str = location("")
 
     @property
     def plan(self) -> PlanOptions:
-        return PlanOptions(self.gpu, self.nodes, self.gpus_per_node, self.link, mfu=self.mfu)
+        return PlanOptions(self.gpu, self.nodes, self.gpus_per_node, self.link, mfu=self.mfu, samples=self.samples)
 
     @property
     def rates(self) -> dict[str, float]:
@@ -96,7 +97,8 @@ def check_options(options: LifetimeOptions) -> None:
     for name in (*KINDS.values(), "spares", "job_hours", "queue_minutes", "detect_seconds", "start_seconds",
                  "compile_seconds", "cached_share", "memory_every", "step_seconds"):  # fmt: skip
         check_at_least(name, getattr(options, name), 0)
-    check_at_least("runs", options.runs, 1)
+    for name in ("runs", "samples"):
+        check_at_least(name, getattr(options, name), 1)
     for name in ("storage", "host_copy"):
         check_at_least(name, getattr(options, name), 0.001)
     if not sum(options.rates.values()):

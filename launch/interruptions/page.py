@@ -79,10 +79,20 @@ class Runs:
         return (self.mean("seconds") - self.life.steps * self.life.step) * self.gpus / 3600
 
 
-def render(life: Life, options: LifetimeOptions) -> str:
-    """The page: share by rate of faults, hours by cause, save_every, what would change it, what was assumed."""
+def render(life: Life, options: LifetimeOptions, sizes: str) -> str:
+    """The page: share by rate of faults, hours by cause, save_every, what would change it, what was assumed.
+
+    sizes: which sizes of the configuration follow the data, in a line; '' for none.
+    """
     runs = Runs(life, options, simulate_runs(life, options.runs))
-    parts = (head(runs), rates(runs), causes(runs), intervals(runs), changes(runs), assumptions(runs))
+    parts = (
+        head(runs) + [sizes] * bool(sizes),
+        rates(runs),
+        causes(runs),
+        intervals(runs),
+        changes(runs),
+        assumptions(runs),
+    )
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from data.device import uses_gpu
-from data.storage.locations import open_location
+from data.storage.locations import is_remote, open_location, split
 from data.storage.machine import check_open_files
+from data.storage.shards import is_folder
 from data.text.meta import caption_folder, sidecar_location
 from launch.cost.traffic import checkpoint_bytes, snapshot_bytes
 from train.checkpoint.format import SNAPSHOTS, step_folders
@@ -69,8 +70,8 @@ def read_rate(config: Config, needed: float) -> tuple[float, list[str]]:
     """Bytes/s at which this node reads shards and their embeddings, and what is wrong.  needed: bytes/s."""
     try:
         inputs = find_inputs(config, readable_only=True)
-    except ValueError as error:
-        return 0.0, [f"{error}; or the storage is not mounted on this node"]
+    except (OSError, ValueError) as error:
+        return 0.0, [f"{error}{_seems_unmounted(config)}"]
     shards = [(shard, dataset) for dataset in inputs.datasets for shard in dataset.shards if shard.count]
     # Every node begins with another shard, so that they don't all measure one server's cache.
     first = dist.get_rank() * len(shards) // dist.get_world_size() if dist.is_initialized() else 0
@@ -97,6 +98,21 @@ def read_rate(config: Config, needed: float) -> tuple[float, list[str]]:
     return rate, []
 
 
+def _seems_unmounted(config: Config) -> str:
+    """What to look at if a local folder of the data is missing, empty or unreadable here, '' if none is."""
+    data = config.data
+    given = [(one.shards, one.text) for one in data.datasets()] + [(data.validation.shards, data.validation.text)]
+    for where in filter(None, sum(given, ())):
+        folder = where if is_folder(where) else split(where)[0]
+        try:
+            unmounted = not is_remote(where) and not os.listdir(folder or ".")
+        except OSError:
+            unmounted = True
+        if unmounted:
+            return f"; or the storage of '{folder}' is not mounted on this node"
+    return ""
+
+
 def disk_faults(config: Config, ranks: int) -> list[str]:
     """What is wrong with run_dir as this node sees it: it cannot be made, or lacks space for the checkpoints."""
     run_dir = Path(config.run_dir)
@@ -104,13 +120,14 @@ def disk_faults(config: Config, ranks: int) -> list[str]:
     resident = states(trained, ranks, config.optim.name, WEIGHT_BYTES[config.precision], frozen, averages_of(config))
     one = checkpoint_bytes(resident, ranks)
     every = config.ema_snapshot_every
-    snapshots = config.steps // every - len(step_folders(run_dir, SNAPSHOTS)) if every else 0
-    needed = (config.keep_checkpoints + 1) * one + snapshots * snapshot_bytes(trained, ranks)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run_dir).free
+        # The steps are not known where the data, which they may follow, cannot be read.
+        snapshots = max(config.steps // every - len(step_folders(run_dir, SNAPSHOTS)), 0) if every else 0
     except OSError as error:
         return [f"run_dir={run_dir} cannot be made: {error}"]
+    needed = (config.keep_checkpoints + 1) * one + snapshots * snapshot_bytes(trained, ranks)
     if free < needed:
         beside = f" and {snapshots:,} snapshots of averages" if snapshots else ""
         return [

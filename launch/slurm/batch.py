@@ -287,6 +287,18 @@ def leave_out_bad_nodes(allocation: Allocation, run_dir: Path, most: int, restar
     )
 
 
+def first_nodes(nodes: list[str], run_dir: Path, wanted: int, most: int) -> list[str]:
+    """The nodes of the first start, those that bad_nodes() names only where too few others are there.
+
+    most: faults of a node.
+    Raises: ValueError, OSError if RUN_DIR/nodes.json cannot be read.
+    """
+    bad = bad_nodes(run_dir, most)
+    good = [node for node in nodes if node not in bad]
+    usable = good if len(good) >= wanted else nodes
+    return choose_nodes(nodes, usable, fault_counts(run_dir), wanted, lambda _: True)
+
+
 def batch(overrides: list[str]) -> None:
     """Run the job. Exits with its status.
 
@@ -298,8 +310,8 @@ def batch(overrides: list[str]) -> None:
     srun_args = split_srun_args(os.environ.get("SRUN_ARGS", ""))
     config = compose_config(overrides)
     run_dir, wanted = Path(config.run_dir), len(whole.nodes) - spares
-    chosen = choose_nodes(whole.nodes, whole.nodes, fault_counts(run_dir), wanted, lambda _: True)
-    allocation = whole.on(chosen, start=0)
+    most, faults = int(os.environ.get("MAX_RESTARTS", "100")), int(os.environ.get("MAX_NODE_FAULTS", "3"))
+    allocation = whole.on(first_nodes(whole.nodes, run_dir, wanted, faults), start=0)
     check_accumulation(config, allocation.ranks)
     logs = Path(os.environ.get("LOGS") or run_dir / "logs").absolute()
     logs.mkdir(parents=True, exist_ok=True)
@@ -309,7 +321,6 @@ def batch(overrides: list[str]) -> None:
     check_hostfile(hostfile, allocation)
     job = Job(allocation, hostfile, logs, srun_args)
     job.install_signal_handlers()
-    most, faults = int(os.environ.get("MAX_RESTARTS", "100")), int(os.environ.get("MAX_NODE_FAULTS", "3"))
     leave_out_bad_nodes(allocation, run_dir, faults, most)
     if os.environ.get("PREFLIGHT", "1") != "0" and not (allocation.restarts and latest_step(run_dir)):
         if spares:

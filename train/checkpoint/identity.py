@@ -139,12 +139,9 @@ def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity)
     """
     here, then = identity(config), manifest["config"]
     # With the values that keys had before they were keys.
-    for key, value in identity(then | {"model": asdict(UNetConfig(**then["model"]))}).items():
-        if json.dumps(value) != json.dumps(here[key]):  # as text, since the order of a mixture matters
-            raise ValueError(
-                f"'{folder}' was trained with {key}={value}, now it is {here[key]}: "
-                "set it back, or choose another run_dir"
-            )
+    before = identity(then | {"model": asdict(UNetConfig(**then["model"]))})
+    # First what tells which data are meant, then these, then the rest, of which some follow the data.
+    _check_keys(folder, {key: before.pop(key) for key in ("data.captions", "data.mixture")}, here)
     names = [f"data.mixture.{name}.shards" for name in config["data"]["mixture"]] or ["data.shards"]
     _check_data(folder, manifest, names, now)
     _check_selections(folder, manifest, names, now)
@@ -155,12 +152,23 @@ def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity)
                 f"{_short(manifest['text'][name])}, now {_short(value)}): give it the same embeddings, or begin from "
                 "scratch in another run_dir"
             )
+    _check_keys(folder, before, here)
     if manifest["base"] != now.base:
         raise ValueError(
             f"'{folder}' trains a LoRA on other weights than those that init_from={config['init_from']} has now "
             f"({_short(manifest['base'])}, now {_short(now.base)}): give it the same weights, or begin from scratch in "
             "another run_dir"
         )
+
+
+def _check_keys(folder: str, before: Mapping[str, object], here: Mapping[str, object]) -> None:
+    """Raises: ValueError if a key that may not change has."""
+    for key, value in before.items():
+        if json.dumps(value) != json.dumps(here[key]):  # as text, since the order of a mixture matters
+            raise ValueError(
+                f"'{folder}' was trained with {key}={value}, now it is {here[key]}: "
+                "set it back, or choose another run_dir"
+            )
 
 
 def describe_selection(dataset: Dataset) -> dict | None:

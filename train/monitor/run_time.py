@@ -17,30 +17,34 @@ MOST_TRIED = 2e12
 TRIES = 3
 
 
-def describe_time(config: Config, forwards: float) -> str:
+def describe_time(config: Config, of_grids: int, of_validations: int) -> str:
     """How long a run will take on this machine, in words.
 
-    forwards: passes of an image through the net, beside the training's own: of grids and validations.
+    of_grids, of_validations: passes of an image through the net beside the training's own. The first rank makes the
+    grids alone, while the others wait; the validations are shared out.
     """
     if config.needs_gpu and not uses_gpu() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return "calculated for a card by python -m launch.plan; this machine has no GPU"
-    images = config.steps * config.global_batch
-    # The backward takes twice as long as the forward.
-    images_in_all = images + forwards / 3
     flops = training_flops(config.model, config.data.tokens, config.lora, config.recompute).total
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if uses_gpu():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if not (peak := peak_flops(device)):
             return f"not known for {torch.cuda.get_device_name(device)}: the bar tells it after its first line"
-        seconds = flops / (ranks * peak * ASSUMED_MFU)
+        of_a_rank = flops / (peak * ASSUMED_MFU)
         why = f"if forward and backward reach {ASSUMED_MFU:.0%} of the card's peak"
     elif flops * config.micro_batch > MOST_TRIED:
         return f"not tried here: a micro batch takes {flops * config.micro_batch / 1e12:,.1f} TFLOP"
     else:
-        seconds = seconds_of_micro_batch(config) / (ranks * config.micro_batch)
+        # All cores are this rank's until the ranks of a node share them (train/engine.py).
+        of_this_node = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        sharing = 1 if "OMP_NUM_THREADS" in os.environ else of_this_node
+        of_a_rank = sharing * seconds_of_micro_batch(config) / config.micro_batch
         why = "as one micro batch takes now on this CPU"
-    return f"about {duration(images_in_all * seconds)}, {1 / seconds:,.1f} images/s, {why}"
+    # The backward takes twice as long as the forward.
+    shared_out, alone = config.steps * config.global_batch + of_validations / 3, of_grids / 3
+    seconds = (shared_out / ranks + alone) * of_a_rank
+    return f"about {duration(seconds)}, {ranks / of_a_rank:,.1f} images/s, {why}"
 
 
 def seconds_of_micro_batch(config: Config) -> float:
