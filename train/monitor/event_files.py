@@ -30,7 +30,7 @@ def check_tensorboard(wanted: bool) -> None:
     except ImportError as error:
         raise ValueError(
             f"tensorboard=true needs the package tensorboard ({error}): "
-            "pip install -c constraints.txt -e '.[tensorboard]', or leave the key out"
+            "pip install tensorboard, or leave the key out"
         ) from None
 
 
