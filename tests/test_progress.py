@@ -221,6 +221,22 @@ def test_a_traceback_begins_in_a_line_of_its_own():
     assert (error, cursor) == ("TypeError: wrong", "")
 
 
+HANGS = """
+from train.faults.watchdog import Watchdog
+work = Progress("work", 4, "step")
+work.update(2)
+Watchdog(0, 0.05)
+time.sleep(600)
+"""
+
+
+def test_the_stacks_of_a_hang_begin_in_a_line_of_their_own():
+    terminal = on_terminal(toy(HANGS))
+    assert terminal.end() == 1
+    work, begin, *_ = terminal.screen()
+    assert re.fullmatch(bar("work", 50, "2/4"), work) and begin.startswith("rank 0: HANGS, no progress for ")
+
+
 STUCK = """
 def late(item):
     if item == 2: print("stuck", flush=True); time.sleep(SECONDS)
