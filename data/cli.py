@@ -84,6 +84,9 @@ def run_command(
     except KeyboardInterrupt:
         tell_interrupted()
         sys.exit(INTERRUPTED)
+    except Exception:
+        end_lines()  # before the traceback
+        raise
 
 
 def arguments(argv: list[str] | None) -> list[str]:

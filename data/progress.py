@@ -3,6 +3,7 @@
 On a terminal that is a bar of tqdm. Elsewhere, as in a log file, it is a line a minute and one at the end.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -45,6 +46,23 @@ def end_lines() -> None:
     """End the lines of all bars, so that an error which follows has one of its own."""
     while _open:
         _open[-1].close(finished=False)
+
+
+class LogLines(logging.StreamHandler):
+    """Prints to stdout what is logged, on a terminal above the bars."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line."""
+        if not (_open and shows_bars()):
+            super().emit(record)
+            return
+        from tqdm import tqdm  # here: on a terminal alone
+
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
 class Progress:

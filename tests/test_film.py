@@ -58,7 +58,7 @@ def test_a_grid_alone_is_no_film_and_one_that_is_damaged_is_told(tmp_path):
     run = write_run(tmp_path / "run", 0, 100, 200)
     (run / "samples" / "step-00000002.png").write_bytes(png(200)[:60])
     report([run], tmp_path / "out.html")
-    assert "As a film: 2 grids from step 0 to 2, 1 cannot be read" in (tmp_path / "out.html").read_text()
+    assert "As a film: 2 grids from step 0 to 2, 1 damaged or too large" in (tmp_path / "out.html").read_text()
     (run / "samples" / "step-00000001.png").unlink()
     report([run], tmp_path / "out.html")
     assert not films(tmp_path / "out.html") and "film" not in (tmp_path / "out.html").read_text().split("<script")[0]

@@ -197,7 +197,7 @@ def booth(base: Path, out: Path, **changed: str) -> list[list[tuple[bytes, bytes
     return datasets
 
 
-def test_dreambooth_again_makes_anew_what_changed_and_nothing_else(base, tmp_path, capsys):
+def test_dreambooth_again_makes_anew_what_changed_and_nothing_else(base, tmp_path, capsys, monkeypatch):
     out = Path(shutil.copytree(base / "booth", tmp_path / "booth"))
 
     def again(**changed: str) -> tuple[list, str, bool]:
@@ -210,10 +210,14 @@ def test_dreambooth_again_makes_anew_what_changed_and_nothing_else(base, tmp_pat
 
     (concept, prior), said, drawn = again()
     assert not drawn and "anew" not in said and "made again" not in said and "warning" not in said
+    assert "\ndeepspeed train/main.py +experiment=finetune_dreambooth init_from=" in said
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["if-train dreambooth"])  # the installed command
 
     (other, _), said, drawn = again(prompt="a red ball")
     assert other[0][0] == b"a red ball" and not np.array_equal(other[0][2], concept[0][2]) and not drawn
     assert "1 shards were packed anew: 5 captions embedded, 0 kept" in said
+    assert "\nif-train train +experiment=finetune_dreambooth init_from=" in said
 
     (back, other_prior), said, drawn = again(class_prompt="a ball")
     assert np.array_equal(back[0][2], concept[0][2]) and other_prior[0][0] == b"a ball" and drawn

@@ -118,16 +118,18 @@ LONG_STEP = ("global_batch=1600", "data.streams=4", "wandb.mode=disabled")
 
 
 def test_a_training_saves_after_one_press_and_ends_at_once_after_two(repo, data, tmp_path):
-    given = (repo, data, tmp_path / "run", "global_batch=16", "steps=5000", "wandb.mode=disabled")
+    seldom = ("steps=5000", "log_every=3", "save_every=5000")
+    given = (repo, data, tmp_path / "run", "global_batch=16", "wandb.mode=disabled", *seldom)
     terminal = Terminal(partial(start, *given))
-    terminal.wait_for("1/5000")
+    terminal.wait_for("3/5000")
     terminal.press_ctrl_c()
     assert terminal.end() == REQUEUE, terminal.said
     *before, told, bar, curves, checkpoint, cursor = terminal.screen()
     assert f"{told}\n" == FINISHES and cursor == "", terminal.screen()
     assert bar.startswith("run:   0%|") and "loss=" in bar and all(line.startswith("run:   0%|") for line in before)
     assert curves.startswith("curves ") and checkpoint.startswith("checkpoint ")
-    assert len(complete_checkpoints(tmp_path / "run")) == 1
+    (saved,) = complete_checkpoints(tmp_path / "run")
+    assert f" {int(saved.name.removeprefix('step-'))}/5000 " in bar, "a stop between two lines of metrics"
     terminal = Terminal(partial(start, repo, data, tmp_path / "twice", *LONG_STEP))
     terminal.wait_for("0/6")
     terminal.press_ctrl_c()

@@ -60,6 +60,7 @@ def test_two_good_nodes_and_three_kinds_of_bad_ones(repo, data, tmp_path):
     other.mkdir()
     for folder in ("train", "model", "data", "launch", "conf"):
         shutil.copytree(repo / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(repo / "if_train.py", other)
     with open(other / "model/losses.py", "a") as source:
         source.write("# changed\n")
     bad = [f"run_dir={tmp_path / 'own'}", "data.shards=nowhere", good[2]]

@@ -171,10 +171,15 @@ def test_a_command_tells_the_same_on_a_terminal_in_a_file_and_quietly():
 
 
 LINES = """
+import logging
+from data.progress import LogLines
+logging.basicConfig(format="%(message)s", handlers=[LogLines()])
 with Progress("work", 4, "step", "runs/{x}") as work:
     for step in range(4):
         work.update(1, {"loss": f"0.{step}"})
         work.write(f"step {step} is noted")
+        logging.warning("step %d is logged", step)
+logging.warning("all is logged")
 for _ in each(iter("ab"), "letters", "letter"):
     pass
 list(in_processes(lambda item: [item for item in each([item], "inside", "item")], [1, 2, 3], 2, "item", "shared"))
@@ -185,8 +190,9 @@ print("the result")
 def test_lines_stand_above_the_bar_and_bars_below_one_another():
     terminal = on_terminal(toy(LINES))
     assert terminal.end() == 0, terminal.said
-    *noted, work, letters, shared, result, cursor = terminal.screen()
-    assert noted == [f"step {step} is noted" for step in range(4)]
+    *noted, work, logged, letters, shared, result, cursor = terminal.screen()
+    assert noted == [f"step {step} is {done}" for step in range(4) for done in ("noted", "logged")]
+    assert logged == "all is logged"
     assert re.fullmatch(bar("work", 100, "4/4", ", loss=0.3") + r" to runs/\{x\}", work), work
     assert re.fullmatch(r"letters: 2 letter \[[\d:]+, +[\d.?]+ letter/s\]", letters), letters
     assert re.fullmatch(bar("shared", 100, "3/3"), shared) and "inside" not in terminal.said
@@ -205,6 +211,30 @@ def test_an_error_stands_in_a_line_of_its_own(action):
     assert terminal.end() == 2
     work, error, cursor = terminal.screen()
     assert re.fullmatch(bar("work", 50, "2/4"), work) and (error, cursor) == ("error: wrong", "")
+
+
+def test_a_traceback_begins_in_a_line_of_its_own():
+    terminal = on_terminal(toy('work = Progress("work", 4, "step")\nwork.update(2)\nraise TypeError("wrong")'))
+    assert terminal.end() == 1
+    work, begin, *_, error, cursor = terminal.screen()
+    assert re.fullmatch(bar("work", 50, "2/4"), work) and begin.startswith("Traceback")
+    assert (error, cursor) == ("TypeError: wrong", "")
+
+
+HANGS = """
+from train.faults.watchdog import Watchdog
+work = Progress("work", 4, "step")
+work.update(2)
+Watchdog(0, 0.05)
+time.sleep(600)
+"""
+
+
+def test_the_stacks_of_a_hang_begin_in_a_line_of_their_own():
+    terminal = on_terminal(toy(HANGS))
+    assert terminal.end() == 1
+    work, begin, *_ = terminal.screen()
+    assert re.fullmatch(bar("work", 50, "2/4"), work) and begin.startswith("rank 0: HANGS, no progress for ")
 
 
 STUCK = """

@@ -25,6 +25,7 @@ from tests.test_export import NET, TIMESTEPS
 from train.checkpoint.checkpoint import Checkpoint
 from train.config import SampleConfig
 from train.evaluation.evaluated_net import find_net, open_nets
+from train.evaluation.nearest import read_images
 from train.export import Export, export
 from train.sample import Sample, main, run
 from train.sampling.sampler import (
@@ -195,6 +196,8 @@ def test_a_sheet_of_the_steps_is_drawn_if_asked_for(base):
     assert sheet.shape[:2] == (top + 2 * height, 10 * width + GAP), "two rows, of ten and of two"
     place = sheet[top + height + 96 : top + height + 192, left + width : left + width + 96]
     assert abs(place - first).max() <= 1, "the last prediction is the picture"
+    read = read_images(out)  # by train.neighbours
+    assert read.shape == (2, 3, 16, 16)
 
 
 def test_a_sheet_of_many_steps_shows_a_hundred_from_the_first_to_the_last():
@@ -206,6 +209,15 @@ def test_a_sheet_of_many_steps_shows_a_hundred_from_the_first_to_the_last():
     assert drawn.shape[:2] == (2 * LINE + 2 * GAP + 10 * (2 * 64 + LINE + GAP), 10 * (64 + GAP) + GAP)
     first, last = drawn[2 * LINE + 2 * GAP + 5, GAP + 5], drawn[-LINE - GAP - 5, -GAP - 5]
     assert first.tolist() == [0] * 3 and last.tolist() == [255] * 3
+
+
+def test_a_long_title_of_a_narrow_sheet_is_in_several_lines():
+    sheet, picture = StepsSheet(), torch.zeros(1, 3, 16, 16)
+    sheet(SamplingStep(0, picture, picture, picture))
+    drawn = np.asarray(sheet.draw("A LARGE RED CIRCLE LEFT OF A SMALL BLUE SQUARE ON A WHITE GROUND: step 9,000, ema"))
+    height = 3 * LINE + 2 * GAP
+    assert drawn.shape[:2] == (height + 2 * 96 + LINE + GAP, 400 + GAP)
+    assert drawn[GAP + LINE : GAP + 2 * LINE].min() < 128 and drawn[:height, -GAP:].min() == 255, "nothing is cut"
 
 
 def trained_net(base: Path) -> UNet:

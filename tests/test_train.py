@@ -63,13 +63,15 @@ def foreign_lines(done) -> list[str]:
 
     Only stderr has the progress, and it ends with its one last line; no line is drawn over.
     """
-    result = re.compile(r"(W&B|curves|samples|checkpoint) +/.*|resumes from step \d+.*|removes 2 snapshots .*")
+    results = re.compile(r"(W&B|curves|samples|checkpoint) +/.*|resumes from step \d+.*|removes 2 snapshots .*")
     step = r"\S+: \d+ of \d+ steps \(\d+ %\), \S+ s(teps)?/s(tep)?"
     values = r"loss \S+, lr \S+, img/s \S+, data \d+%(, val mse \S+)?, to /\S+"
     minute, last = (re.compile(f"{step}, {time}, {values}") for time in (r"\d+ \S+ left", r"(\d+ of them )?in \d+ \S+"))
-    *before, end = (line for line in done.stderr.split("\n") if line)
-    foreign = [line for line in before if not (minute.fullmatch(line) or result.fullmatch(line))]
-    foreign += [line for line in done.stdout.split("\n") if line and not result.fullmatch(line)]
+    told = [line for line in done.stderr.split("\n") if line]
+    assert told, "stderr has the progress"
+    *before, end = told
+    foreign = [line for line in before if not minute.fullmatch(line)]
+    foreign += [line for line in done.stdout.split("\n") if line and not results.fullmatch(line)]
     return foreign + ([] if last.fullmatch(end) else [end])
 
 

@@ -165,7 +165,7 @@ class Config:
     sample: the sample grids.
     wandb: Weights & Biases.
     tensorboard: write the metrics and sample grids for TensorBoard too, into RUN_DIR/tensorboard; it needs the package
-        (pip install -c constraints.txt -e '.[tensorboard]').
+        (pip install tensorboard).
     """
 
     run_dir: str = location("runs/run")

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from data.checks import check_at_least
-from data.cli import command, location
+from data.cli import command, how_called, location
 
 
 @dataclass
@@ -87,8 +87,9 @@ def prepare(args: DreamBooth) -> None:
         embed(Embed(str(out / name / "shards"), str(out / name / "text"), args.encoder or meta.encoder, meta.tokens,
                     meta.compute, meta.dtype, cleaning=meta.cleaning))  # fmt: skip
     data = " ".join(f"data.mixture.{n}.{k}={out / n / k}" for n in ("concept", "prior") for k in ("shards", "text"))
+    train = "if-train train" if how_called().startswith("if-train ") else "deepspeed train/main.py"
     print(f"{out}: {len(concept)} pictures of the concept, {args.prior} of its class; next, with the net's own model=\n"
-          f"deepspeed train/main.py +experiment=finetune_dreambooth init_from={args.checkpoint} {data}")  # fmt: skip
+          f"{train} +experiment=finetune_dreambooth init_from={args.checkpoint} {data}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

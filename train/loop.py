@@ -42,7 +42,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     ema = EMA(engine, config.ema_decay, tracked=config.ema_snapshot_every > 0)
     # Resume
     first_step, changes, spikes = resume(config, inputs.identity, engine, ema)
-    last = first_step == config.steps
+    step, last = first_step, first_step == config.steps
     # Load data
     consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
     stream, batches = load(config, inputs, rank, ranks, first_step, spikes.batches, device)
@@ -109,7 +109,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     writer.finish()
     watchdog.stop()
     if progress:
-        progress.close(done=last)
+        progress.close(step, done=last)
     return last
 
 

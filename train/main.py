@@ -18,7 +18,7 @@ if __name__ == "__main__":
     handle_ctrl_c()
 
 from data.cli import CORRUPTED, HELP, LOST, MISTAKE, QUIET_LINE, REQUEUE, arguments, how_called, reason, without_quiet
-from data.progress import end_lines
+from data.progress import LogLines, end_lines
 from data.quiet import quiet_libraries
 from data.storage.machine import check_open_files, raise_open_file_limit
 from train.compose import compose_config, training_help
@@ -77,7 +77,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
     install_signal_handlers()
     faulthandler.enable()
     # At INFO setuptools, for one, shows how DeepSpeed looks for a library with gcc. Ours alone is of interest.
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", handlers=[LogLines()])
     for name in ("train", "data"):
         logging.getLogger(name).setLevel(logging.INFO)
     if config.dry_run:
@@ -225,8 +225,9 @@ def train_together(config: Config, found: "Inputs | None", watch: "NodeWatch") -
         leave(error, tell=rank == 0, status=CORRUPTED)
     except (OSError, LoaderDied, ShardUnreadable, WrongSidecar) as error:
         leave(error, tell=True)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST_WORDS):
+    except Exception as error:
+        end_lines()  # before a traceback, too
+        if not (isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_WORDS)):
             raise
         print(f"rank {rank} ends because another rank is gone; see that rank's own error above", file=sys.stderr)
         # At once: to take the process groups apart, of which a part is gone, can take longer than the next start.

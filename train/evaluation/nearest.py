@@ -13,6 +13,8 @@ from train.evaluation.features import Extractor
 from train.monitor.plots import plot_grid
 
 BATCH = 64
+# What train.sample writes beside the images.
+SHEETS = ("grid", "steps")
 
 
 def read_images(folder: Path) -> np.ndarray:
@@ -24,7 +26,7 @@ def read_images(folder: Path) -> np.ndarray:
     if pieces:
         return ChunkedArray(folder, "images", int(pieces[-1].name.split(".")[0].split("-")[1])).read()
     images = [
-        np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png")) if path.stem != "grid"
+        np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png")) if path.stem not in SHEETS
     ]
     sizes = {image.shape[:2] for image in images}
     if len(sizes) != 1 or sizes != {next(iter(sizes))[:1] * 2}:

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 
+from data.progress import end_lines
 from train.faults.limits import FIRST
 
 # Seconds that the interpreter's own timer waits longer than the watchdog's thread. The thread prints more; the timer
@@ -51,6 +52,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             stacks = "".join(f"rank {self._rank} | {line}" for line in file)
+        end_lines()
         # In one write, since other ranks write to the same stream.
         sys.stderr.write(f"rank {self._rank}: HANGS, no progress for {self._waits:g} s. Its threads:\n{stacks}")
         sys.stderr.flush()

@@ -29,8 +29,7 @@ def check_tensorboard(wanted: bool) -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"tensorboard=true needs the package tensorboard ({error}): "
-            "pip install -c constraints.txt -e '.[tensorboard]', or leave the key out"
+            f"tensorboard=true needs the package tensorboard ({error}): pip install tensorboard, or leave the key out"
         ) from None
 
 

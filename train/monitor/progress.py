@@ -111,9 +111,13 @@ class RunProgress:
             self._counted.add(self._slowest.node)
             record_node_fault(self.run_dir, self._slowest.node, STRAGGLER, f"GPU {self._slowest.gpu}, {text}")
 
-    def close(self, done: bool) -> None:
-        """Draw the curves and print where the files are.  done: whether all steps are made, which is marked."""
+    def close(self, step: int, done: bool) -> None:
+        """Draw the curves and print where the files are.
+
+        step: the last that was made.  done: whether all steps are made, which is marked.
+        """
         self.alerts.close()
+        self.progress.update(step - self.progress.done)
         self.progress.close()
         curves = plot_curves(read_metrics(self.tracker.path), self.run_dir)
         self.tracker.close()

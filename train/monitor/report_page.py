@@ -239,7 +239,7 @@ def _film(grids: list[tuple[int, bytes]]) -> str:
     gif, frames = film([data for _, data in chosen])
     if not gif:
         return ""
-    bad = f", {len(chosen) - frames} cannot be read" if frames < len(chosen) else ""
+    bad = f", {len(chosen) - frames} damaged or too large" if frames < len(chosen) else ""
     return (
         f"<details><summary>As a film: {frames} grids from step {chosen[0][0]:,} to {chosen[-1][0]:,}{bad} "
         f"({len(gif) / 1e6:.1f} MB)</summary>"

@@ -1,5 +1,6 @@
 """How a picture comes out of the noise: a contact sheet of the sampler's steps."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,8 @@ from train.sampling.sampler import SamplingStep, to_pixels
 
 # Most steps on a sheet, spread evenly from the first to the last.
 MOST, COLUMNS = 100, 10
-GAP, LINE = 8, 15
+# In pixels; so wide are the letters of a title in capitals.
+GAP, LINE, LETTER = 8, 15, 8
 
 
 class StepsSheet:
@@ -35,17 +37,19 @@ class StepsSheet:
         side = size * max(1, 96 // size)
         width, height = side + GAP, 2 * side + LINE + GAP
         columns, rows = min(COLUMNS, len(shown)), -(-len(shown) // COLUMNS)
-        sheet = Image.new("RGB", (max(columns * width, 400) + GAP, rows * height + 2 * LINE + 2 * GAP), "white")
+        across = max(columns * width, 400)
         # Pillow's own font has Latin letters only; this one comes with matplotlib.
         font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11)
-        pen = ImageDraw.Draw(sheet)
         of = "all" if len(shown) == len(self.timesteps) else f"{len(shown)} of the"
-        for line, words in enumerate(
-            (printable(title, 200), f"{of} {len(self.timesteps)} steps; above x_t, below pred_xstart")
-        ):
+        lines = textwrap.wrap(printable(title, 200), (across - GAP) // LETTER)
+        lines.append(f"{of} {len(self.timesteps)} steps; above x_t, below pred_xstart")
+        head = len(lines) * LINE + 2 * GAP
+        sheet = Image.new("RGB", (across + GAP, rows * height + head), "white")
+        pen = ImageDraw.Draw(sheet)
+        for line, words in enumerate(lines):
             pen.text((GAP, GAP + line * LINE), words, fill="black", font=font)
         for place, number in enumerate(shown):
-            left, top = GAP + place % COLUMNS * width, 2 * LINE + 2 * GAP + place // COLUMNS * height
+            left, top = GAP + place % COLUMNS * width, head + place // COLUMNS * height
             for row, pixels in enumerate((self.noisy[number], self.predicted[number])):
                 tile = to_image(pixels).resize((side, side), Image.Resampling.NEAREST)
                 sheet.paste(tile, (left, top + row * side))
