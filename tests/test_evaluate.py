@@ -345,7 +345,7 @@ def test_each_length_of_the_average_is_evaluated_exported_and_sampled_from_its_o
         [sys.executable, "-m", "train.evaluate", *data, f"out={tmp_path / 'lengths'}", *rest],
         cwd=repo, env=environment, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert told.count("runs on") == 1 and told.count("references, ") <= 1
+    assert told.count("runs on") == 1
     written = json.loads((tmp_path / "lengths" / "lengths.json").read_text())
     lines = written["scores"]
     assert written["step"] == 7 and Path(written["checkpoint"]).name == "step-00000007"
