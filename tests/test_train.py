@@ -304,6 +304,16 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(re
     assert [path.name for path in complete_checkpoints(run_dir)] == ["step-00000003"]
 
 
+def test_the_copies_of_averages_and_of_a_snapshot_are_counted(data):
+    """Two averages in fp32 and in fp16, of a rank's half of the parameters."""
+    given = [o for o in SMALL if "sample" not in o] + [f"data.text={data / 'text'}"]
+    without, tracking = (compose_config([*given, f"ema_snapshot_every={every}"]) for every in (0, 5))
+    for config in (without, tracking):
+        resolve_text_shape(config)
+    host = [needed_bytes(config, 2, 1_000_000, 0, on_gpu=True)[1] for config in (without, tracking)]
+    assert host[1] - host[0] == (8 + 4) * 500_000
+
+
 def test_the_memory_of_a_rank_is_told_before_it_is_taken(repo, data, two_ranks):
     """The peak of a real rank, libraries included, against the estimate of dry_run."""
     config = compose_config([o for o in SMALL if "sample" not in o] + [f"data.text={data / 'text'}"])
