@@ -6,6 +6,7 @@ import time
 import torch
 
 from data.device import uses_gpu
+from data.progress import duration
 from train.config import Config
 from train.monitor.flops import peak_flops, training_flops
 from train.monitor.gpus import ASSUMED_MFU
@@ -14,7 +15,8 @@ from train.weights.lora import add_lora
 
 # A micro batch of more FLOP is not tried on a CPU, which would take long for it.
 MOST_TRIED = 2e12
-TRIES = 3
+# So often, or for so many seconds.
+TRIES, LONG = 3, 5.0
 
 
 def describe_time(config: Config, of_grids: int, of_validations: int) -> str:
@@ -60,20 +62,10 @@ def seconds_of_micro_batch(config: Config) -> float:
             add_lora(unet, config.lora)
         unet.to(DTYPES[config.precision])
         given = inputs(config.model, config.micro_batch, config.data.tokens)
-        tries = []
-        for _ in range(TRIES):  # the first one also makes threads and memory
+        tries: list[float] = []
+        # The first one also makes threads and memory, which is little beside seconds.
+        while len(tries) < TRIES and sum(tries) < LONG:
             start = time.perf_counter()
             unet(*given).sum().backward()
             tries.append(time.perf_counter() - start)
     return min(tries)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that one would say: '40 seconds', '46 minutes', '3.3 hours', '12 days'."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} minutes"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} hours"
-    return f"{seconds / 86_400:.0f} days"
