@@ -254,7 +254,7 @@ for _ in WORK: pass
 )
 def test_ctrl_c_leaves_the_terminal_clean(work, seconds):
     terminal = on_terminal(toy(STUCK.replace("WORK", work).replace("SECONDS", str(seconds))))
-    terminal.wait_for("stuck")
+    terminal.wait_for("stuck\r\n")
     terminal.press_ctrl_c()
     assert terminal.end() == 130
     shown = [line for line in terminal.screen() if "work: " not in line or "stuck" not in line]
