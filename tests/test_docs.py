@@ -146,7 +146,7 @@ def keys_of(module: str) -> frozenset[str]:
     """The keys of a command; of one that takes the training's keys or passes its rest on, those too."""
     own = {field.target.id for found in argument_classes(module) for field in found.body
            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)}  # fmt: skip
-    if module == "tests.benchmarks.over_training":
+    if module in ("tests.benchmarks.over_training", "tests.benchmarks.averaging_length"):
         return frozenset(own) | keys_of("train.evaluate")
     return frozenset(own | CONFIG_KEYS if module.startswith("launch.") or module == "train.main" else own)
 
