@@ -61,6 +61,11 @@ def uses_gpu() -> bool:
     return os.environ.get("DS_ACCELERATOR") != "cpu" and _available()
 
 
+def ranks_of_node() -> int:
+    """How many ranks the launcher, DeepSpeed's or torch's, starts on this node; 1 without one."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def check_device(needs_gpu: bool = False) -> None:
     """Check that there is no GPU here that would be left unused, and one for each rank of this node.
 
@@ -70,8 +75,7 @@ def check_device(needs_gpu: bool = False) -> None:
     if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
         return
     if _available():
-        ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
-        check_ranks(int(ranks), torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        check_ranks(ranks_of_node(), torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
         return
     machine = find_machine()
     if machine.has_gpu:

@@ -104,7 +104,7 @@ class Progress:
                 self._bar.set_postfix(self._beside, refresh=False)
             if not self._bar.update(number) and beside is not None:
                 self._bar.refresh()
-        elif self._tells and self._bar is None and self.done != self.total and self._line_is_due():
+        elif self._tells and self._bar is None and self.done != self.total and monotonic() - self._told >= LINE_SECONDS:
             self._print(ended=False)
 
     def write(self, line: str, file: TextIO | None = None) -> None:
@@ -135,9 +135,6 @@ class Progress:
             desc=self.what, total=self.total, initial=self.start, unit=f" {self.unit}", smoothing=0.05,
             file=sys.stderr, dynamic_ncols=True, bar_format=form + to,
         )  # fmt: skip
-
-    def _line_is_due(self) -> bool:
-        return monotonic() - self._told >= LINE_SECONDS
 
     def _print(self, ended: bool) -> None:
         self._told = monotonic()

@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 
 from data.cli import REQUEUE, command, location
 from tests.support.slowed import slowed
-from tests.support.trainings import launch, make_data, metrics, start
+from tests.support.trainings import launch, make_data, metrics, start, starts_of
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint, leave_out, read_manifest, step_of
-from train.monitor.run_log import STARTS, read_lines
 from train.monitor.stragglers import LINES
 
 REPO = Path(__file__).resolve().parent.parent
@@ -79,7 +78,6 @@ class Run:
             time.sleep(0.02)
 
     def _made(self) -> int:
-        # Lines of steps that are made again are dropped before the start has a line of its own.
         own = starts_of(self.run_dir)[self._starts_before :]
         return last_step(self.run_dir) - own[0]["step"] if own else 0
 
@@ -106,11 +104,6 @@ class Run:
         assert not alive, f"{alive} still live\n{self.said()[-3000:]}"
         self._log.close()
         return self.process.wait(timeout=patience)
-
-
-def starts_of(run_dir: Path) -> list[dict]:
-    """The whole lines of starts.jsonl."""
-    return read_lines(run_dir / STARTS)[0]
 
 
 def last_step(run_dir: Path) -> int:

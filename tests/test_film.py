@@ -1,10 +1,8 @@
-"""The film of sample grids in the report, and which grids of a run that was resumed belong to it."""
+"""The film of sample grids in the report."""
 
 import base64
 import io
-import os
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,6 @@ from PIL import Image, ImageSequence
 
 from train.monitor import film as film_module
 from train.monitor.film import FRAMES, LAST, MILLISECONDS, film, spread
-from train.monitor.run_log import TIME, read_run
 from train.report import Report, write_report
 
 
@@ -93,19 +90,3 @@ def test_what_is_spread_begins_and_ends_with_the_first_and_the_last():
         chosen = spread(count, 24)
         assert chosen == sorted(set(chosen)) and len(chosen) == min(count, 24)
         assert (chosen[0], chosen[-1]) == (0, count - 1)
-
-
-def test_grids_of_steps_that_a_later_start_makes_again_are_left_out(tmp_path, capsys):
-    run, now = write_run(tmp_path / "run"), time.time()
-    starts = [(0, now - 500), (200, now - 100)]
-    lines = [f'{{"step": {step}, "time": "{time.strftime(TIME, time.localtime(begun))}"}}\n' for step, begun in starts]
-    (run / "starts.jsonl").write_text("".join(lines))
-    # Of a start from step 0, and of one that went on from step 200.
-    for step, drawn in ((100, now - 400), (200, now - 300), (300, now - 200), (400, now - 150), (400, now - 50)):
-        path = run / "samples" / f"step-{step:08d}.png"
-        path.write_bytes(png(step // 2))
-        os.utime(path, (drawn, drawn))
-    assert [step for step, _ in read_run(run).grids] == [100, 200, 400]
-    report([run], tmp_path / "out.html")
-    assert "samples: 1 grid of steps that a later start makes again left out" in capsys.readouterr().err
-    assert len(frames(films(tmp_path / "out.html")[0])) == 3

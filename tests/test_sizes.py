@@ -14,8 +14,6 @@ import torch
 from data.storage.tars import write_shard
 from data.text.embeddings import to_bytes
 from data.text.meta import TextMeta
-from launch.cost.estimate import estimate_step
-from launch.cost.options import PlanOptions
 from launch.interruptions.from_plan import make_life
 from launch.interruptions.options import LifetimeOptions
 from model.config import MIN_GROUP_CHANNELS
@@ -140,7 +138,7 @@ def test_without_data_the_sizes_are_asked_for_and_a_plan_takes_its_own_number(tm
     config = compose_config(["+experiment=own_gpu", *FEWER, *given])
     with pytest.raises(ValueError, match=r"steps, .* follow the number of samples, which is not known"):
         describe(config, 1, None)
-    estimate_step(PlanOptions(gpu="rtx3090-24g", nodes=1, gpus_per_node=1, samples=12_000), config)
+    assert resolve_sizes(config, 12_000).startswith("sizes that follow 12,000 samples")
     assert values(config) == EXPECTED["own_gpu", 12_000]
 
 

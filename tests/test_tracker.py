@@ -42,7 +42,12 @@ def run(tmp_path_factory) -> tuple[Path, list[wandb_internal_pb2.Record]]:
     run_dir = tmp_path_factory.mktemp("runs") / "mine"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n{"step": 15, "loss": 0.9}\n{"step": 2')
+    (run_dir / "samples").mkdir()
+    grids = [run_dir / "samples" / f"step-{step:08d}.png" for step in (5, 10, 15)]
+    for grid in grids:
+        grid.touch()
     tracker = Tracker(Config(run_dir=str(run_dir), wandb=WandbConfig(mode="offline")), run_dir, 10)
+    assert [grid.exists() for grid in grids] == [True, True, False], "the last one is of a step that is made again"
     assert tracker.lines == [{"step": 5, "loss": 1.0}]
     tracker.log(20, {"loss": 0.5, "bad/no caption": 3.0, "seconds_data": 0.1})
     Image.new("RGB", (4, 4)).save(run_dir / "grid.png")

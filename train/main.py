@@ -107,13 +107,14 @@ def look(config: Config, ranks: int) -> "Inputs | None":
     from train.checkpoint.format import latest_checkpoint
     from train.monitor.event_files import check_tensorboard
     from train.monitor.tracker import check_login
-    from train.summary import describe_cost
 
     try:
         inputs = look_at_storage(config)
         check_login(config.wandb.mode)
         check_tensorboard(config.tensorboard)
         if inputs.sizes and not latest_checkpoint(Path(config.run_dir)):
+            from train.summary import describe_cost
+
             print(describe_cost(config, ranks, inputs), flush=True)
         return inputs
     except (ValueError, OSError) as error:

@@ -17,7 +17,7 @@ from data.storage.tar_headers import DamagedTar
 from data.storage.tars import ShardReader, Span, printable_key, read_shard, sample_name, scan_shard, stats_location
 from data.text.decode import is_text
 from data.text.distinct import DistinctCaptions
-from data.text.embeddings import from_bytes, read_empty
+from data.text.embeddings import loaded_array, read_empty, read_into
 from data.text.meta import TextMeta, caption_folder, sidecar_location
 from data.text.sidecar_record import SidecarRecord, checksum
 
@@ -151,7 +151,7 @@ def _embeddings(location: str, record: SidecarRecord) -> Iterator[tuple[str, Spa
 
 def _is_embedding(npy: bytes, meta: TextMeta) -> bool:
     try:
-        from_bytes(npy, meta)
+        read_into(loaded_array(meta), npy, meta)
         return True
     except ValueError:
         return False

@@ -190,7 +190,6 @@ def estimate_step(options: PlanOptions, config: Config) -> tuple[float, int]:
     """
     check_options(options)
     resolve_text_shape(config)
-    resolve_sizes(config, options.samples)
     (trained, frozen), ranks = parameters(config), options.ranks
     accumulation(config, ranks)
     weight_bytes = WEIGHT_BYTES[config.precision]

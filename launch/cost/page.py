@@ -2,12 +2,11 @@
 
 from data.loader.held_out import micro_batches
 from launch.cost.estimate import GB, Plan, Times
-from launch.cost.traffic import snapshot_bytes
 from train.adam_state import FP32
 from train.config import summed_in
 from train.evaluation.validation import TIMESTEPS
 from train.monitor.gpus import NODE_LINKS
-from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, averages_of, partition
+from train.monitor.memory import ALIGNMENT, BUCKETS, WEIGHT_BYTES, averages_of, partition, snapshot_bytes
 from train.summary import validation_share
 from train.weights.power_average import TRACKED
 
@@ -207,7 +206,7 @@ def checkpoints(plan: Plan) -> list[str]:
 def snapshots(plan: Plan) -> list[str]:
     """What averages of any length take, or would take."""
     every, ranks = plan.config.ema_snapshot_every, plan.options.ranks
-    one, more = snapshot_bytes(plan.parameters, ranks), FP32 * len(TRACKED) * partition(plan.parameters, ranks)
+    one, more = ranks * snapshot_bytes(plan.parameters, ranks), FP32 * len(TRACKED) * partition(plan.parameters, ranks)
     if not every:
         return [
             row("averages of any length, ema_snapshot_every=0", "none"),

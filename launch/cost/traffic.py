@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from train.monitor.gpus import GPU
 from train.monitor.memory import States, partition
-from train.weights.power_average import TRACKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +74,3 @@ def embedding_bytes(tokens: int, dim: int, itemsize: int = 2) -> int:
 def checkpoint_bytes(rank: States, ranks: int) -> int:
     """Bytes of all ranks' masters, averages and moments; manifest and headers are less than a thousandth of that."""
     return ranks * (rank.master + rank.ema + rank.moments)
-
-
-def snapshot_bytes(trained: int, ranks: int) -> int:
-    """Bytes of a snapshot of the power-function averages, in half precision."""
-    return 2 * len(TRACKED) * partition(trained, ranks) * ranks

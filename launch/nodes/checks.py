@@ -17,12 +17,12 @@ from data.storage.locations import is_remote, open_location, split
 from data.storage.machine import check_open_files
 from data.storage.shards import is_folder
 from data.text.meta import caption_folder, sidecar_location
-from launch.cost.traffic import checkpoint_bytes, snapshot_bytes
+from launch.cost.traffic import checkpoint_bytes
 from train.checkpoint.format import SNAPSHOTS, step_folders
 from train.compose import ROOT
 from train.config import Config
 from train.inputs import find_inputs
-from train.monitor.memory import WEIGHT_BYTES, averages_of, states
+from train.monitor.memory import WEIGHT_BYTES, averages_of, snapshot_bytes, states
 from train.summary import parameters
 
 LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "numpy", "pillow", "safetensors", "omegaconf")
@@ -127,7 +127,7 @@ def disk_faults(config: Config, ranks: int) -> list[str]:
         snapshots = max(config.steps // every - len(step_folders(run_dir, SNAPSHOTS)), 0) if every else 0
     except OSError as error:
         return [f"run_dir={run_dir} cannot be made: {error}"]
-    needed = (config.keep_checkpoints + 1) * one + snapshots * snapshot_bytes(trained, ranks)
+    needed = (config.keep_checkpoints + 1) * one + snapshots * ranks * snapshot_bytes(trained, ranks)
     if free < needed:
         beside = f" and {snapshots:,} snapshots of averages" if snapshots else ""
         return [

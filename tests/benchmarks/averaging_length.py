@@ -8,22 +8,21 @@ where it was interrupted; without any there is the loss alone. A length that can
 """
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.cli import help_text, location, parse, run_command
 from data.device import default_device
-from data.loader.dataset import Dataset
 from data.loader.held_out import HeldOut
-from data.storage.shards import find_shards
 from model.diffusion import Diffusion
-from tests.benchmarks.commands import run
+from tests.benchmarks.commands import own_and_rest, run
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.post_hoc import with_averages
 from train.compose import compose_config
 from train.engine import init_distributed
 from train.evaluation.results import LENGTHS
 from train.evaluation.validation import validation_losses
+from train.inputs import find_inputs
 from train.monitor.plots import plot_lengths
 from train.weights.trained_net import load_net
 
@@ -62,24 +61,24 @@ def possible(checkpoint: Checkpoint, lengths: list[float]) -> dict[float, Checkp
 def losses(checkpoints: dict[str, tuple[Checkpoint, str]], experiment: str) -> dict[str, float]:
     """The validation loss of each net.  checkpoints: by label, each with the name of its weights."""
     init_distributed()
-    config, device, found = compose_config([f"+experiment={experiment}"]).data, default_device(), {}
-    given = config.validation
+    config, device, found = compose_config([f"+experiment={experiment}"]), default_device(), {}
+    inputs = find_inputs(config)
+    inputs.to(device)
+    samples = HeldOut(
+        config.data, inputs.held_out, inputs.meta,
+        image_size=config.model.image_size, samples=config.data.validation.samples, micro_batch=16,
+    )  # fmt: skip
     for label, (checkpoint, weights) in checkpoints.items():
-        samples = HeldOut(
-            config, [Dataset(find_shards(given.shards), given.text)], checkpoint.text,
-            image_size=checkpoint.model.image_size, samples=given.samples, micro_batch=16,
-        )  # fmt: skip
         unet, diffusion = load_net(checkpoint, weights, device), Diffusion(checkpoint.diffusion_steps).to(device)
-        found[label] = validation_losses(unet, diffusion, samples, lambda text: text, device)[VALIDATION]
+        found[label] = validation_losses(unet, diffusion, samples, inputs.text_emb, device)[VALIDATION]
         print(f"{label}: {VALIDATION} {found[label]:.5f}", flush=True)
     return found
 
 
 def compare(argv: list[str]) -> None:
     """Print the table, and draw it."""
-    own = {f.name for f in fields(AveragingLength)}
-    args = parse(AveragingLength, [arg for arg in argv if arg.partition("=")[0] in own])
-    rest = [arg for arg in argv if arg.partition("=")[0] not in own]
+    own, rest = own_and_rest(AveragingLength, argv)
+    args = parse(AveragingLength, own)
     checkpoint = Checkpoint.open(args.checkpoint)
     lengths = possible(checkpoint, args.lengths)
     nets = {f"{length:g}": (one, "ema") for length, one in lengths.items()}

@@ -24,7 +24,7 @@ from train.checkpoint.checkpoint import Checkpoint
 from train.compose import compose_config
 from train.config import Config
 from train.faults.spikes import spike_limit
-from train.inputs import find_inputs
+from train.inputs import Inputs, find_inputs
 from train.noise import DeviceBatch, DeviceBatches
 from train.weights.trained_net import load_net
 
@@ -75,9 +75,8 @@ TEXT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def batches_of(config: Config, step: int) -> DeviceBatches:
+def batches_of(config: Config, inputs: Inputs, step: int) -> DeviceBatches:
     """Those of the steps after this one."""
-    inputs = find_inputs(config)
     size = config.global_batch
     stream = MicroBatches(
         config.data, inputs.datasets, inputs.meta, image_size=config.model.image_size, seed=config.seed,
@@ -87,9 +86,10 @@ def batches_of(config: Config, step: int) -> DeviceBatches:
     return DeviceBatches(loaded, config.seed, config.diffusion_steps, torch.device("cpu"))
 
 
-def mse_and_norm(net: UNet, batch: DeviceBatch, x_start: Tensor, text_emb: Tensor) -> tuple[float, float]:
+def mse_and_norm(
+    net: UNet, diffusion: Diffusion, batch: DeviceBatch, x_start: Tensor, text_emb: Tensor
+) -> tuple[float, float]:
     """The step's mean mse, and the norm of its gradient."""
-    diffusion = Diffusion(1000)
     x_t = diffusion.q_sample(x_start, batch.t, batch.noise)
     losses = training_losses(diffusion, net(x_t, batch.t, text_emb), x_start, x_t, batch.t, batch.noise)
     gradient = torch.autograd.grad(losses["loss"].mean(), list(net.parameters()))
@@ -103,8 +103,10 @@ def measure(args: BadData) -> None:
     own = {"data.shards": args.shards, "data.text": args.text, "global_batch": args.batch, "micro_batch": args.batch}
     config = compose_config(["+experiment=smoke", *(f"{name}={value}" for name, value in own.items())])
     net = load_net(checkpoint, "ema", torch.device("cpu")).float().requires_grad_(True)
-    batches = list(islice(batches_of(config, checkpoint.step), args.usual))
-    usual = [mse_and_norm(net, batch, batch.x_start, batch.text_emb) for batch in batches]
+    inputs, diffusion = find_inputs(config), Diffusion(checkpoint.diffusion_steps)
+    inputs.to(torch.device("cpu"))
+    batches = list(islice(batches_of(config, inputs, checkpoint.step), args.usual))
+    usual = [mse_and_norm(net, diffusion, batch, batch.x_start, inputs.text_emb(batch.text_emb)) for batch in batches]
     for name, values in zip(("mse", "norm"), map(list, zip(*usual, strict=True)), strict=True):
         limit = spike_limit(values, config.spike_factor)
         print(f"{name}: median {statistics.median(values):.3f}, limit {limit:.3f}")
@@ -115,10 +117,10 @@ def measure(args: BadData) -> None:
         for number in (1, size // 4, size):
             found = []
             for batch in batches[: args.spoiled]:
-                x_start, text_emb = batch.x_start.clone(), batch.text_emb.clone()
+                x_start, text_emb = batch.x_start.clone(), inputs.text_emb(batch.text_emb).clone()
                 spoiled = x_start if what in PICTURES else text_emb
                 spoiled[:number] = spoil(spoiled)[:number]
-                found.append(mse_and_norm(net, batch, x_start, text_emb))
+                found.append(mse_and_norm(net, diffusion, batch, x_start, text_emb))
             cells.append(", ".join(f"{statistics.mean(values):.2f}" for values in zip(*found, strict=True)))
         print(f"| {what} | {' | '.join(cells)} |", flush=True)
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 
 def run(*command: str, **environment: str) -> None:
@@ -11,3 +12,9 @@ def run(*command: str, **environment: str) -> None:
     done = subprocess.run([sys.executable, *command], env=everything, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+def own_and_rest(schema: type, argv: list[str]) -> tuple[list[str], list[str]]:
+    """The key=value arguments that a dataclass has, and the others, which go to another command."""
+    own = {field.name for field in fields(schema)}
+    return tuple([arg for arg in argv if (arg.partition("=")[0] in own) is wanted] for wanted in (True, False))

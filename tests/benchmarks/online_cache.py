@@ -74,7 +74,7 @@ def measure(args: OnlineCache, compute: str, captions: list[str], device: torch.
     ids = torch.from_numpy(encoder.token_ids([*captions, ""]))
     cache = StateCache(encoder, len(ids))
     first: dict[int, Tensor] = {}
-    compared = other = alone = 0
+    compared = other = 0
     worst, seconds, from_cache = 0.0, [], []
     shares: list[list[float]] = [[] for _ in range(args.epochs)]
     for epoch, rows, host in visits(args, ids):

@@ -8,7 +8,7 @@ not done again.
 
 import json
 import statistics
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from data.cli import help_text, location, parse, run_command
 from data.progress import each
 from data.storage.shards import find_shards
-from tests.benchmarks.commands import run
+from tests.benchmarks.commands import own_and_rest, run
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.eval_set import Pictures
 from train.evaluation.scene_alignment import alignment
@@ -136,9 +136,8 @@ def draw_samples(args: OverTraining, steps: list[int], scales: list[float], rest
 
 def evaluate(argv: list[str]) -> None:
     """Evaluate what is missing, then print the table: the mean over the runs, and each of them."""
-    own = {f.name for f in fields(OverTraining)}
-    args = parse(OverTraining, [arg for arg in argv if arg.partition("=")[0] in own])
-    rest = [arg for arg in argv if arg.partition("=")[0] not in own]
+    own, rest = own_and_rest(OverTraining, argv)
+    args = parse(OverTraining, own)
     steps = sorted(args.at)
     found: dict[int, list[list[dict[str, float]]]] = {step: [] for step in steps}
     for step, run_dir in each([(step, run_dir) for step in steps for run_dir in args.runs], "evaluate", "checkpoint"):

@@ -13,6 +13,7 @@ from data import demo
 from data.embed import Embed, embed
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from tests.support.terminal import take_terminal
+from train.monitor.run_log import STARTS, read_lines
 
 STEPS, SAVE_EVERY = 6, 3
 SMALL = f"""
@@ -109,6 +110,11 @@ def launch(*args, **kwargs) -> subprocess.CompletedProcess:
         process.kill()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def starts_of(run_dir: Path) -> list[dict]:
+    """The whole lines of starts.jsonl; a start writes its own once its metrics hold no line of a step that it makes."""
+    return read_lines(run_dir / STARTS)[0]
 
 
 def metrics(run_dir: Path) -> list[dict]:

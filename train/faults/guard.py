@@ -60,8 +60,7 @@ class Guard:
         self._stream, self._consensus = stream, consensus
         self._quarantine = Quarantine(Path(config.run_dir), rank)
         self._next_micro_batch = stream.first
-        self._losses: list[tuple[int, Tensor]] = []
-        self._errors: list[tuple[int, Tensor]] = []
+        self._losses: list[tuple[int, dict[str, Tensor]]] = []
         self._skipped_in_a_row = self._skipped = self._spiked = 0
         self._samples = self._bad = 0.0
 
@@ -71,8 +70,7 @@ class Guard:
         losses: as training_losses gives them.
         """
         self._quarantine.add(step, bad)
-        self._losses.append((self._next_micro_batch, losses["loss"].detach()))
-        self._errors.append((self._next_micro_batch, losses["mse"].detach()))
+        self._losses.append((self._next_micro_batch, {name: losses[name].detach() for name in ("loss", "mse")}))
         self._next_micro_batch += 1
 
     def check_step(self, step: int, engine: Engine) -> None:
@@ -82,17 +80,16 @@ class Guard:
         Raises: NotFinite; RollBack, TooManySpikes.
         """
         losses, self._losses = self._losses, []
-        errors, self._errors = self._errors, []
         if engine.stepped:
             self._skipped_in_a_row = 0
-            self._spikes.add(step, errors, engine.grad_norm())
+            self._spikes.add(step, [(number, of_samples["mse"]) for number, of_samples in losses], engine.grad_norm())
             self._judge()
             return
         self._skipped_in_a_row, self._skipped = self._skipped_in_a_row + 1, self._skipped + 1
         culprits = [
-            (self._stream.sample_name(number, i), f"loss {values[i].item()}")
-            for number, values in losses
-            for i in (~torch.isfinite(values)).nonzero().flatten().tolist()
+            (self._stream.sample_name(number, i), f"loss {of_samples['loss'][i].item()}")
+            for number, of_samples in losses
+            for i in (~torch.isfinite(of_samples["loss"])).nonzero().flatten().tolist()
         ]
         self._quarantine.add(step, culprits)
         if self._skipped_in_a_row < self._max_skipped:

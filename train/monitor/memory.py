@@ -70,6 +70,11 @@ def averages_of(config: Config) -> int:
     return 1 + len(TRACKED) if config.ema_snapshot_every else 1
 
 
+def snapshot_bytes(trained: int, ranks: int) -> int:
+    """Bytes of a rank's part of a snapshot of the power-function averages, in half precision."""
+    return FP32 // 2 * len(TRACKED) * partition(trained, ranks)
+
+
 def peak(step: Bytes, trained: int, ranks: int, weight_bytes: int, largest: int) -> Peak:
     """What a step adds to that.
 

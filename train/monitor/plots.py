@@ -83,8 +83,8 @@ def plot_lengths(lines: list[dict[str, float]], path: Path) -> None:
                 (line["ema_length"], line[name]) for line in of_score if line.get("guidance_scale") == scale
             )
             axes.plot(*zip(*points, strict=True), "o-", label=None if scale is None else f"guidance {scale:g}")
-            if scale is not None:
-                axes.legend(frameon=False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False)
         axes.set(xlabel="length of the average", ylabel=name, xscale="log")
         lengths = sorted({line["ema_length"] for line in of_score})
         axes.set_xticks(lengths, [f"{length:g}" for length in lengths])

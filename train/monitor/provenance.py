@@ -16,7 +16,6 @@ import torch.distributed as dist
 from data.cli import arguments
 from if_train import project_version
 from train.config import CODE, Config
-from train.monitor.run_log import TIME
 
 PACKAGES = ("torch", "deepspeed", "bitsandbytes", "diffusers", "transformers", "numpy", "pillow", "webdataset")
 # Environment variables that decide how a job runs; none of them holds a secret.
@@ -31,7 +30,7 @@ def describe_start(config: Config, step: int, selections: Sequence[dict | None] 
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "time": time.strftime(TIME),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
         "launch": [Path(sys.executable).name, sys.argv[0], *arguments(None)],
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,

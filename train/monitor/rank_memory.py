@@ -5,12 +5,19 @@ from pathlib import Path
 
 import torch
 
-from data.device import uses_gpu
+from data.device import ranks_of_node, uses_gpu
 from data.loader.workers import PREFETCH, SAMPLES_PER_MESSAGE
 from train.config import Config, accumulation
-from train.monitor.memory import WEIGHT_BYTES, averages_of, construction, largest_parameter, peak, states
+from train.monitor.memory import (
+    WEIGHT_BYTES,
+    averages_of,
+    construction,
+    largest_parameter,
+    peak,
+    snapshot_bytes,
+    states,
+)
 from train.monitor.step_memory import step_bytes
-from train.weights.power_average import TRACKED
 
 GB = 1e9
 # Resident memory of a rank before it has a net, and of a loader worker beside what it shares with its rank: of Python,
@@ -31,7 +38,7 @@ def describe_memory(config: Config, ranks: int, trained: int, frozen: int) -> di
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     on_gpu = uses_gpu() or (config.needs_gpu and not on_cpu)  # what needs a GPU is looked at where there is none, too
     device, host = needed_bytes(config, ranks, trained, frozen, on_gpu)
-    of_this_node = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    of_this_node = ranks_of_node()
     available = available_bytes()
     lines = {}
     if on_gpu and not uses_gpu():
@@ -65,8 +72,8 @@ def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: 
     sample = 3 * config.model.image_size**2 + 4 * config.data.tokens * config.model.encoder_dim
     # Each worker is some messages ahead and writes the next one; a message has one micro batch or more.
     loaded = config.data.workers * (PREFETCH + 1) * max(SAMPLES_PER_MESSAGE, config.micro_batch) * sample
-    # A snapshot, which may be due with it, has the tracked averages in half precision.
-    snapshot = len(TRACKED) * held.master // 2 if config.ema_snapshot_every else 0
+    # A snapshot may be due with it.
+    snapshot = snapshot_bytes(trained, ranks) if config.ema_snapshot_every else 0
     checkpoint = held.master + held.moments + held.ema + snapshot
     beside = PROCESS_BYTES + config.data.workers * WORKER_BYTES + int(config.text.cache_gb * GB)
     built = construction(trained, ranks, weight_bytes, frozen)

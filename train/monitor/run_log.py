@@ -2,15 +2,11 @@
 
 import json
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
-from data.checks import count
 from train.checkpoint.changes import find_changes
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
-# How starts.jsonl has the time of a start.
-TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
 @dataclass(slots=True)
@@ -76,29 +72,14 @@ def read_run(folder: Path) -> Run:
         for file, lines_broken in ((path, broken), (folder / STARTS, broken_starts))
         if lines_broken
     ]
-    drawn = [
-        (int(file.stem.removeprefix("step-")), file)
-        for file in sorted((folder / "samples").glob("step-*.png"))
-        if file.stem.removeprefix("step-").isdecimal()
-    ]
-    grids = [(step, file) for step, file in drawn if not _is_outdated(step, file, starts)]
-    if left_out := len(drawn) - len(grids):
-        warnings.append(
-            f"{folder / 'samples'}: {count(left_out, 'grid')} of steps that a later start makes again left out"
-        )
-    return Run(folder.resolve().name, [by_step[step] for step in sorted(by_step)], starts, grids, warnings)
+    kept = [by_step[step] for step in sorted(by_step)]
+    return Run(folder.resolve().name, kept, starts, sample_grids(folder), warnings)
 
 
-def _is_outdated(step: int, grid: Path, starts: list[dict]) -> bool:
-    """Whether a later start makes the step of a grid again, and has not drawn the grid again."""
-    drawn = grid.stat().st_mtime
-    for start in starts:
-        try:
-            if start["step"] < step and datetime.strptime(start["time"], TIME).timestamp() > drawn:
-                return True
-        except (KeyError, TypeError, ValueError):  # a start that was recorded otherwise
-            continue
-    return False
+def sample_grids(folder: Path) -> list[tuple[int, Path]]:
+    """Step and PNG of each sample grid of a run, by rising step."""
+    names = {file: file.stem.removeprefix("step-") for file in sorted((folder / "samples").glob("step-*.png"))}
+    return [(int(step), file) for file, step in names.items() if step.isdecimal()]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from data.device import uses_gpu
+from data.device import ranks_of_node, uses_gpu
 from data.progress import duration
 from train.config import Config
 from train.monitor.flops import peak_flops, training_flops
@@ -39,8 +39,7 @@ def describe_time(config: Config, of_grids: int, of_validations: int) -> str:
         return f"not tried here: a micro batch takes {flops * config.micro_batch / 1e12:,.1f} TFLOP"
     else:
         # All cores are this rank's until the ranks of a node share them (train/engine.py).
-        of_this_node = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        sharing = 1 if "OMP_NUM_THREADS" in os.environ else of_this_node
+        sharing = 1 if "OMP_NUM_THREADS" in os.environ else ranks_of_node()
         of_a_rank = sharing * seconds_of_micro_batch(config) / config.micro_batch
         why = "as one micro batch takes now on this CPU"
     # The backward takes twice as long as the forward.

@@ -15,7 +15,7 @@ from data.storage.atomic import atomic_file
 from train.config import Config
 from train.monitor.event_files import EventFiles
 from train.monitor.provenance import describe_start
-from train.monitor.run_log import METRICS, STARTS, read_metrics
+from train.monitor.run_log import METRICS, STARTS, read_metrics, sample_grids
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ class Tracker:
     """Writes a line for each logged step to RUN_DIR/metrics.jsonl, and the same to W&B and for TensorBoard.
 
     Only rank 0 has one.
-    step: the step that the run resumes from. Later lines of an earlier start are dropped, since those steps are made
-    again.  selections: for that start's line.  lines: those that were kept.
+    step: the step that the run resumes from. Later lines and sample grids of an earlier start are dropped, since those
+    steps are made again.  selections: for that start's line.  lines: those that were kept.
     """
 
     def __init__(
@@ -50,6 +50,9 @@ class Tracker:
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
         with atomic_file(self.path) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        for drawn, grid in sample_grids(run_dir):
+            if drawn > step:
+                grid.unlink()
         self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in close()
         start = describe_start(config, step, selections)
         with open(run_dir / STARTS, "a", encoding="utf-8") as file:
