@@ -179,7 +179,8 @@ def test_another_step_of_the_run_takes_the_place_of_the_earlier_one(base, me, tm
         ("another run", "that no export of this run has put there"),
         ("public", "me/net on the hub is public: give private=false"),
         ("malformed", "push_to must be ORG/NAME"),
-        ("gone", "the hub is not reached (ConnectError): try again later, or export without push_to="),
+        ("lost", "push_to=me/net: the hub answers 503 for me/net (busy): try again later, or export without push_to="),
+        ("gone", "push_to=me/net: the hub is not reached (ConnectError): try again later, or export without push_to="),
     ],
 )
 def test_what_the_hub_would_refuse_is_refused_before_the_export(base, me, tmp_path, monkeypatch, capsys, case, told):
@@ -207,6 +208,8 @@ def test_what_the_hub_would_refuse_is_refused_before_the_export(base, me, tmp_pa
     elif case == "public":
         me.repos[REPO] = Repo()
         me.repos[REPO].commit({})
+    elif case == "lost":
+        me.before = lambda method, path: refusal(503, "busy") if path.startswith("/api/models/") else None
     elif case == "gone":
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     before = sends(me)
