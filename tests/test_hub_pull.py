@@ -1,6 +1,7 @@
 """Weights and encoders of the hub: found by name and revision, kept to their commit, read from the cache without it."""
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -195,6 +196,23 @@ def test_a_token_that_the_hub_does_not_know_is_told_and_not_shown(hub, encoders,
     with pytest.raises(ValueError, match="the hub does not allow this for org/t5 with this token") as caught:
         TextEncoder("org/t5", 20, "float32", CPU)
     assert "secret" not in str(caught.value)
+
+
+def test_a_mistyped_path_of_two_parts_is_told_as_a_path_where_there_is_no_hub(hub, tmp_path, monkeypatch):
+    away(monkeypatch)
+    place = re.escape(str(Path("runs/typo").absolute()))
+    told = rf"no weights at '{place}', nor .*, and the hub is not reached \(ConnectError\): name a file or folder"
+    config = Config(run_dir=str(tmp_path), model=NET, init_from="runs/typo")
+    text = TextMeta("t5", "0", "0", 77, 48, "float16", "float32", "if-1")
+    for find in (
+        lambda: pin_init_from(config, Inputs([], text)),
+        lambda: load_pretrained("runs/typo", NET),
+        lambda: open_nets("runs/typo", "scenes", []),
+    ):
+        with pytest.raises(ValueError, match=told):
+            find()
+    with pytest.raises(ValueError, match=r"no weights at '/none/of/these': name a file or folder"):
+        open_nets("/none/of/these", "scenes", [])
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 from flask import Response
 from huggingface_hub import ModelCard
 
+from data.storage.hub import HubName
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from tests.checkpoints import changed_run, write_run
@@ -21,6 +22,7 @@ from tests.support.hub_server import Hub, Repo, refusal
 from tests.test_export import NET, write_meta
 from train.checkpoint.format import step_folder
 from train.export import main
+from train.weights.push import Destination, make
 
 SMALL = replace(NET, model_channels=32, channel_mult=[1], attention_resolutions=[], norm_groups=8, att_pool_heads=1)
 TOKEN, REPO = "hf_secretsecret", "me/net"
@@ -179,7 +181,8 @@ def test_another_step_of_the_run_takes_the_place_of_the_earlier_one(base, me, tm
         ("another run", "that no export of this run has put there"),
         ("public", "me/net on the hub is public: give private=false"),
         ("malformed", "push_to must be ORG/NAME"),
-        ("gone", "the hub is not reached (ConnectError): try again later, or export without push_to="),
+        ("lost", "push_to=me/net: the hub answers 503 for me/net (busy): try again later, or export without push_to="),
+        ("gone", "push_to=me/net: the hub is not reached (ConnectError): try again later, or export without push_to="),
     ],
 )
 def test_what_the_hub_would_refuse_is_refused_before_the_export(base, me, tmp_path, monkeypatch, capsys, case, told):
@@ -207,6 +210,8 @@ def test_what_the_hub_would_refuse_is_refused_before_the_export(base, me, tmp_pa
     elif case == "public":
         me.repos[REPO] = Repo()
         me.repos[REPO].commit({})
+    elif case == "lost":
+        me.before = lambda method, path: refusal(503, "busy") if path.startswith("/api/models/") else None
     elif case == "gone":
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     before = sends(me)
@@ -217,6 +222,12 @@ def test_what_the_hub_would_refuse_is_refused_before_the_export(base, me, tmp_pa
     assert caught.value.code == 2 and told in error
     assert error.count("\n") == 1 and "secret" not in error
     assert not (tmp_path / "if").exists() and sends(me) == before
+
+
+def test_a_hub_that_is_lost_after_the_export_is_told_with_the_key(me, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=rf"push_to={REPO}: the hub is not reached \(ConnectError\): try again later"):
+        make(Destination(HubName(REPO), private=True, is_new=True))
 
 
 def test_a_dry_run_without_push_to_is_refused(base, tmp_path, capsys):

@@ -122,7 +122,7 @@ def test_bad_images_are_counted_reported_and_add_nothing_and_too_many_stop_the_r
         (["model.num_head_channels=33"], "num_head_channels=33"),
         (["model.encoder_dim=128"], "64 wide"),
         (["data.shards=nowhere"], "/nowhere': check the path, or make shards with"),
-        (["init_from=nowhere"], "/nowhere': download them first"),
+        (["init_from=nowhere"], "/nowhere': name a file or folder on this machine"),
         (["wandb.mode=online"], "run `wandb login`"),
     ],
 )

@@ -15,7 +15,7 @@ from data.checks import count
 from data.loader.batch import Batch
 from data.loader.dataset import Dataset, check_captions, find_datasets, validation_datasets
 from data.loader.mixture import share_out
-from data.storage.hub import as_recorded, pinned
+from data.storage.hub import as_recorded
 from data.storage.locations import absolute
 from data.storage.shards import find_shards
 from data.text.embeddings import read_empty
@@ -28,7 +28,7 @@ from train.checkpoint.identity import DataIdentity, data_digest, describe_select
 from train.compose import follow_data, sizes_to_set
 from train.config import Config
 from train.faults.first_rank import of_first_rank, raise_on_all
-from train.weights.pretrained import load_pretrained
+from train.weights.pretrained import load_pretrained, pinned_weights
 
 if TYPE_CHECKING:  # it takes seconds to import, and only text.mode=online needs it
     from data.text.encoder import TextEncoder
@@ -198,7 +198,7 @@ def pin_init_from(config: Config, found: Inputs) -> None:
     found.from_weights = not earlier and not config.lora.rank
     recorded = earlier.config["init_from"] if earlier else ""
     if found.from_weights or config.lora.rank:
-        config.init_from = pinned(config.init_from, recorded)
+        config.init_from = pinned_weights(config.init_from, recorded)
     else:
         config.init_from = as_recorded(config.init_from, recorded)
 

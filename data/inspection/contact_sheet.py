@@ -36,6 +36,13 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
+def sheet_font(size: int) -> ImageFont.FreeTypeFont:
+    """A font of this size in pixels. Pillow's own has Latin letters only; this one comes with matplotlib."""
+    import matplotlib  # here, since its import is slow
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
+
+
 def contact_sheet(tiles: list[Tile]) -> Image.Image:
     """All tiles in rows, at twice their size, each above its caption; on the right, in red frames, what rules took.
 
@@ -43,10 +50,7 @@ def contact_sheet(tiles: list[Tile]) -> Image.Image:
     """
     if not tiles:
         raise ValueError("none of the samples looked at can be shown: see their reasons in an .html report")
-    import matplotlib  # here, since its import is slow
-
-    # Pillow's own font has Latin letters only; this one comes with matplotlib.
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), LETTER)
+    font = sheet_font(LETTER)
     side = max(tiles[0].pixels.shape[-1] * SCALE, 96)
     width, height = side + MARGIN, side + LINES * LINE_HEIGHT + MARGIN + 4
     slots = _slots(tiles)

@@ -47,9 +47,9 @@ def slow(what: str, seconds: float) -> None:
         def sample_slowly(*arguments):
             *rest, after_step = arguments
 
-            def after_slow_step(images: int) -> None:
+            def after_slow_step(step: sampler.SamplingStep) -> None:
                 time.sleep(seconds)
-                after_step(images)
+                after_step(step)
 
             return sample(*rest, after_slow_step)
 

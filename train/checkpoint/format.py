@@ -13,7 +13,6 @@ from pathlib import Path
 
 from data.checks import check_choice
 from data.storage.atomic import atomic_file
-from train.weights.power_average import LONGEST
 
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
@@ -31,9 +30,13 @@ def check_weights(weights: str, *ema_lengths: float | None) -> None:
     """Raises: ValueError for a name that is none of WEIGHTS, or a length that no average has; None is none."""
     check_choice("weights", weights, WEIGHTS)
     for length in ema_lengths:
-        if length is not None and weights != "ema":
+        if length is None:
+            continue
+        from train.weights.power_average import LONGEST  # here, since it imports numpy
+
+        if weights != "ema":
             raise ValueError(f"weights={weights} and ema_length={length:g} are both given: choose one")
-        if length is not None and not 0 < length <= LONGEST:
+        if not 0 < length <= LONGEST:
             raise ValueError(
                 f"ema_length={length:g} must be above 0 and at most {LONGEST}: the standard deviation of the profile, "
                 "as a share of the steps"

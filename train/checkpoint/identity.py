@@ -74,10 +74,15 @@ def identity(config: dict) -> dict[str, object]:
 
 def run_digest(manifest: dict) -> str:
     """A hash of what all checkpoints of a run have in common, by which an export of it is known."""
-    config, text = manifest["config"], manifest["text"]
-    kept = identity(config | {"model": asdict(UNetConfig(**config["model"]))})
-    facts = [kept, manifest["data"], [text[name] for name in TEXT_IDENTITY], manifest["base"]]
+    text = manifest["text"]
+    facts = [_identity_of(manifest), manifest["data"], [text[name] for name in TEXT_IDENTITY], manifest["base"]]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _identity_of(manifest: dict) -> dict[str, object]:
+    """The identity of a checkpoint's configuration, with the values that keys had before they were keys."""
+    config = manifest["config"]
+    return identity(config | {"model": asdict(UNetConfig(**config["model"]))})
 
 
 def captions_of(config: Mapping) -> list[dict]:
@@ -137,9 +142,7 @@ def check_same_run(folder: str, manifest: dict, config: dict, now: DataIdentity)
     folder, manifest: of the checkpoint.  config: as plain dicts.
     Raises: ValueError if the checkpoint is of another run, another net or other data.
     """
-    here, then = identity(config), manifest["config"]
-    # With the values that keys had before they were keys.
-    before = identity(then | {"model": asdict(UNetConfig(**then["model"]))})
+    here, before = identity(config), _identity_of(manifest)
     # First what tells which data are meant, then these, then the rest, of which some follow the data.
     _check_keys(folder, {key: before.pop(key) for key in ("data.captions", "data.mixture")}, here)
     names = [f"data.mixture.{name}.shards" for name in config["data"]["mixture"]] or ["data.shards"]

@@ -106,7 +106,7 @@ def resume(config: Config, data: DataIdentity, engine: "Engine", ema: "EMA") -> 
     Raises: CheckpointFailed if there are checkpoints, and all of them are damaged or one cannot be read.
     """
     rank, ranks, run_dir = dist.get_rank(), dist.get_world_size(), Path(config.run_dir)
-    checkpoints = run_dir / "checkpoints"
+    checkpoints = run_dir / CHECKPOINTS
     if rank == 0:
         for unfinished in (part for kind in (CHECKPOINTS, SNAPSHOTS) for part in (run_dir / kind).glob("*.part")):
             shutil.rmtree(unfinished, ignore_errors=True)  # left by a start that was killed as it saved

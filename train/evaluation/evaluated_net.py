@@ -9,12 +9,12 @@ import torch
 from omegaconf import OmegaConf
 
 from data.checks import check_choice
-from data.storage.hub import hub_name, pinned
 from data.text.meta import TextMeta
 from model.config import UNetConfig
 from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.post_hoc import with_averages
+from train.weights.pretrained import pinned_weights
 from train.weights.trained_net import load_net, load_released_net
 
 # Diffusion steps and tokens of a caption in IF's own training.
@@ -55,18 +55,7 @@ def open_nets(path: str, model: str, ema_lengths: Sequence[float]) -> list[Check
             f"ema_length={ema_lengths[0]:g} is of a run, and model={model} of released weights: leave one out"
         )
     check_choice("model", model, sorted(file.stem for file in MODELS.glob("*.yaml")))
-    more = ""
-    if hub_name(path):
-        try:
-            return [pinned(path)]
-        except ValueError as error:
-            more = f", nor of that name in the hub's cache, and {error}"
-    elif Path(path).exists():
-        return [path]
-    raise ValueError(
-        f"no weights at '{Path(path).absolute()}'{more}: name a file or folder on this machine, or ORG/NAME or "
-        "ORG/NAME@REVISION on the hub"
-    )
+    return [pinned_weights(path)]
 
 
 def find_net(opened: Checkpoint | str, model: str, weights: str, embeddings: str) -> EvaluatedNet:

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from train.monitor.plots import plot_curves, plot_grid
 from train.monitor.run_log import read_metrics
 from train.monitor.stragglers import Place
 from train.monitor.tracker import SAMPLE_GRID, Tracker
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from train.sampling.sampler import SamplingStep
 
 # Decay of the exponential average that smooths the loss, a log line at a time.
 SMOOTH = 0.98
@@ -72,10 +76,10 @@ class RunProgress:
                 f"on rank 0 since the start: {bad_counts}; listed in {self.run_dir / 'quarantine'}"
             )
 
-    def draw_samples(self, step: int, unet: UNet, after_step: Callable[[int], object]) -> None:
+    def draw_samples(self, step: int, unet: UNet, after_step: Callable[["SamplingStep"], object]) -> None:
         """Draw the grid of a step: the same prompts and seeds each time, a row for each guidance scale.
 
-        after_step: called after each denoising step of a row with its number of images.
+        after_step: called with each denoising step of a row.
         """
         # Imported here: diffusers takes seconds, for which all ranks would wait at each start.
         from train.sampling.sampler import make_scheduler, sample

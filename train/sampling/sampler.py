@@ -134,20 +134,20 @@ def to_pixels(images: Tensor) -> Tensor:
 @torch.compiler.set_stance("force_eager")
 def sample(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
-    steps: int | str, seeds: Sequence[int], after_step: Callable[[int], object] = lambda images: None,
+    steps: int | str, seeds: Sequence[int], after_step: Callable[[SamplingStep], object] = lambda step: None,
 ) -> Tensor:  # fmt: skip
     """Sample one image per caption and seed: [N, 3, H, W] uint8 on the CPU.
 
     Each image has a generator of its own, so it does not depend, beyond rounding, on the others in its batch.
     Shapes: text_emb [N, L, D], or unet.encode_text of it; empty [L, D], the embedding of the empty caption.
     guidance_scale: 1 samples as trained, more exaggerates the prompt.
-    after_step: called after each step with the number of images that took it.
+    after_step: called with each step.
     Raises: ValueError, as set_steps.
     Source: Ho & Salimans 2022, equation 6, where guidance_scale is 1 + w.
     """
     for step in denoise(unet, scheduler, text_emb, empty, guidance_scale, steps, seeds):
         images = step.x_next
-        after_step(len(seeds))
+        after_step(step)
     return to_pixels(images)
 
 
@@ -164,15 +164,18 @@ def sample_batches(
     with torch.no_grad():
         of_prompts = unet.encode_text(text_emb.to(next(unet.parameters()).device))
     text = TextState(*(value.repeat_interleave(len(seeds) // len(text_emb), 0) for value in of_prompts))
-    images = []
+    images: list[Tensor] = []
     set_steps(scheduler, steps)
+
+    def after(step: SamplingStep) -> None:
+        progress.update(len(step.x_t))
+        if not images:
+            watch(step)
+
     with Progress(count(len(seeds), "image"), len(seeds) * len(scheduler.timesteps), "step", out) as progress:
         for start in range(0, len(seeds), micro_batch):
             part = slice(start, start + micro_batch)
             batch = TextState(*(value[part] for value in text))
-            for step in denoise(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part]):
-                progress.update(len(step.x_t))
-                if start == 0:
-                    watch(step)
-            images.append(to_pixels(step.x_next))
+            drawn = sample(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part], after_step=after)
+            images.append(drawn)
     return torch.cat(images)

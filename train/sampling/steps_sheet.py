@@ -1,13 +1,11 @@
 """How a picture comes out of the noise: a contact sheet of the sampler's steps."""
 
 import textwrap
-from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from data.inspection.contact_sheet import printable, to_image
+from data.inspection.contact_sheet import printable, sheet_font, to_image
 from train.sampling.sampler import SamplingStep, to_pixels
 
 # Most steps on a sheet, spread evenly from the first to the last.
@@ -38,8 +36,7 @@ class StepsSheet:
         width, height = side + GAP, 2 * side + LINE + GAP
         columns, rows = min(COLUMNS, len(shown)), -(-len(shown) // COLUMNS)
         across = max(columns * width, 400)
-        # Pillow's own font has Latin letters only; this one comes with matplotlib.
-        font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11)
+        font = sheet_font(11)
         of = "all" if len(shown) == len(self.timesteps) else f"{len(shown)} of the"
         lines = textwrap.wrap(printable(title, 200), (across - GAP) // LETTER)
         lines.append(f"{of} {len(self.timesteps)} steps; above x_t, below pred_xstart")

@@ -63,7 +63,7 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     Raises: ValueError if nothing can be read there, or the weights don't fit the net; it names the first of them.
     So it does if the net that is described beside them has other groups or heads, which no shape shows.
     """
-    path = _fetched(path)
+    path = _fetched(str(path))
     with torch.device("meta"):
         ours = UNet(config).state_dict()
     theirs = to_diffusers(ours, config)
@@ -78,25 +78,43 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     return from_diffusers(state, config) if is_diffusers else state
 
 
-def _fetched(location: str | Path) -> Path:
-    """The path itself, or the folder in the hub's cache of what it names there, once the weights are in it."""
-    if not hub_name(str(location)):
-        return Path(location)
+def pinned_weights(location: str, recorded: str = "") -> str:
+    """A path that is there as it is, or a name on the hub with its commit; recorded: as in data.storage.hub.pinned.
+
+    Raises: ValueError if there is neither.
+    """
     try:
-        name = hub_name(pinned(str(location)))
-        assert name
+        found = pinned(location, recorded)
+    except ValueError as error:
+        raise _no_weights(location, error) from None
+    if not hub_name(found) and not Path(found).exists():
+        raise _no_weights(location)
+    return found
+
+
+def _fetched(location: str) -> Path:
+    """The path itself, or the folder in the hub's cache of what it names there, once the weights are in it."""
+    found = pinned_weights(location)
+    name = hub_name(found)
+    if not name:
+        return Path(found)
+    try:
         return fetch(name, DIFFUSERS_FILES)
     except ValueError as error:
-        raise ValueError(
-            f"no weights at '{Path(location).absolute()}', nor of that name in the hub's cache, and {error}: "
-            "name a file or folder, or ORG/NAME or ORG/NAME@REVISION on the hub"
-        ) from None
+        raise _no_weights(location, error) from None
+
+
+def _no_weights(location: str, error: ValueError | None = None) -> ValueError:
+    """error: why the hub gives none, if the location names something there."""
+    of_hub = f", nor of that name in the hub's cache, and {error}" if error else ""
+    return ValueError(
+        f"no weights at '{Path(location).absolute()}'{of_hub}: name a file or folder on this machine, or ORG/NAME or "
+        "ORG/NAME@REVISION on the hub"
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The weights, and the groups and heads of their net if these are described beside them."""
-    if not path.exists():
-        raise ValueError(f"no weights at '{path.absolute()}': download them first, and name the file or folder")
     if path.is_file():
         weights = _read_shards(path) if path.suffix == ".json" else _read_file(path)
         return weights, _read_diffusers_config(path.parent / "config.json")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -18,7 +18,9 @@ from train.checkpoint.changes import show
 from train.checkpoint.format import file_sha256
 
 if TYPE_CHECKING:  # it takes time to import
-    from huggingface_hub import ModelCard
+    from huggingface_hub import HfApi, ModelCard
+
+T = TypeVar("T")
 
 # Seconds that the hub may take to make a repository, or to list one.
 SLOWLY = 60.0
@@ -26,7 +28,7 @@ SLOWLY = 60.0
 FOLDERS = ("unet", "scheduler", "tokenizer", "text_encoder")
 # What the hub puts into a new repository.
 OWN = {".gitattributes"}
-# What huggingface_hub leaves out.
+# What is not of the export.
 NEVER = (".git", ".cache")
 TOKEN = (
     "make a token that may write at https://huggingface.co/settings/tokens, and give it to `hf auth login` or HF_TOKEN"
@@ -76,9 +78,9 @@ def find_destination(push_to: str, private: bool) -> Destination:
     if not get_token():
         raise ValueError(f"push_to={push_to} needs a token of the hub: {TOKEN}")
     try:
-        user = ask(name, lambda api: api.whoami())
-    except NoHub as error:
-        raise ValueError(f"push_to={push_to}: {error}: try again later, or export without push_to=") from None
+        user = _ask(name, lambda api: api.whoami())
+    except NoHub:
+        raise
     except ValueError:
         raise ValueError(f"push_to={push_to}: the hub does not know this token: {TOKEN}") from None
     _check_role(name, user)
@@ -93,7 +95,7 @@ def find_destination(push_to: str, private: bool) -> Destination:
             file.path: file for file in api.list_repo_tree(name.repo, recursive=True) if hasattr(file, "size")
         }
 
-    info, files = ask(name, look, SLOWLY)
+    info, files = _ask(name, look, SLOWLY)
     if info is None:
         _check_namespace(name, user)
         return Destination(name, private, is_new=True)
@@ -108,10 +110,7 @@ def check_contents(destination: Destination, card: "ModelCard") -> None:
         return
     name, text = destination.name, ""
     if "README.md" in there:
-        try:
-            text = ask(name, lambda api: Path(api.hf_hub_download(name.repo, "README.md")).read_text("utf-8"), SLOWLY)
-        except NoHub as error:
-            raise ValueError(f"push_to={name}: {error}: try again later") from None
+        text = _ask(name, lambda api: Path(api.hf_hub_download(name.repo, "README.md")).read_text("utf-8"), SLOWLY)
     if _front_matter(text).get("run") != _front_matter(str(card))["run"]:
         raise ValueError(
             f"push_to={name} holds {count(len(there), 'file')} on the hub that no export of this run has put there "
@@ -147,7 +146,7 @@ def make(destination: Destination) -> None:
     """Make the repository, which proves the right to. Raises: ValueError."""
     if destination.is_new:
         name = destination.name
-        ask(name, lambda api: api.create_repo(name.repo, private=destination.private, exist_ok=True), SLOWLY)
+        _ask(name, lambda api: api.create_repo(name.repo, private=destination.private, exist_ok=True), SLOWLY)
 
 
 def push(destination: Destination, folder: Path, message: str, dry_run: bool) -> None:
@@ -190,6 +189,14 @@ def push(destination: Destination, folder: Path, message: str, dry_run: bool) ->
         said = str(told(cause, name))
         raise ValueError(f"the upload to {name} did not end ({said}): the same command goes on with it") from None
     print(f"sent: {constants.ENDPOINT}/{name.repo}/tree/{done.oid}")
+
+
+def _ask(name: HubName, question: Callable[["HfApi"], T], seconds: float | None = None) -> T:
+    """As data.storage.hub.ask; NoHub tells what to do."""
+    try:
+        return ask(name, question, seconds)
+    except NoHub as error:
+        raise NoHub(f"push_to={name}: {error}: try again later, or export without push_to=") from None
 
 
 def _front_matter(card: str) -> dict[str, object]:
