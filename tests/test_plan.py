@@ -10,7 +10,7 @@ from launch.cost.estimate import Plan, make_plan
 from launch.cost.options import PlanOptions
 from launch.cost.overlap import Bucket, exposed_seconds, fill_buckets
 from launch.cost.page import render
-from launch.cost.traffic import checkpoint_bytes, collectives, snapshot_bytes
+from launch.cost.traffic import checkpoint_bytes, collectives
 from launch.plan import main
 from model.config import RECOMPUTE, UNetConfig
 from model.unet import UNet
@@ -21,7 +21,16 @@ from train.config import Config, LoRAConfig, OptimConfig
 from train.engine import optimizer
 from train.monitor.flops import Flops, Gradient, peak_flops, training_flops
 from train.monitor.gpus import GPUS, find_device
-from train.monitor.memory import averages_of, construction, largest_parameter, most_that_fits, partition, peak, states
+from train.monitor.memory import (
+    averages_of,
+    construction,
+    largest_parameter,
+    most_that_fits,
+    partition,
+    peak,
+    snapshot_bytes,
+    states,
+)
 from train.monitor.step_memory import inputs, step_bytes, walk_bytes, walk_step
 from train.weights.lora import add_lora
 
@@ -178,7 +187,7 @@ def test_512_ranks_on_paper():
     assert resident.ema == pytest.approx(34e6, rel=0.02)
     with_power_averages = states(count, 512, "adamw8bit", 2, averages=averages_of(Config(ema_snapshot_every=50_000)))
     assert with_power_averages.ema == 3 * resident.ema and averages_of(Config()) == 1
-    assert snapshot_bytes(count, 512) == pytest.approx(count * 4, rel=0.001)
+    assert 512 * snapshot_bytes(count, 512) == pytest.approx(count * 4, rel=0.001)
     saved = states(count, 512, "adamw", 2).moments - resident.moments
     assert saved == pytest.approx(50e6, rel=0.02)
     assert checkpoint_bytes(resident, 512) == pytest.approx(count * (4 + 4 + 2 + 8 / 256), rel=0.001)
