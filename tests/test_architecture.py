@@ -220,6 +220,16 @@ def test_the_source_keeps_the_rule(faults_of: Callable[[Sources], list[str]]):
     assert not faults, "\n".join(faults)
 
 
+def test_no_import_changes_where_python_looks():
+    """A child of a test is told the path of its parent, and could not find the test any more."""
+    begun_as_program = re.compile(r'^if __name__ == "__main__":\n(?:(?:    .*)?\n)+', re.MULTILINE)
+    changes = re.compile(r"^ *sys\.path(?:\[.*\] = |\.(?:insert|append|remove)\().*$", re.MULTILINE)
+    faults = []
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        faults += [f"{file}: {hit}" for hit in changes.findall(begun_as_program.sub("", file.read_text()))]
+    assert not faults, "\n".join(faults)
+
+
 def test_no_name_in_train_hides_a_module():
     """`deepspeed train/main.py` puts train/ first on sys.path, where train/x.py would stand in for any module x."""
     foreign = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())

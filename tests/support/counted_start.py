@@ -10,9 +10,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from data.cli import arguments  # noqa: E402 - the path comes first
+from data.cli import arguments
 
 
 def count_looks(folder: str, looks: Counter, opened: set[str]) -> None:

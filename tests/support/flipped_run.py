@@ -6,13 +6,14 @@ STEP: of this start, the first is 1.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-import os  # noqa: E402 - the path comes first
+import os
 
-from data.cli import arguments  # noqa: E402
-from tests.support.flipped_bits import Trial, flipping  # noqa: E402
-from train.main import main  # noqa: E402
+from data.cli import arguments
+from tests.support.flipped_bits import Trial, flipping
+from train.main import main
 
 if __name__ == "__main__":
     step, *overrides = arguments(None)

@@ -9,16 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-import torch.distributed.distributed_c10d as c10d  # noqa: E402 - the path comes first
+import torch.distributed.distributed_c10d as c10d
 
-import train.checkpoint.new_folder as new_folder  # noqa: E402
-import train.loop as loop  # noqa: E402
-import train.sampling.sampler as sampler  # noqa: E402
-from data.cli import arguments  # noqa: E402
-from data.storage.machine import open_handles  # noqa: E402
-from train.main import main  # noqa: E402
+import train.checkpoint.new_folder as new_folder
+import train.loop as loop
+import train.sampling.sampler as sampler
+from data.cli import arguments
+from data.storage.machine import open_handles
+from train.main import main
 
 
 def slow(what: str, seconds: float) -> None:

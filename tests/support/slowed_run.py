@@ -7,15 +7,16 @@ batches; the turns are those of turns_of(ranks), again and again.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-import os  # noqa: E402 - the path comes first
-import time  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from data.cli import arguments  # noqa: E402
-from train.main import main  # noqa: E402
+from data.cli import arguments
+from train.main import main
 
 # Phases in which a slowed rank loses its time.
 SLOW_IN = ("data", "forward")

@@ -6,11 +6,12 @@ BATCH: its index in the order of the run.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from data.cli import arguments  # noqa: E402 - the path comes first
-from tests.support.bad_pictures import spoil  # noqa: E402
-from train.main import main  # noqa: E402
+from data.cli import arguments
+from tests.support.bad_pictures import spoil
+from train.main import main
 
 if __name__ == "__main__":
     batch, *overrides = arguments(None)

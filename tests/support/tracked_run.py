@@ -7,17 +7,18 @@ snapshots are of fp32, so that the rounding to any other dtype can be tried on t
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-import torch  # noqa: E402 - the path comes first
-from safetensors.torch import save_file  # noqa: E402
+import torch
+from safetensors.torch import save_file
 
-import train.checkpoint.writer as writer  # noqa: E402
-import train.loop as loop  # noqa: E402
-from data.cli import arguments  # noqa: E402
-from train.engine import Engine  # noqa: E402
-from train.main import main  # noqa: E402
-from train.weights.power_average import gamma_of  # noqa: E402
+import train.checkpoint.writer as writer
+import train.loop as loop
+from data.cli import arguments
+from train.engine import Engine
+from train.main import main
+from train.weights.power_average import gamma_of
 
 
 class Tracking(loop.EMA):
