@@ -1,6 +1,7 @@
 """From the bytes of a caption of the form lowrank to the factors of its states, which loaders send to the device.
 
-The factors are small integers, a fifth of the states' bytes or less. data/text/lowrank_product.py multiplies them.
+The factors are small integers, which take fewer bytes than the states in float32.
+data/text/lowrank_product.py multiplies them.
 """
 
 import struct
