@@ -6,6 +6,7 @@ A command's arguments are a dataclass. Its docstring says what the command does,
 begins with `field: ` for each (`a, b: ` for two alike). `--help` prints that with the types and defaults.
 """
 
+import logging
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data.interrupt import INTERRUPTED, begin_to_act, tell_interrupted
-from data.progress import be_quiet, end_lines
+from data.progress import LogLines, be_quiet, end_lines
 from data.quiet import quiet_libraries
 from data.storage.machine import raise_open_file_limit
 
@@ -75,6 +76,7 @@ def run_command(
         sys.exit(0)
     argv = without_quiet(argv)
     quiet_libraries()
+    logging.basicConfig(format="%(message)s", handlers=[LogLines(sys.stderr)])
     raise_open_file_limit()
     try:
         begin_to_act()

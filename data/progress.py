@@ -49,10 +49,7 @@ def end_lines() -> None:
 
 
 class LogLines(logging.StreamHandler):
-    """Prints to stdout what is logged, on a terminal above the bars."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stdout)
+    """Prints what is logged, on a terminal above the bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a line."""

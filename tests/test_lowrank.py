@@ -24,7 +24,7 @@ from data.loader.dataset import find_datasets
 from data.loader.prompts import stored_prompts
 from data.loader.stream import MicroBatches, micro_batches
 from data.storage.tars import read_shard
-from data.text import embedding_job, lowrank
+from data.text import embedding_job, fidelity, lowrank
 from data.text.embeddings import from_bytes, loaded_array, read_empty, read_into, store
 from data.text.encoder import TextEncoder
 from data.text.fidelity import measure_forms, recommend
@@ -392,7 +392,8 @@ def test_data_inspect_shows_it(base, tmp_path, capsys):
     assert "as many bytes as each caption needs" in page and "lowrank" in page and len(page) < 1e6
 
 
-def test_fidelity_measures_the_forms_and_recommends_the_smallest_that_fits(base, capsys):
+def test_fidelity_measures_the_forms_and_recommends_the_smallest_that_fits(base, capsys, monkeypatch):
+    monkeypatch.setattr(fidelity, "DECODE_SECONDS", 0.01)
     given = {"encoder": str(base / "t5"), "tokens": TOKENS, "compute": "float32", "mode": "fidelity"}
     embed(Embed(str(base / "shards"), **given, error=0.03))
     out = capsys.readouterr().out

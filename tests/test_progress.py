@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Of a bar on a terminal: name, percentage, bar, number, times and rate.
 BAR = r"{what}: +{percent}%\|[^|]*\| {number} \[[\d:]+<[\d:?]+, +[\d.?]+ ?(\w+/s|s/ \w+){beside}\]"
 TOY = """
-import sys, time
+import logging, sys, time
 sys.argv[0] = "-m"
 import data
 from dataclasses import dataclass
@@ -153,6 +153,7 @@ def test_times_in_words():
 
 RESUMED = """
 with Progress("scenes", 3, "scene", "demo/shards", start=2) as scenes:
+    logging.getLogger("data").warning("one is odd")
     scenes.update()
 print("3 scenes")
 """
@@ -161,19 +162,19 @@ print("3 scenes")
 def test_a_command_tells_the_same_on_a_terminal_in_a_file_and_quietly():
     terminal = on_terminal(toy(RESUMED))
     assert terminal.end() == 0
-    shown, result, cursor = terminal.screen()
+    warning, shown, result, cursor = terminal.screen()
+    assert warning == "one is odd"
     assert re.fullmatch(bar("scenes", 100, "3/3") + " to demo/shards", shown) and (result, cursor) == ("3 scenes", "")
     assert "\r" in terminal.said.replace("\r\n", ""), "it was drawn over"
-    line = r"scenes: 3 of 3 scenes \(100 %\), [\d,.]+ (scenes/s|s/scene), 1 of them in \d+ s, to demo/shards\n"
-    for quiet, told in ([], line), (["-q"], ""):
+    line = (
+        r"one is odd\nscenes: 3 of 3 scenes \(100 %\), [\d,.]+ (scenes/s|s/scene), 1 of them in \d+ s, to demo/shards\n"
+    )
+    for quiet, told in ([], line), (["-q"], r"one is odd\n"):
         done = subprocess.run([*toy(RESUMED), *quiet], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (0, "3 scenes\n") and re.fullmatch(told, done.stderr), done.stderr
 
 
 LINES = """
-import logging
-from data.progress import LogLines
-logging.basicConfig(format="%(message)s", handlers=[LogLines()])
 with Progress("work", 4, "step", "runs/{x}") as work:
     for step in range(4):
         work.update(1, {"loss": f"0.{step}"})

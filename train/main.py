@@ -77,7 +77,7 @@ def run(config: Config, rank: int, ranks: int) -> None:
     install_signal_handlers()
     faulthandler.enable()
     # At INFO setuptools, for one, shows how DeepSpeed looks for a library with gcc. Ours alone is of interest.
-    logging.basicConfig(format="%(message)s", handlers=[LogLines()])
+    logging.basicConfig(format="%(message)s", handlers=[LogLines(sys.stdout)])
     for name in ("train", "data"):
         logging.getLogger(name).setLevel(logging.INFO)
     if config.dry_run:

@@ -98,6 +98,11 @@ def register_channels(text: str, dim: int) -> tuple[int, Channels]:
     return code, channels
 
 
+def is_known(code: int, dim: int) -> bool:
+    """Whether channels of this width were registered, by the hash that embeddings name them with."""
+    return (code, dim) in _known
+
+
 def known_channels(dim: int) -> dict[int, Channels]:
     """All channels of this width that were registered, by the hashes that embeddings name them with, in their order."""
     return dict(sorted((code, channels) for (code, width), channels in _known.items() if width == dim))

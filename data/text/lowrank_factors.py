@@ -1,6 +1,7 @@
 """From the bytes of a caption of the form lowrank to the factors of its states, which loaders send to the device.
 
-The factors are small integers, a fifth of the states' bytes or less. data/text/lowrank_product.py multiplies them.
+The factors are small integers, which take fewer bytes than the states in float32.
+data/text/lowrank_product.py multiplies them.
 """
 
 import struct
@@ -17,7 +18,7 @@ from data.text.lowrank import (
     PART,
     UNIT,
     VERSION,
-    known_channels,
+    is_known,
     values_in_byte,
     zstd,
 )
@@ -57,7 +58,7 @@ def read_factors(out: np.ndarray, data: bytes | memoryview, tokens: int, dim: in
     version, code, length = reader.unpack(HEAD)
     if version != VERSION or length > tokens:
         raise ValueError(DAMAGED)
-    if code not in known_channels(dim):
+    if not is_known(code, dim):
         raise ValueError(OTHER_CHANNELS)
     ends = ((0, length), (length, tokens))
     groups = [_Group.read(reader, end - begin, dim) if end > begin else _Group() for begin, end in ends]

@@ -6,7 +6,7 @@ The captions are pieces of LICENSE, a text that stays. Encoders: a real one, who
 (minilm), and T5 with random weights at full width, whose padding depends on the place a little, smoothly or roughly, as
 its relative bias is drawn. Of a trained T5 nothing is known here: `python -m data.embed mode=fidelity` measures yours.
 Besides the forms of data.embed: int8 through zstd, and a rotation with blocks of few bits. What the device does for
-lowrank is counted. Needs no network; five minutes of a core.
+lowrank is counted. Needs no network; four minutes of a core.
 """
 
 import re

@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,7 +154,6 @@ def push(destination: Destination, folder: Path, message: str, dry_run: bool) ->
     Raises: ValueError if the upload does not end; the same call goes on with it.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     name = destination.name
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -177,8 +175,6 @@ def push(destination: Destination, folder: Path, message: str, dry_run: bool) ->
     print(f"{whose}: {total}", flush=True)
     if not to_send and not gone:
         return
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     try:
         done = HfApi().upload_folder(
             repo_id=name.repo, folder_path=folder, commit_message=message,
