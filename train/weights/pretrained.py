@@ -12,7 +12,7 @@ from data.storage.hub import hub_name, pinned
 from data.storage.hub_files import fetch
 from model.config import UNetConfig
 from model.convert import from_diffusers, merge_lora, to_diffusers
-from model.unet import UNet
+from model.super_resolution import make_net
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.identity import weights_digest
 from train.weights.lora import trained_adapter
@@ -47,7 +47,7 @@ def net_weights(checkpoint: Checkpoint, name: str = "ema") -> dict[str, Tensor]:
             )
         return merge_lora(weights, adapter.lora, adapter.scale, checkpoint.model)
     with torch.device("meta"):
-        net = UNet(checkpoint.model).state_dict()
+        net = make_net(checkpoint.model).state_dict()
     weights = checkpoint.weights(name)
     _check_fit(weights, net, checkpoint.folder)
     return weights
@@ -65,7 +65,7 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     """
     path = _fetched(str(path))
     with torch.device("meta"):
-        ours = UNet(config).state_dict()
+        ours = make_net(config).state_dict()
     theirs = to_diffusers(ours, config)
     state, numbers = _read(path)
     state, taken_off = take_off_prefix(state, [ours, theirs], path)
