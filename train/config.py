@@ -229,7 +229,7 @@ class Config:
             raise ValueError("layout=nhwc needs compile=true: without it each norm takes many passes over memory")
         if self.model.low_res_size:
             raise ValueError(
-                f"model.low_res_size={self.model.low_res_size} is of the second stage, which cannot be trained here yet: "
+                f"model.low_res_size={self.model.low_res_size} is of the second stage, which cannot be trained yet: "
                 "choose a net of the first stage, such as model=if_i_m"
             )
         check_share("ema_decay", self.ema_decay)
