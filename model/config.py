@@ -109,6 +109,8 @@ class UNetConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"model.activation={self.activation} must be one of {', '.join(ACTIVATIONS)}")
+        if isinstance(self.num_res_blocks, list):  # the command line reads its numbers as texts
+            self.num_res_blocks = [int(n) if str(n).isdigit() else n for n in self.num_res_blocks]
         if not 0 <= self.low_res_size < self.image_size:
             raise ValueError(
                 f"model.low_res_size={self.low_res_size} must be smaller than model.image_size={self.image_size}, to "
