@@ -54,6 +54,7 @@ class UNet(nn.Module):
     Source: DeepFloyd IF's UNetModel, from guided-diffusion.
     """
 
+    # What compile_stages compiles besides the stages.
     outside_stages: tuple[str, ...] = ("_encode_text", "_embed", "_predict")
 
     def __init__(self, config: UNetConfig, recompute: str = "none", layout: str = "nchw") -> None:
