@@ -46,7 +46,7 @@ KINDS: dict[Any, tuple[str, str]] = {
     float: ("a number", "numbers"),
     bool: ("true or false", "true or false"),
     # OmegaConf has no union of the two.
-    Any: ("a whole number or a list of texts", ""),
+    Any: ("a whole number or a list", ""),
 }
 
 

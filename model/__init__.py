@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from model.config import UNetConfig
     from model.diffusion import Diffusion
     from model.losses import training_losses
+    from model.super_resolution import SuperResolutionUNet
     from model.unet import UNet
 
-__all__ = ["Diffusion", "UNet", "UNetConfig", "training_losses"]
+__all__ = ["Diffusion", "SuperResolutionUNet", "UNet", "UNetConfig", "training_losses"]
 
 _MODULES = {
     "Diffusion": "model.diffusion",
+    "SuperResolutionUNet": "model.super_resolution",
     "UNet": "model.unet",
     "UNetConfig": "model.config",
     "training_losses": "model.losses",

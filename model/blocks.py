@@ -11,6 +11,8 @@ from model.layout import is_channels_last
 from model.recompute import call, recomputed
 
 M = TypeVar("M", bound=nn.Module)
+# Keeps the variance of a sum of shortcut and branch: 1 / sqrt(2), to the digits that the released nets have.
+SKIP_SCALE = 0.7071
 
 
 class GroupNorm(nn.GroupNorm):
@@ -71,7 +73,7 @@ class ResBlock(nn.Module):
     """Two 3x3 convolutions, the second scaled and shifted by the embedding, beside a shortcut.
 
     x: [N, in_channels, H, W], or its first channels, with the rest in skip; emb: [N, emb_channels], already activated.
-    resample: 'down' halves and 'up' doubles H and W, 'none' keeps them.
+    resample: 'down' halves and 'up' doubles H and W, 'none' keeps them.  scale_skip: whether the sum is scaled.
     Source: guided-diffusion's ResBlock with scale-shift norm and resblock_updown.
     """
 
@@ -84,10 +86,11 @@ class ResBlock(nn.Module):
         activation: str,
         resample: str = "none",
         recompute: str = "none",
+        scale_skip: bool = False,
     ) -> None:
         super().__init__()
         self.run = recomputed if recompute == "cheap" else call
-        self.resample = resample
+        self.resample, self.scale_skip = resample, scale_skip
         self.in_layers = nn.Sequential(
             group_norm(norm_groups, in_channels),
             make_activation(activation, recompute),
@@ -112,8 +115,10 @@ class ResBlock(nn.Module):
         h = self.run(self._in, *parts)
         h = self.run(self._out, h, self.emb_layers(emb))
         if isinstance(self.skip_connection, nn.Identity):
-            return self._resample(_join(*parts)) + h
-        return self.run(self._shortcut, *parts) + h
+            h = self._resample(_join(*parts)) + h
+        else:
+            h = self.run(self._shortcut, *parts) + h
+        return h * SKIP_SCALE if self.scale_skip else h
 
     def _in(self, *parts: Tensor) -> Tensor:
         norm, act, conv = self.in_layers

@@ -1,6 +1,7 @@
 """The shape of the net, and the checks of its numbers. Imports no torch: a configuration is read in no time."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 # The norm of the text states has this many groups in every net, as diffusers' has.
 TEXT_NORM_GROUPS = 32
@@ -26,7 +27,8 @@ class UNetConfig:
     model_channels: channels of the finest level.
     channel_mult: channels of each level as multiples of model_channels, the finest level first; each next level has
         half the side.
-    num_res_blocks: residual blocks of a level on the way down; there is one more on the way up.
+    num_res_blocks: residual blocks of each level on the way down, or a list of one number a level, the finest first;
+        on the way up each level has one more.
     attention_resolutions: sides in pixels of the levels that have attention.
     num_head_channels: channels of a head of attention.
     norm_groups: groups of each norm of the picture's states, 32 as released; at least 4 channels in each are right.
@@ -34,6 +36,10 @@ class UNetConfig:
     encoder_channels: width of the text states inside the net, 4 x model_channels as released.
     att_pool_heads: heads of the pooling of the text states; divides encoder_dim.
     activation: gelu, which is exact, or gelu_1bit to gelu_4bit, which keep so few bits of an element for backward.
+    low_res_size: side in pixels of the image that a net of the second stage enlarges; 0 for the first stage, which has
+        no such image.
+    scale_skip_connection: whether the sum that ends a residual block is scaled by 0.7071, as in IF's second stage.
+    self_attention: whether attention is over the pixels and the text, or over the text alone.
     """
 
     image_size: int = 64
@@ -41,7 +47,7 @@ class UNetConfig:
     out_channels: int = 6
     model_channels: int = 704
     channel_mult: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
-    num_res_blocks: int = 3
+    num_res_blocks: Any = 3  # int | list[int], a union that OmegaConf does not have
     attention_resolutions: list[int] = field(default_factory=lambda: [32, 16, 8])
     num_head_channels: int = 64
     norm_groups: int = 32
@@ -49,10 +55,24 @@ class UNetConfig:
     encoder_channels: int = 2816
     att_pool_heads: int = 64
     activation: str = "gelu"
+    low_res_size: int = 0
+    scale_skip_connection: bool = False
+    self_attention: bool = True
 
     @property
     def learn_sigma(self) -> bool:
         return self.out_channels == 2 * self.in_channels
+
+    @property
+    def conv_in_channels(self) -> int:
+        """Channels that the first convolution takes: those of the image, and of the enlarged one if there is one."""
+        return self.in_channels * (2 if self.low_res_size else 1)
+
+    @property
+    def res_blocks(self) -> list[int]:
+        """Residual blocks of each level on the way down, the finest first."""
+        blocks = self.num_res_blocks
+        return blocks if isinstance(blocks, list) else [blocks] * len(self.channel_mult)
 
     @property
     def widths(self) -> list[int]:
@@ -74,8 +94,8 @@ class UNetConfig:
         return self.model_channels * max(self.channel_mult)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "in_channels", "model_channels", "num_res_blocks", "num_head_channels",
-                     "norm_groups", "encoder_channels", "att_pool_heads"):  # fmt: skip
+        for name in ("image_size", "in_channels", "model_channels", "num_head_channels", "norm_groups",
+                     "encoder_channels", "att_pool_heads"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
         if not self.channel_mult or min(self.channel_mult) < 1:
@@ -89,6 +109,13 @@ class UNetConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"model.activation={self.activation} must be one of {', '.join(ACTIVATIONS)}")
+        if isinstance(self.num_res_blocks, list):  # the command line reads its numbers as texts
+            self.num_res_blocks = [int(n) if str(n).isdigit() else n for n in self.num_res_blocks]
+        if not 0 <= self.low_res_size < self.image_size:
+            raise ValueError(
+                f"model.low_res_size={self.low_res_size} must be smaller than model.image_size={self.image_size}, to "
+                "which the net enlarges it, or 0 for a net of the first stage"
+            )
         self._check_levels()
         self._check_text()
 
@@ -98,6 +125,11 @@ class UNetConfig:
             raise ValueError(
                 f"model.image_size={self.image_size} cannot be halved {levels - 1} times for the {levels} levels of "
                 f"model.channel_mult: it must be a multiple of {2 ** (levels - 1)}"
+            )
+        if len(self.res_blocks) != levels or not all(isinstance(n, int) and n > 0 for n in self.res_blocks):
+            raise ValueError(
+                f"model.num_res_blocks={self.num_res_blocks} must be a whole number from 1 on, or a list of "
+                f"{levels}, one for each level of model.channel_mult"
             )
         sizes = [self.image_size // 2**level for level in range(levels)]
         for size in self.attention_resolutions:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from model.blocks import SKIP_SCALE
 from model.config import UNetConfig
 
 RES_BLOCK = {
@@ -36,6 +37,7 @@ OUTSIDE_BLOCKS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+AUGMENTATION = {"aug_proj.0": "class_embedding.linear_1", "aug_proj.2": "class_embedding.linear_2"}
 POSITION = ("encoder_pooling.1.positional_embedding", "add_embedding.pool.positional_embedding")
 
 
@@ -49,9 +51,9 @@ def diffusers_config(config: UNetConfig) -> dict[str, object]:
     levels = config.attention_levels
     down = ["SimpleCrossAttnDownBlock2D" if attends else "ResnetDownsampleBlock2D" for attends in levels]
     up = ["SimpleCrossAttnUpBlock2D" if attends else "ResnetUpsampleBlock2D" for attends in reversed(levels)]
-    return {
+    arguments: dict[str, object] = {
         "sample_size": config.image_size,
-        "in_channels": config.in_channels,
+        "in_channels": config.conv_in_channels,
         "out_channels": config.out_channels,
         "down_block_types": down,
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
@@ -69,7 +71,14 @@ def diffusers_config(config: UNetConfig) -> dict[str, object]:
         "addition_embed_type_num_heads": config.att_pool_heads,
         "resnet_time_scale_shift": "scale_shift",
         "time_embedding_dim": config.time_embed_dim,
+        "only_cross_attention": not config.self_attention,
     }
+    if config.scale_skip_connection:
+        arguments |= {"resnet_out_scale_factor": 1 / SKIP_SCALE, "mid_block_scale_factor": 1 / SKIP_SCALE}
+    if config.low_res_size:
+        # The embedding is activated once and not in every block, as in the released net; the numbers are the same.
+        arguments |= {"class_embed_type": "timestep", "time_embedding_act_fn": "gelu", "resnet_skip_time_act": True}
+    return arguments
 
 
 def to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
@@ -162,35 +171,36 @@ def _pairs(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def _modules(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
-    for ours, theirs in OUTSIDE_BLOCKS.items():
+    for ours, theirs in (OUTSIDE_BLOCKS | (AUGMENTATION if config.low_res_size else {})).items():
         if ours != "encoder_proj" or config.encoder_dim != config.encoder_channels:
             yield ours, [theirs]
 
-    widths, layers, last = config.widths, config.num_res_blocks, len(config.widths) - 1
+    parts = ATTENTION if config.self_attention else ATTENTION | {"qkv": ["to_q"]}
+    widths, last = config.widths, len(config.widths) - 1
     block, channels = 1, widths[0]
     for level, width in enumerate(widths):
-        for i in range(layers):
+        for i in range(config.res_blocks[level]):
             name, theirs = f"input_blocks.{block}", f"down_blocks.{level}"
             yield from _res_block(f"{name}.0", f"{theirs}.resnets.{i}", shortcut=channels != width)
             if config.attention_levels[level]:
-                yield from _attention(f"{name}.1", f"{theirs}.attentions.{i}")
+                yield from _attention(f"{name}.1", f"{theirs}.attentions.{i}", parts)
             block, channels = block + 1, width
         if level < last:
             yield from _res_block(f"input_blocks.{block}.0", f"down_blocks.{level}.downsamplers.0", shortcut=False)
             block += 1
 
     yield from _res_block("middle_block.0", "mid_block.resnets.0", shortcut=False)
-    yield from _attention("middle_block.1", "mid_block.attentions.0")
+    yield from _attention("middle_block.1", "mid_block.attentions.0", parts)
     yield from _res_block("middle_block.2", "mid_block.resnets.1", shortcut=False)
 
     block = 0
     for level in range(last, -1, -1):
-        for i in range(layers + 1):
+        for i in range(config.res_blocks[level] + 1):
             name, theirs = f"output_blocks.{block}", f"up_blocks.{last - level}"
             yield from _res_block(f"{name}.0", f"{theirs}.resnets.{i}", shortcut=True)
             if config.attention_levels[level]:
-                yield from _attention(f"{name}.1", f"{theirs}.attentions.{i}")
-            if level and i == layers:
+                yield from _attention(f"{name}.1", f"{theirs}.attentions.{i}", parts)
+            if level and i == config.res_blocks[level]:
                 index = 2 if config.attention_levels[level] else 1
                 yield from _res_block(f"{name}.{index}", f"{theirs}.upsamplers.0", shortcut=False)
             block += 1
@@ -202,8 +212,8 @@ def _res_block(ours: str, theirs: str, shortcut: bool) -> Iterator[tuple[str, li
             yield f"{ours}.{our_part}", [f"{theirs}.{their_part}"]
 
 
-def _attention(ours: str, theirs: str) -> Iterator[tuple[str, list[str]]]:
-    for our_part, their_parts in ATTENTION.items():
+def _attention(ours: str, theirs: str, parts: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
+    for our_part, their_parts in parts.items():
         yield f"{ours}.{our_part}", [f"{theirs}.{part}" for part in their_parts]
 
 

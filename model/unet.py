@@ -54,6 +54,9 @@ class UNet(nn.Module):
     Source: DeepFloyd IF's UNetModel, from guided-diffusion.
     """
 
+    # What compile_stages compiles besides the stages.
+    outside_stages: tuple[str, ...] = ("_encode_text", "_embed", "_predict")
+
     def __init__(self, config: UNetConfig, recompute: str = "none", layout: str = "nchw") -> None:
         super().__init__()
         if not config.encoder_dim:
@@ -82,19 +85,21 @@ class UNet(nn.Module):
         )
 
         def attention(channels: int) -> AttentionBlock:
-            return AttentionBlock(channels, config.num_head_channels, config.encoder_channels, groups, recompute)
+            heads, text = config.num_head_channels, config.encoder_channels
+            return AttentionBlock(channels, heads, text, groups, recompute, config.self_attention)
 
         def res(in_channels: int, out_channels: int, resample: str = "none") -> ResBlock:
-            return ResBlock(in_channels, out_channels, emb, groups, act, resample, recompute)
+            scale = config.scale_skip_connection
+            return ResBlock(in_channels, out_channels, emb, groups, act, resample, recompute, scale)
 
         def stage(*layers: nn.Module) -> Stage:
             return Stage(list(layers), recompute)
 
         ch = widths[0]
-        self.input_blocks = nn.ModuleList([stage(nn.Conv2d(config.in_channels, ch, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([stage(nn.Conv2d(config.conv_in_channels, ch, 3, padding=1))])
         skips = [ch]
         for level, width in enumerate(widths):
-            for _ in range(config.num_res_blocks):
+            for _ in range(config.res_blocks[level]):
                 block = stage(res(ch, width))
                 if config.attention_levels[level]:
                     block.append(attention(width))
@@ -108,12 +113,12 @@ class UNet(nn.Module):
 
         self.output_blocks = nn.ModuleList()
         for level in range(last, -1, -1):
-            for i in range(config.num_res_blocks + 1):
+            for i in range(config.res_blocks[level] + 1):
                 block = stage(res(ch + skips.pop(), widths[level]))
                 ch = widths[level]
                 if config.attention_levels[level]:
                     block.append(attention(ch))
-                if level and i == config.num_res_blocks:
+                if level and i == config.res_blocks[level]:
                     block.append(res(ch, ch, "up"))
                 self.output_blocks.append(block)
 
@@ -171,7 +176,7 @@ class UNet(nn.Module):
 
         for stage in (*self.input_blocks, self.middle_block, *self.output_blocks):
             stage.forward = compiled(stage.forward)
-        for name in ("_encode_text", "_embed", "_predict"):
+        for name in self.outside_stages:
             setattr(self, name, compiled(getattr(self, name)))
 
     def _encode_text(self, text_emb: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,8 +192,8 @@ class UNet(nn.Module):
 
     def _check_input(self, x: Tensor, timesteps: Tensor, text: TextState) -> None:
         multiple = 2 ** (len(self.config.channel_mult) - 1)
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(f"x is {list(x.shape)}, the net takes [N, {self.config.in_channels}, H, W]")
+        if x.ndim != 4 or x.shape[1] != self.config.conv_in_channels:
+            raise ValueError(f"x is {list(x.shape)}, the net takes [N, {self.config.conv_in_channels}, H, W]")
         if x.shape[2] % multiple or x.shape[3] % multiple:
             raise ValueError(
                 f"x is {x.shape[2]} x {x.shape[3]} pixels, the {len(self.config.channel_mult)} levels of the net "

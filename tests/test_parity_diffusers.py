@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.config import UNetConfig
 from model.convert import diffusers_config, from_diffusers, to_diffusers
+from model.super_resolution import make_net
 from model.unet import UNet
 
 # 64 channels at least: with one channel a group, a norm would wipe out the biases before it and their gradients.
@@ -50,6 +51,20 @@ SHAPES = {
     ),
 }
 SHAPES["8 groups"] = replace(SHAPES["as released"], norm_groups=8)
+SHAPES["second stage"] = UNetConfig(
+    image_size=16,
+    low_res_size=4,
+    model_channels=64,
+    channel_mult=[1, 1],
+    num_res_blocks=[1, 2],
+    attention_resolutions=[8],
+    scale_skip_connection=True,
+    num_head_channels=32,
+    encoder_dim=48,
+    encoder_channels=64,
+    att_pool_heads=4,
+)
+SHAPES["second stage, attention to the text alone"] = replace(SHAPES["second stage"], self_attention=False)
 
 
 @pytest.fixture(params=SHAPES)
@@ -59,7 +74,7 @@ def pair(request) -> tuple[UNet, UNet2DConditionModel]:
 
 def same_weights(config: UNetConfig) -> tuple[UNet, UNet2DConditionModel]:
     torch.manual_seed(0)
-    ours = UNet(config)
+    ours = make_net(config)
     for parameter in ours.parameters():
         # Zero-initialised layers would make parity empty, and norms of gain 1 would hide a mix-up of theirs.
         if parameter.ndim == 1:
@@ -71,14 +86,21 @@ def same_weights(config: UNetConfig) -> tuple[UNet, UNet2DConditionModel]:
     return ours, theirs
 
 
-def inputs(config: UNetConfig, n: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(config: UNetConfig, n: int = 2) -> tuple[Tensor, ...]:
+    """x, t and text_emb; of a second stage low_res and aug_t too."""
     generator = torch.Generator().manual_seed(1)
-    size = config.image_size
-    return (
-        torch.randn(n, config.in_channels, size, size, generator=generator),
-        torch.tensor([3, 941])[:n],
-        torch.randn(n, 7, config.encoder_dim, generator=generator),
-    )
+    x, low_res = torch.randn(2, n, config.in_channels, config.image_size, config.image_size, generator=generator)
+    text_emb = torch.randn(n, 7, config.encoder_dim, generator=generator)
+    t, aug_t = torch.tensor([3, 941])[:n], torch.tensor([250, 7])[:n]
+    return (x, t, text_emb, low_res, aug_t) if config.low_res_size else (x, t, text_emb)
+
+
+def theirs_of(theirs: UNet2DConditionModel, x: Tensor, t: Tensor, text_emb: Tensor, *second_stage: Tensor) -> Tensor:
+    """The output for the same inputs, given as IFPipeline and IFSuperResolutionPipeline do."""
+    if not second_stage:
+        return theirs(x, t, text_emb).sample
+    low_res, aug_t = second_stage
+    return theirs(torch.cat([x, low_res], dim=1), t, text_emb, class_labels=aug_t).sample
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -95,8 +117,8 @@ def test_same_outputs_and_gradients_at_the_medium_size():
     assert_same(*same_weights(config), inputs(config, n=1))
 
 
-def assert_same(ours: UNet, theirs: UNet2DConditionModel, args: tuple[Tensor, Tensor, Tensor]) -> None:
-    out, expected = ours(*args), theirs(*args).sample
+def assert_same(ours: UNet, theirs: UNet2DConditionModel, args: tuple[Tensor, ...]) -> None:
+    out, expected = ours(*args), theirs_of(theirs, *args)
     assert expected.std() > 0.1
     assert distance(out, expected) < 1e-5
 
@@ -106,8 +128,10 @@ def assert_same(ours: UNet, theirs: UNet2DConditionModel, args: tuple[Tensor, Te
     grads = to_diffusers({name: p.grad for name, p in ours.named_parameters()}, ours.config)
     expected_grads = {name: p.grad for name, p in theirs.named_parameters()}
     assert grads.keys() == expected_grads.keys()
-    # A constant added to every key changes no softmax: the gradient of the pooling's key bias is rounding alone.
-    off = {name: distance(grads[name], expected_grads[name]) for name in grads if "pool.k_proj.bias" not in name}
+    # A constant added to every key changes no softmax: the gradient of the pooling's key bias is rounding alone, and so
+    # is that of the text's where no other keys are.
+    rounding = ["pool.k_proj.bias"] if ours.config.self_attention else ["pool.k_proj.bias", "add_k_proj.bias"]
+    off = {name: distance(grads[name], expected_grads[name]) for name in grads if not name.endswith(tuple(rounding))}
     assert max(off.values()) < 1e-4, max(off.items(), key=lambda item: item[1])
 
 

@@ -227,6 +227,11 @@ class Config:
         check_choice("layout", self.layout, LAYOUTS)
         if self.layout == "nhwc" and not self.compile:
             raise ValueError("layout=nhwc needs compile=true: without it each norm takes many passes over memory")
+        if self.model.low_res_size:
+            raise ValueError(
+                f"model.low_res_size={self.model.low_res_size} is of the second stage, which cannot be trained yet: "
+                "choose a net of the first stage, such as model=if_i_m"
+            )
         check_share("ema_decay", self.ema_decay)
         if self.lora.rank and not self.init_from:
             raise ValueError(f"lora.rank={self.lora.rank} adds to a trained net: name its weights in init_from")

@@ -9,6 +9,7 @@ import torch
 from data.loader.stream import MicroBatches, micro_batches
 from model.diffusion import Diffusion
 from model.losses import training_losses
+from model.super_resolution import make_net
 from model.unet import UNet
 from train.checkpoint.resume import resume
 from train.checkpoint.writer import CheckpointWriter
@@ -127,7 +128,7 @@ def build(config: Config, inputs: Inputs, ranks: int, device: torch.device) -> E
 def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
     """The net with the matrices of LoRA, if those are what is trained."""
     with device:  # built where it will be: on the host, eight ranks of XL would take 138 GB
-        unet = UNet(config.model, config.recompute, config.layout)
+        unet = make_net(config.model, config.recompute, config.layout)
     if config.compile:
         unet.compile_stages()
     if config.lora.rank:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import UNetConfig
 from train.config import LoRAConfig
 from train.monitor.gpus import find_device
+from train.monitor.step_memory import inputs
 from train.weights.lora import unet_on_meta
 
 
@@ -57,8 +58,7 @@ def training_flops(config: UNetConfig, tokens: int, lora: LoRAConfig | None = No
         for name, parameter in unet.named_parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(partial(ready, name))
-        x = torch.empty(1, config.in_channels, config.image_size, config.image_size)
-        out = unet(x, torch.zeros(1, dtype=torch.int64), torch.empty(1, tokens, config.encoder_dim))
+        out = unet(*inputs(config, 1, tokens))
         forward = counter.get_total_flops()
         out.sum().backward()
     return Flops(forward, counter.get_total_flops(), tuple(gradients))

@@ -53,10 +53,10 @@ def seconds_of_micro_batch(config: Config) -> float:
 
     Draws nothing from torch's generator.
     """
-    from model.unet import UNet  # here: a GPU needs none of it
+    from model.super_resolution import make_net  # here: a GPU needs none of it
 
     with torch.random.fork_rng(devices=[]):
-        unet = UNet(config.model, config.recompute)
+        unet = make_net(config.model, config.recompute)
         if config.lora.rank:
             add_lora(unet, config.lora)
         unet.to(DTYPES[config.precision])

@@ -130,12 +130,14 @@ def step_bytes(
     return walk_step(config, precision, tokens, lora, recompute).bytes(micro_batch, accumulated)
 
 
-def inputs(config: UNetConfig, micro_batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t, t and text_emb as the trainer gives them to the net, in fp32."""
+def inputs(config: UNetConfig, micro_batch: int, tokens: int) -> tuple[Tensor, ...]:
+    """x_t, t and text_emb as the trainer gives them to the net, in fp32; then low_res and aug_t if it enlarges."""
     size = config.image_size
-    x_t = torch.randn(micro_batch, config.in_channels, size, size)
+    x_t, t = torch.randn(micro_batch, config.in_channels, size, size), torch.randint(1000, (micro_batch,))
     text_emb = torch.randn(micro_batch, tokens, config.encoder_dim)
-    return x_t, torch.randint(1000, (micro_batch,)), text_emb
+    if not config.low_res_size:
+        return x_t, t, text_emb
+    return x_t, t, text_emb, torch.randn_like(x_t), torch.randint_like(t, 1000)
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:
@@ -145,7 +147,7 @@ def kept_bytes(forward: Callable[[], Tensor]) -> int:
         return live.now - result.untyped_storage().nbytes()
 
 
-def walk(unet: UNet, args: tuple[Tensor, Tensor, Tensor]) -> Walk:
+def walk(unet: UNet, args: tuple[Tensor, ...]) -> Walk:
     """Record what a forward and a backward allocate; the net's tensors are real or fake."""
     gradients = [(0, 0)]  # the number of changes before a gradient is ready, and the bytes of those that are
     with LiveBytes() as live:
@@ -165,7 +167,7 @@ def walk(unet: UNet, args: tuple[Tensor, Tensor, Tensor]) -> Walk:
     return Walk(changes, forward, size, by_change, gradients[-1][1])
 
 
-def walk_bytes(unet: UNet, args: tuple[Tensor, Tensor, Tensor]) -> Bytes:
+def walk_bytes(unet: UNet, args: tuple[Tensor, ...]) -> Bytes:
     """Bytes of a forward and backward of real tensors."""
     walked = walk(unet, args)
     live = np.cumsum(walked.changes)

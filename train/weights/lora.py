@@ -12,6 +12,7 @@ from torch import Tensor
 from model.attention import Projection
 from model.config import UNetConfig
 from model.convert import lora_to_diffusers, merge_lora
+from model.super_resolution import make_net
 from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
 from train.config import LoRAConfig
@@ -59,7 +60,7 @@ def unet_on_meta(config: UNetConfig, lora: LoRAConfig | None = None, recompute: 
     recompute: one of model.config.RECOMPUTE.
     """
     with torch.device("meta"):
-        unet = UNet(config, recompute)
+        unet = make_net(config, recompute)
         if lora and lora.rank:
             add_lora(unet, lora, on_meta=True)
     return unet

@@ -12,13 +12,16 @@ from data.storage.hub import hub_name, pinned
 from data.storage.hub_files import fetch
 from model.config import UNetConfig
 from model.convert import from_diffusers, merge_lora, to_diffusers
-from model.unet import UNet
+from model.super_resolution import make_net
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.identity import weights_digest
 from train.weights.lora import trained_adapter
 from train.weights.prefixes import SHOWN, flatten, take_off_prefix
 
 logger = logging.getLogger(__name__)
+
+# What decides what a net makes of its weights, and does not show in their shapes.
+SHAPELESS = ("norm_groups", "num_head_channels", "scale_skip_connection")
 
 # The files or indices that diffusers may have saved a net in, below its folder, the highest precision first.
 DIFFUSERS_FILES = [
@@ -47,7 +50,7 @@ def net_weights(checkpoint: Checkpoint, name: str = "ema") -> dict[str, Tensor]:
             )
         return merge_lora(weights, adapter.lora, adapter.scale, checkpoint.model)
     with torch.device("meta"):
-        net = UNet(checkpoint.model).state_dict()
+        net = make_net(checkpoint.model).state_dict()
     weights = checkpoint.weights(name)
     _check_fit(weights, net, checkpoint.folder)
     return weights
@@ -61,18 +64,18 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     checkpoints, where the moving average is read; such a folder on the hub, ORG/NAME or ORG/NAME@REVISION, of which
     only what is read is fetched.  The names may have a prefix, or lie nested in the file.
     Raises: ValueError if nothing can be read there, or the weights don't fit the net; it names the first of them.
-    So it does if the net that is described beside them has other groups or heads, which no shape shows.
+    So it does if the net that is described beside them has other groups, heads or scales, which no shape shows.
     """
     path = _fetched(str(path))
     with torch.device("meta"):
-        ours = UNet(config).state_dict()
+        ours = make_net(config).state_dict()
     theirs = to_diffusers(ours, config)
     state, numbers = _read(path)
     state, taken_off = take_off_prefix(state, [ours, theirs], path)
     is_diffusers = bool(state.keys() & theirs.keys())
     state = _without_idle_variance(state, config)
     _check_fit(state, theirs if is_diffusers else ours, path, taken_off)
-    _check_groups_and_heads(path, numbers, config)
+    _check_shapeless(path, numbers, config)
     if taken_off:
         logger.warning("%s: %s: taken off", path, taken_off)
     return from_diffusers(state, config) if is_diffusers else state
@@ -114,7 +117,7 @@ def _no_weights(location: str, error: ValueError | None = None) -> ValueError:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The weights, and the groups and heads of their net if these are described beside them."""
+    """The weights, and what no shape shows of their net if it is described beside them."""
     if path.is_file():
         weights = _read_shards(path) if path.suffix == ".json" else _read_file(path)
         return weights, _read_diffusers_config(path.parent / "config.json")
@@ -129,15 +132,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
             f"'{path}' holds no diffusion_pytorch_model.*, no unet/ with one, and no checkpoint ({error}): "
             "name such a folder, or the file of the weights itself"
         ) from None
-    model = checkpoint.model
-    return weights, {"norm_groups": model.norm_groups, "num_head_channels": model.num_head_channels}
+    return weights, {name: getattr(checkpoint.model, name) for name in SHAPELESS}
 
 
 def _read_diffusers_config(path: Path) -> dict[str, int]:
-    """The groups and heads of the net in a config.json of diffusers; none if it is missing or of something else."""
+    """What no shape shows of the net in a config.json of diffusers; nothing if that is missing or of something else."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return {"norm_groups": saved["norm_num_groups"], "num_head_channels": saved["attention_head_dim"]}
+        scaled = saved.get("resnet_out_scale_factor", 1) != 1
+        return dict(zip(SHAPELESS, (saved["norm_num_groups"], saved["attention_head_dim"], scaled), strict=True))
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -180,7 +183,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_groups_and_heads(path: Path, numbers: dict[str, int], config: UNetConfig) -> None:
+def _check_shapeless(path: Path, numbers: dict[str, int], config: UNetConfig) -> None:
     for name, theirs in numbers.items():
         if theirs != getattr(config, name):
             raise ValueError(

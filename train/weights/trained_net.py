@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.config import UNetConfig
+from model.super_resolution import make_net
 from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
 from train.weights.pretrained import load_pretrained, net_weights
@@ -34,6 +35,6 @@ def load_released_net(path: str | Path, config: UNetConfig, device: torch.device
 
 def _frozen(weights: dict[str, Tensor], config: UNetConfig, precision: str, device: torch.device) -> UNet:
     with torch.device("meta"):
-        unet = UNet(config)
+        unet = make_net(config)
     unet.load_state_dict(weights, strict=True, assign=True)
     return unet.to(device, sampling_dtype(precision, device)).eval().requires_grad_(False)

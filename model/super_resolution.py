@@ -1,0 +1,63 @@
+"""The IF stage II UNet: predicts the noise in larger images, which it draws after a small image and the caption."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.activations import make_activation
+from model.config import UNetConfig
+from model.embeddings import timestep_embedding
+from model.unet import TextState, UNet
+
+
+def make_net(config: UNetConfig, recompute: str = "none", layout: str = "nchw") -> UNet:
+    """The net of the config: a UNet, or a SuperResolutionUNet where there is a model.low_res_size."""
+    return (SuperResolutionUNet if config.low_res_size else UNet)(config, recompute, layout)
+
+
+def enlarge(low_res: Tensor, size: int) -> Tensor:
+    """The small images in the size of the large ones, so that a pixel of a corner stays in its corner.
+
+    low_res: [N, C, h, w] -> [N, C, size, size].
+    """
+    return F.interpolate(low_res, (size, size), mode="bilinear", align_corners=True)
+
+
+class SuperResolutionUNet(UNet):
+    """A UNet that also sees the small image, and is told how much noise was added to that one.
+
+    The noise, which a training draws anew for each image, keeps the net from trusting what the first stage drew.
+    low_res: [N, in_channels, H, W], the small images enlarged, then noised by q_sample at aug_t; aug_t: [N], timesteps
+    of the same diffusion; the rest is as for UNet.
+    Raises: ValueError, as UNet, and for a low_res that is not like x or an aug_t that is not like timesteps.
+    Source: DeepFloyd IF's SuperResUNetModel; Ho et al. 2021 (Cascaded Diffusion Models), section 4.2.
+    """
+
+    outside_stages = (*UNet.outside_stages, "_embed_augmentation")
+
+    def __init__(self, config: UNetConfig, recompute: str = "none", layout: str = "nchw") -> None:
+        super().__init__(config, recompute, layout)
+        emb = config.time_embed_dim
+        self.aug_proj = nn.Sequential(
+            nn.Linear(config.model_channels, emb), make_activation(config.activation), nn.Linear(emb, emb)
+        )
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, timesteps: Tensor, text_emb: Tensor | TextState, low_res: Tensor, aug_t: Tensor
+    ) -> Tensor:
+        if low_res.shape != x.shape:
+            raise ValueError(
+                f"low_res is {list(low_res.shape)} and x {list(x.shape)}: enlarge low_res with "
+                "model.super_resolution.enlarge, and give one for each image"
+            )
+        if (aug_t.shape, aug_t.dtype) != (timesteps.shape, timesteps.dtype):
+            raise ValueError(
+                f"aug_t is {list(aug_t.shape)} of {aug_t.dtype}, timesteps are {list(timesteps.shape)} of "
+                f"{timesteps.dtype}: give one of the same kind for each image"
+            )
+        text = text_emb if isinstance(text_emb, TextState) else self.encode_text(text_emb)
+        text = text._replace(pooled=text.pooled + self._embed_augmentation(aug_t))
+        return super().forward(torch.cat([x, low_res], dim=1), timesteps, text)
+
+    def _embed_augmentation(self, aug_t: Tensor) -> Tensor:
+        return self.aug_proj(timestep_embedding(aug_t, self.config.model_channels).to(self.dtype))
