@@ -76,17 +76,20 @@ def preprocess(
     shift: as for shifted_center_box.
     Raises: BadImage.
     """
-    return crop_and_resize(decode(data, rules), image_size, shift, rng)
+    return resize(crop(decode(data, rules), shift, rng), image_size)
 
 
-def crop_and_resize(image: Image.Image, image_size: int, shift: float, rng: np.random.Generator) -> np.ndarray:
-    """A decoded image to uint8 [3, image_size, image_size], as preprocess does."""
-    # Cropped first, since with resize(box=...) the filter would reach beyond the crop.
+def crop(image: Image.Image, shift: float, rng: np.random.Generator) -> Image.Image:
+    """The shifted centre square of a decoded image."""
+    # Cropped before it is resized, since with resize(box=...) the filter would reach beyond the crop.
     box = shifted_center_box(image.width, image.height, shift, rng)
-    if box != (0, 0, *image.size):  # else crop() would copy the whole image
-        image = image.crop(box)
-    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, reducing_gap=None)
-    return np.asarray(image).transpose(2, 0, 1)
+    return image if box == (0, 0, *image.size) else image.crop(box)  # crop() would copy the whole image
+
+
+def resize(square: Image.Image, image_size: int) -> np.ndarray:
+    """What crop returned to uint8 [3, image_size, image_size]."""
+    resized = square.resize((image_size, image_size), Image.Resampling.BICUBIC, reducing_gap=None)
+    return np.asarray(resized).transpose(2, 0, 1)
 
 
 def shifted_center_box(width: int, height: int, shift: float, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ import torch
 
 from data.config import DataConfig, DatasetConfig
 from data.embed import Embed, embed
+from data.images import preprocess
 from data.loader.cursor import ShardUnreadable
 from data.loader.dataset import find_datasets
 from data.loader.draws import Draw, Draws
@@ -94,6 +95,43 @@ def test_ranks_workers_and_micro_batches_change_nothing(config, ranks, micro_bat
     expected, found = read(config, range(9)), read(config, range(9), ranks, micro_batch, workers)
     for a, b in zip(expected[:4], found[:4], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("rank", "ranks", "workers"), [(0, 1, 0), (1, 2, 2)])
+def test_small_images_are_of_the_same_crops_and_change_nothing_else(config, pictures, rank, ranks, workers):
+    datasets, meta, found = find_datasets(config), TextMeta.read(config.text), []
+    for low_res_size in (0, 5):
+        stream = MicroBatches(
+            config, datasets, meta, image_size=8, seed=0, global_batch=16, micro_batch=4, rank=rank, ranks=ranks,
+            low_res_size=low_res_size,
+        )  # fmt: skip
+        batches = micro_batches(stream, workers, pin_memory=False)
+        found.append([next(batches) for _ in range(16)])
+    crops, seen = Draws(0, Draw.CROP), set()
+    for alone, both in zip(*found, strict=True):
+        assert alone.low_res is None
+        assert both.low_res.shape == (4, 3, 5, 5)
+        for name in ("pixels", "text_emb", "visit", "weight"):
+            assert torch.equal(getattr(alone, name), getattr(both, name)), name
+        for small, visit in zip(both.low_res.numpy(), both.visit.tolist(), strict=True):
+            row = visit % 50
+            seen.add(row)
+            expected = preprocess(pictures[row], 5, config.crop_shift, crops.at(visit))
+            assert (small == expected).all(), row
+    assert len(seen) > 25
+
+
+def test_of_what_cannot_be_read_the_small_image_is_zero_too(tmp_path, pictures):
+    config = write_dataset(tmp_path, [*pictures[:7], b"no picture"], per_shard=8)
+    stream = MicroBatches(
+        config, find_datasets(config), TextMeta.read(config.text), image_size=8, seed=0, global_batch=8, micro_batch=8,
+        low_res_size=4,
+    )  # fmt: skip
+    buffer = stream.new_buffer()
+    buffer.low_res.fill_(9)  # of the batch before
+    batch = next(stream.fill(0, 1, [buffer]))
+    assert [bool(small.any()) for small in batch.low_res] == batch.weight.bool().tolist()
+    assert batch.weight.sum() == 7
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch", "workers"), [(1, 4, 0), (2, 4, 3), (4, 2, 0)])

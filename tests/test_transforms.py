@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import preprocess, shifted_center_box
+from data.images import crop, decode, preprocess, resize, shifted_center_box
 from data.loader.draws import Draw, generator
 
 
@@ -50,6 +50,13 @@ def test_pixels_are_those_of_crop_then_resize(kind, options):
     found = preprocess(data, 64, 0.1, generator(3, Draw.CROP, 5))
     assert found.shape == (3, 64, 64) and found.dtype == np.uint8
     assert (found == expected.transpose(2, 0, 1)).all()
+
+
+def test_a_small_and_a_large_image_of_one_crop_are_each_as_if_alone():
+    data = encoded(noise_image(650, 490), "JPEG")
+    square = crop(decode(data), 0.1, generator(3, Draw.CROP, 5))
+    for size in (256, 64, 16):
+        assert (resize(square, size) == preprocess(data, size, 0.1, generator(3, Draw.CROP, 5))).all(), size
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60_000), (60_000, 1), (2, 3)])

@@ -91,6 +91,14 @@ def test_the_samples_are_spread_over_all_shards_and_the_same_for_any_number_of_r
     assert beyond.visit.tolist() == [-1] * 4 and not beyond.weight.any() and not beyond.bad
 
 
+def test_small_images_are_of_the_same_central_crops(data):
+    meta, given = TextMeta.read(data / "text"), {"image_size": SIZE, "samples": 6, "micro_batch": 3}
+    both = list(HeldOut(DataConfig(crop_shift=0.5), [dataset(data)], meta, low_res_size=4, **given))
+    alone = list(HeldOut(DataConfig(), [dataset(data)], meta, image_size=4, samples=6, micro_batch=3))
+    assert [batch.low_res.tolist() for batch in both] == [batch.pixels.tolist() for batch in alone]
+    assert both[0].pixels.shape == (3, 3, SIZE, SIZE) and both[0].low_res.any()
+
+
 def test_crops_are_central_captions_are_kept_and_bad_samples_have_no_weight(data):
     found, meta = dataset(data), TextMeta.read(data / "text")
     batches = list(part(data, 1000))

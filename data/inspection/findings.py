@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data.config import CaptionConfig
-from data.images import BadImage, crop_and_resize, decode
+from data.images import BadImage, crop, decode, resize
 from data.inspection.choice import Choice
 from data.inspection.duplicates import Fingerprint, fingerprint, near_duplicates
 from data.loader.cursor import ENDED, TEXT_UNREADABLE, UNREADABLE, RawSample, ShardCursor
@@ -112,7 +112,7 @@ class TrainingView:
     def pixels(self, image: Image.Image, index: int) -> np.ndarray:
         """uint8 [3, S, S] of the decoded image of the sample with this index in the dataset."""
         # In epoch 0 a sample's visit, the key of its draws, is its index: data.loader.order.Order.visit.
-        return crop_and_resize(image, self.image_size, self.crop_shift, self.crops.at(index))
+        return resize(crop(image, self.crop_shift, self.crops.at(index)), self.image_size)
 
 
 def choose_rows(counts: list[int], samples: int) -> dict[int, list[int]]:

@@ -13,13 +13,15 @@ from data.text.lowrank_factors import used_bytes
 class Batch:
     """A micro batch of N samples.
 
-    Shapes: pixels [N, 3, H, W] uint8; text_emb [N, L, D]; visit [N] int64; weight [N] float32.
+    Shapes: pixels [N, 3, H, W] uint8; text_emb [N, L, D]; visit [N] int64; weight [N] float32; low_res [N, 3, h, w]
+    uint8.
     text_emb: of lowrank their factors [N, bytes] uint8 instead, of which a copy keeps what is used; where the encoder
     runs on the rank, token ids [N, L] int32, -1 at the padding.
     visit: epoch x rows in all shards + the sample's row among them, the key of all its random draws.
     weight: 1, or 0 for a sample that could not be read: its pixels are zeros and it adds nothing to the loss.
     bad: (sample, reason) for each weight of 0.
     lacks: [1] int64, how many of the others had not all the captions among which one was drawn.
+    low_res: for the second stage, the same crops as small images; None for the first.
     """
 
     pixels: Tensor
@@ -28,9 +30,12 @@ class Batch:
     weight: Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
     lacks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    low_res: Tensor | None = None
 
     @staticmethod
-    def shared(n: int, image_size: int, text_shape: tuple[int, ...], text_dtype: torch.dtype) -> "Batch":
+    def shared(
+        n: int, image_size: int, text_shape: tuple[int, ...], text_dtype: torch.dtype, low_res_size: int = 0
+    ) -> "Batch":
         """A batch of zeros in memory that is shared with processes forked from this one."""
         # A memory mapping for each tensor takes no space in /dev/shm and needs no removal.
         return Batch(
@@ -39,17 +44,20 @@ class Batch:
             _shared_zeros((n,), torch.int64),
             _shared_zeros((n,), torch.float32),
             lacks=_shared_zeros((1,), torch.int64),
+            low_res=_shared_zeros((n, 3, low_res_size, low_res_size), torch.uint8) if low_res_size else None,
         )
 
     def copy(self, pin_memory: bool) -> "Batch":
         """A copy in memory of its own; what goes to the device is page-locked if pin_memory."""
+
+        def own(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin_memory).copy_(tensor)
+
         is_factors = self.text_emb.dtype == torch.uint8
         text_emb = self.text_emb[:, : used_bytes(self.text_emb.numpy())] if is_factors else self.text_emb
-        pixels, text_emb, weight = (
-            torch.empty(t.shape, dtype=t.dtype, pin_memory=pin_memory).copy_(t)
-            for t in (self.pixels, text_emb, self.weight)
-        )
-        return Batch(pixels, text_emb, self.visit.clone(), weight, self.bad, self.lacks.clone())
+        low_res = None if self.low_res is None else own(self.low_res)
+        pixels, text_emb, weight = own(self.pixels), own(text_emb), own(self.weight)
+        return Batch(pixels, text_emb, self.visit.clone(), weight, self.bad, self.lacks.clone(), low_res)
 
 
 def _shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -24,16 +24,16 @@ class HeldOut:
 
     Every rank has equally many micro batches, the last ones filled up with what has weight 0 and is not counted as bad.
     A batch's visit is the sample's index among all in the datasets, -1 where it is filled up.
-    config: of the training, whose limits and unreadable_shard hold here too.
+    config: of the training, whose limits and unreadable_shard hold here too.  low_res_size: as for Collator.
     """
 
     def __init__(
         self, config: DataConfig, datasets: list[Dataset], meta: TextMeta, *, image_size: int, samples: int,
-        micro_batch: int, rank: int = 0, ranks: int = 1,
+        micro_batch: int, rank: int = 0, ranks: int = 1, low_res_size: int = 0,
     ) -> None:  # fmt: skip
         self._unreadable, self._told = config.unreadable_shard, False
         central = replace(config, crop_shift=0.0, cond_drop_prob=0.0)
-        self._collator = Collator(central, datasets, meta, image_size, seed=0)
+        self._collator = Collator(central, datasets, meta, image_size, seed=0, low_res_size=low_res_size)
         self._ends = np.cumsum([count for dataset in datasets for count in dataset.counts])
         self._shards = [(dataset, shard) for dataset in datasets for shard in range(len(dataset.shards))]
         total = int(self._ends[-1])
@@ -44,7 +44,8 @@ class HeldOut:
         visits[: self.samples] = np.arange(self.samples) * total // self.samples
         self._visits = visits.reshape(rounds, ranks, micro_batch)[:, rank]
         self._buffer = self._collator.new_buffer(micro_batch)
-        self._keeps = len(self._visits) * (self._buffer.pixels.nbytes + self._buffer.text_emb.nbytes) <= KEEP_BYTES
+        kept = [self._buffer.pixels, self._buffer.text_emb, self._buffer.low_res]
+        self._keeps = len(self._visits) * sum(t.nbytes for t in kept if t is not None) <= KEEP_BYTES
         self._kept: list[Batch] = []
 
     def __len__(self) -> int:

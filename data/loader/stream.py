@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.config import DataConfig
-from data.images import BadImage, preprocess
+from data.images import BadImage, crop, decode, resize
 from data.loader.batch import Batch
 from data.loader.cursor import TEXT_UNREADABLE, RawSample, ShardCursor, ShardUnreadable
 from data.loader.dataset import Dataset
@@ -73,15 +73,16 @@ class MicroBatches:
 
     global_batch, micro_batch: in samples; global_batch is a multiple of ranks x micro_batch.
     step: the number of steps done before.  left_out: global batches of the order that no step takes.
+    low_res_size: as for Collator.
     """
 
     def __init__(
         self, config: DataConfig, datasets: list[Dataset], meta: TextMeta, *, image_size: int, seed: int,
         global_batch: int, micro_batch: int, rank: int = 0, ranks: int = 1, step: int = 0,
-        left_out: Iterable[int] = (),
+        left_out: Iterable[int] = (), low_res_size: int = 0,
     ) -> None:  # fmt: skip
         c = self.config = config
-        self.datasets, self.collator = datasets, Collator(config, datasets, meta, image_size, seed)
+        self.datasets, self.collator = datasets, Collator(config, datasets, meta, image_size, seed, low_res_size)
         self.choices = Draws(seed, Draw.CAPTION) if len(datasets[0].captions) > 1 else None
         counts, weights = [d.counts for d in datasets], [d.weight for d in datasets]
         stored = [[shard.count for shard in d.shards] for d in datasets]
@@ -139,10 +140,16 @@ class MicroBatches:
 
 
 class Collator:
-    """Decodes, crops and, where it is drawn, drops the captions of the samples of a micro batch."""
+    """Decodes, crops and, where it is drawn, drops the captions of the samples of a micro batch.
 
-    def __init__(self, config: DataConfig, datasets: list[Dataset], meta: TextMeta, image_size: int, seed: int) -> None:
-        self.config, self.meta, self.image_size = config, meta, image_size
+    low_res_size: side of the small images of the second stage; 0 makes none.
+    """
+
+    def __init__(
+        self, config: DataConfig, datasets: list[Dataset], meta: TextMeta, image_size: int, seed: int,
+        low_res_size: int = 0,
+    ) -> None:  # fmt: skip
+        self.config, self.meta, self.image_size, self.low_res_size = config, meta, image_size, low_res_size
         self.crops, self.dropouts = Draws(seed, Draw.CROP), Draws(seed, Draw.DROPOUT)
         self.encoder = datasets[0].encoder
         if self.encoder:
@@ -157,18 +164,23 @@ class Collator:
 
     def new_buffer(self, micro_batch: int) -> Batch:
         """A micro batch of zeros in shared memory."""
-        return Batch.shared(micro_batch, self.image_size, self.text_shape, getattr(torch, self.empty.dtype.name))
+        dtype = getattr(torch, self.empty.dtype.name)
+        return Batch.shared(micro_batch, self.image_size, self.text_shape, dtype, self.low_res_size)
 
     def collate(self, samples: list[tuple[int, RawSample]], batch: Batch) -> None:
         """Write the samples, each with its visit, to the batch."""
         c = self.config
         pixels, text_emb, weight = batch.pixels.numpy(), batch.text_emb.numpy(), batch.weight.numpy()
+        low_res = None if batch.low_res is None else batch.low_res.numpy()
         weight[:], batch.bad, lacks = 1.0, [], 0
         for i, (visit, raw) in enumerate(samples):
             try:
                 if raw.problem:
                     raise BadImage(raw.problem)
-                pixels[i] = preprocess(raw.image, self.image_size, c.crop_shift, self.crops.at(visit), c.images)
+                square = crop(decode(raw.image, c.images), c.crop_shift, self.crops.at(visit))
+                pixels[i] = resize(square, self.image_size)
+                if low_res is not None:
+                    low_res[i] = resize(square, self.low_res_size)
                 if self.dropouts.at(visit).random() < c.cond_drop_prob:
                     text_emb[i, : len(self.empty)] = self.empty
                 else:
@@ -176,6 +188,8 @@ class Collator:
                 lacks += raw.lacks
             except ValueError as problem:
                 pixels[i], text_emb[i, : len(self.empty)], weight[i] = 0, self.empty, 0.0
+                if low_res is not None:
+                    low_res[i] = 0
                 batch.bad.append((raw.name, str(problem)))
         batch.visit.numpy()[:] = [visit for visit, _ in samples]
         batch.lacks.numpy()[0] = lacks
