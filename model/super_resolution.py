@@ -6,8 +6,12 @@ from torch import Tensor, nn
 
 from model.activations import make_activation
 from model.config import UNetConfig
+from model.diffusion import Diffusion
 from model.embeddings import timestep_embedding
 from model.unet import TextState, UNet
+
+# How much the small image is noised where images are drawn, as a share of the timesteps. Source: IF's inference code.
+AUG_LEVEL = 0.25
 
 
 def make_net(config: UNetConfig, recompute: str = "none", layout: str = "nchw") -> UNet:
@@ -23,12 +27,20 @@ def enlarge(low_res: Tensor, size: int) -> Tensor:
     return F.interpolate(low_res, (size, size), mode="bilinear", align_corners=True)
 
 
+def augment(diffusion: Diffusion, low_res: Tensor, aug_t: Tensor, noise: Tensor) -> Tensor:
+    """The small images as the net takes them: enlarged to the size of the noise, then noised.
+
+    Shapes: low_res [N, C, h, w] in [-1, 1]; aug_t [N] int64 in [0, T); noise and the result [N, C, H, W].
+    """
+    return diffusion.q_sample(enlarge(low_res, noise.shape[-1]), aug_t, noise)
+
+
 class SuperResolutionUNet(UNet):
     """A UNet that also sees the small image, and is told how much noise was added to that one.
 
     The noise, which a training draws anew for each image, keeps the net from trusting what the first stage drew.
-    low_res: [N, in_channels, H, W], the small images enlarged, then noised by q_sample at aug_t; aug_t: [N], timesteps
-    of the same diffusion; the rest is as for UNet.
+    low_res: [N, in_channels, H, W], the small images as augment makes them; aug_t: [N], its timesteps, of the same
+    diffusion; the rest is as for UNet.
     Raises: ValueError, as UNet, and for a low_res that is not like x or an aug_t that is not like timesteps.
     Source: DeepFloyd IF's SuperResUNetModel; Ho et al. 2021 (Cascaded Diffusion Models), section 4.2.
     """

@@ -16,6 +16,7 @@ from torch import nn
 from data.config import DataConfig
 from data.text.meta import TextMeta
 from model.config import UNetConfig
+from model.super_resolution import make_net
 from model.unet import UNet
 from train.checkpoint.format import MANIFEST, file_sha256, part_file, sealed, step_folder
 from train.config import Config
@@ -25,7 +26,7 @@ from train.weights.power_average import TRACKED
 def random_net(config: UNetConfig, seed: int) -> UNet:
     """Every parameter random: fresh, the last layers are zero, and two nets would agree on nothing but that."""
     torch.manual_seed(seed)
-    unet = UNet(config)
+    unet = make_net(config)
     for parameter in unet.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, mean=1.0, std=0.5)

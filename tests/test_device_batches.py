@@ -8,7 +8,9 @@ import torch
 
 from data.loader.batch import Batch
 from data.loader.draws import Draw, generator
-from train.noise import DeviceBatches, draw_t_and_noise
+from model.diffusion import Diffusion
+from model.super_resolution import enlarge
+from train.noise import OF_LOW_RES, DeviceBatches, draw_t_and_noise
 
 N, SIZE, SEED, TIMESTEPS = 3, 8, 5, 100
 
@@ -21,7 +23,7 @@ def batch(number: int) -> Batch:
 
 
 def on_device(batches: Iterator[Batch]) -> DeviceBatches:
-    return DeviceBatches(batches, SEED, TIMESTEPS, torch.device("cpu"))
+    return DeviceBatches(batches, SEED, Diffusion(TIMESTEPS), torch.device("cpu"))
 
 
 def test_each_sample_has_the_draws_of_its_visit():
@@ -39,10 +41,40 @@ def test_each_sample_has_the_draws_of_its_visit():
         assert (found.t.dtype, found.noise.dtype) == (torch.int64, torch.float32)
 
 
+def test_small_images_have_a_timestep_and_noise_of_their_own_by_visit():
+    alone, both = batch(2), batch(2)
+    both.low_res = torch.randint(256, (N, 3, 4, 4), dtype=torch.uint8)
+    diffusion = Diffusion(TIMESTEPS)
+    (of_first,), (found,) = on_device(iter([alone])), on_device(iter([both]))
+    assert of_first.low_res == () and len(of_first.tensors) == 5
+    for first, second in zip(of_first.tensors, found.tensors[:5], strict=True):
+        assert torch.equal(first, second), "the draws of the images are what they are without small ones"
+    low_res, aug_t = found.low_res
+    assert found.tensors[5] is low_res and found.tensors[6] is aug_t, "they are kept for the stream that uses them"
+    for i, visit in enumerate(both.visit.tolist()):
+        assert aug_t[i] == int(generator(SEED, Draw.AUGMENTATION, visit).integers(TIMESTEPS))
+        noise = generator(SEED, Draw.AUGMENTATION_NOISE, visit).standard_normal((3, SIZE, SIZE), dtype=np.float32)
+        large = enlarge(both.low_res[i : i + 1] / 127.5 - 1, SIZE)
+        expected = diffusion.q_sample(large, aug_t[i : i + 1], torch.from_numpy(noise)[None])
+        assert torch.equal(low_res[i], expected[0])
+    assert (low_res.dtype, aug_t.dtype) == (torch.float32, torch.int64)
+
+
+def test_the_timesteps_of_small_images_are_uniform_and_not_those_of_the_images():
+    visit = torch.arange(2000)
+    t, _ = draw_t_and_noise(SEED, visit, (1, 1, 1), 10)
+    aug_t, _ = draw_t_and_noise(SEED, visit, (1, 1, 1), 10, False, *OF_LOW_RES)
+    assert aug_t.bincount(minlength=10).min() > 150 and aug_t.max() == 9
+    assert abs(float(torch.corrcoef(torch.stack([t, aug_t]).float())[0, 1])) < 0.1
+
+
 def test_known_draws():
     t, noise = draw_t_and_noise(0, torch.tensor([0, 123456789]), (3, 64, 64), 1000)
     assert t.tolist() == [372, 494]
     assert noise[:, 2, 63, 63].tolist() == [1.781930923461914, -2.1276772022247314]
+    t, noise = draw_t_and_noise(0, torch.tensor([0, 123456789]), (3, 64, 64), 1000, False, *OF_LOW_RES)
+    assert t.tolist() == [191, 267]
+    assert noise[:, 2, 63, 63].tolist() == [-1.320057988166809, -0.48192667961120605]
 
 
 def test_one_micro_batch_is_loaded_ahead_and_no_more():

@@ -100,9 +100,9 @@ class Engine:
         """The UNet, its weights in the working precision."""
         return self.engine.module
 
-    def __call__(self, x: Tensor, timesteps: Tensor, text_emb: Tensor) -> Tensor:
-        """The UNet's forward."""
-        return self.engine(x, timesteps, text_emb)
+    def __call__(self, x: Tensor, timesteps: Tensor, text_emb: Tensor, *low_res: Tensor) -> Tensor:
+        """The net's forward.  low_res: low_res and aug_t of a SuperResolutionUNet."""
+        return self.engine(x, timesteps, text_emb, *low_res)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro batch's loss; where the loss is not finite, neither is the gradient."""

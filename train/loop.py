@@ -46,7 +46,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
     step, last = first_step, first_step == config.steps
     # Load data
     consensus = RankConsensus()  # before the loader workers are forked, so that a signal does not end them either
-    stream, batches = load(config, inputs, rank, ranks, first_step, spikes.batches, device)
+    stream, batches = load(config, inputs, rank, ranks, first_step, spikes.batches, diffusion, device)
     # Save, validate, measure, show, watch
     watchdog, metrics = Watchdog(rank, config.hang_seconds), Metrics(device, config)
     writer = CheckpointWriter(config, inputs.identity, changes, consensus, watchdog)
@@ -64,7 +64,7 @@ def train(config: Config, inputs: Inputs, rank: int, ranks: int, device: torch.d
             x_t = diffusion.q_sample(batch.x_start, batch.t, batch.noise)
             # Predict and score
             with metrics.phase("forward"):
-                model_output = engine(x_t, batch.t, inputs.text_emb(batch.text_emb, batch.loaded))
+                model_output = engine(x_t, batch.t, inputs.text_emb(batch.text_emb, batch.loaded), *batch.low_res)
                 losses = training_losses(diffusion, model_output, batch.x_start, x_t, batch.t, batch.noise)
             with metrics.phase("backward"):
                 engine.backward((losses["loss"] * batch.weight).mean())
@@ -138,8 +138,9 @@ def build_net(config: Config, inputs: Inputs, device: torch.device) -> UNet:
 
 
 def load(
-    config: Config, inputs: Inputs, rank: int, ranks: int, first_step: int, left_out: list[int], device: torch.device
-) -> tuple[MicroBatches, DeviceBatches]:
+    config: Config, inputs: Inputs, rank: int, ranks: int, first_step: int, left_out: list[int], diffusion: Diffusion,
+    device: torch.device,
+) -> tuple[MicroBatches, DeviceBatches]:  # fmt: skip
     """The order of this rank's micro batches after first_step, and an iterator over them to the end of the run.
 
     left_out: global batches that no step takes.
@@ -147,12 +148,12 @@ def load(
     stream = MicroBatches(
         config.data, inputs.datasets, inputs.meta, image_size=config.model.image_size, seed=config.seed,
         global_batch=config.global_batch, micro_batch=config.micro_batch, rank=rank, ranks=ranks, step=first_step,
-        left_out=left_out,
+        left_out=left_out, low_res_size=config.model.low_res_size,
     )  # fmt: skip
     patience = LOADER * config.hang_seconds
     loaded = micro_batches(stream, config.data.workers, pin_memory=device.type == "cuda", patience=patience)
     wanted = islice(loaded, (config.steps - first_step) * stream.micro_batches)
-    return stream, DeviceBatches(wanted, config.seed, config.diffusion_steps, device)
+    return stream, DeviceBatches(wanted, config.seed, diffusion, device)
 
 
 def show(config: Config, inputs: Inputs, first_step: int, device: torch.device) -> "RunProgress":

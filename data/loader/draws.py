@@ -20,6 +20,8 @@ class Draw(IntEnum):
     NOISE = 5
     VALIDATION_NOISE = 6
     CAPTION = 7
+    AUGMENTATION = 8
+    AUGMENTATION_NOISE = 9
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

@@ -83,7 +83,7 @@ def batches_of(config: Config, inputs: Inputs, step: int) -> DeviceBatches:
         global_batch=size, micro_batch=size, step=step,
     )  # fmt: skip
     loaded = (batch.copy(False) for batch in stream.fill(step, 1, [stream.new_buffer()]))
-    return DeviceBatches(loaded, config.seed, config.diffusion_steps, torch.device("cpu"))
+    return DeviceBatches(loaded, config.seed, Diffusion(config.diffusion_steps), torch.device("cpu"))
 
 
 def mse_and_norm(

@@ -84,7 +84,7 @@ class Trainer:
 
     def on_device(self, batches: Iterable[Batch]) -> DeviceBatches:
         """The batches as train/loop.py takes them."""
-        return DeviceBatches(iter(batches), 0, TIMESTEPS, self.device)
+        return DeviceBatches(iter(batches), 0, self.diffusion, self.device)
 
     def micro_batch(self, batches: DeviceBatches) -> None:
         """What train/loop.py does with the next micro batch, without the sums of the metrics."""

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.loader.batch import Batch
 from data.loader.draws import Draw, generator
 from data.loader.held_out import HeldOut
 from model.diffusion import Diffusion
 from model.losses import training_losses
+from model.super_resolution import AUG_LEVEL, augment
 from model.unet import UNet
 from train.config import Config
 from train.faults.limits import FIRST
@@ -45,7 +47,7 @@ class Validation:
             self._held_out = HeldOut(
                 config.data, inputs.held_out, inputs.meta, image_size=config.model.image_size,
                 samples=config.data.validation.samples, micro_batch=config.micro_batch, rank=dist.get_rank(),
-                ranks=dist.get_world_size(),
+                ranks=dist.get_world_size(), low_res_size=config.model.low_res_size,
             )  # fmt: skip
 
     def at(self, step: int, engine: "Engine", ema: "EMA") -> dict[str, float]:
@@ -83,6 +85,8 @@ def validation_losses(
 ) -> dict[str, float]:  # fmt: skip
     """Means over the samples of all ranks and the timesteps, as validation/NAME; a collective call.
 
+    The small images of the second stage are noised at AUG_LEVEL, as they are where images are drawn.
+
     Every loss of training_losses is one, and validation/mse_e0 ... mse_e7 are the squared errors at each timestep. Of
     no sample that can be read there are none.
     text_emb: [N, L, D] of a batch's text_emb.  stop: asked after each forward; if it is true, the result is {}.
@@ -91,12 +95,12 @@ def validation_losses(
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in held_out:
         x_start, weight = batch.pixels.to(device).float() / 127.5 - 1.0, batch.weight.to(device).double()
-        text = unet.encode_text(text_emb(batch.text_emb.to(device)))
+        text, low_res = unet.encode_text(text_emb(batch.text_emb.to(device))), augmented(batch, diffusion, device)
         for i, timestep in enumerate(timesteps(diffusion.timesteps)):
             noise = draw_noise(batch.visit, i, tuple(x_start.shape[1:])).to(device)
             t = torch.full((len(x_start),), timestep, device=device)
             x_t = diffusion.q_sample(x_start, t, noise)
-            losses = training_losses(diffusion, unet(x_t, t, text), x_start, x_t, t, noise)
+            losses = training_losses(diffusion, unet(x_t, t, text, *low_res), x_start, x_t, t, noise)
             for name, value in losses.items():
                 of_timesteps = sums.setdefault(name, torch.zeros(TIMESTEPS, dtype=torch.float64, device=device))
                 of_timesteps[i] += (value.double() * weight).sum()
@@ -112,6 +116,15 @@ def validation_losses(
         values |= {f"validation/{name}": float(value.mean()) for name, value in means.items()}
         values |= {f"validation/mse_e{i}": float(value) for i, value in enumerate(means["mse"])}
     return values
+
+
+def augmented(batch: Batch, diffusion: Diffusion, device: torch.device) -> tuple[Tensor, ...]:
+    """low_res and aug_t as the net of the second stage takes them, the same at every call; () in the first stage."""
+    if batch.low_res is None:
+        return ()
+    noise = draw_noise(batch.visit, TIMESTEPS, tuple(batch.pixels.shape[1:])).to(device)  # none of the timesteps'
+    aug_t = torch.full((len(noise),), int(AUG_LEVEL * diffusion.timesteps), device=device)
+    return augment(diffusion, batch.low_res.to(device).float() / 127.5 - 1.0, aug_t, noise), aug_t
 
 
 def draw_noise(visit: Tensor, i: int, shape: tuple[int, ...]) -> Tensor:

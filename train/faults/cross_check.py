@@ -167,7 +167,7 @@ class CrossCheck:
         """Loss and gradient of a batch, beside those of the training, which stay as they are."""
         batch, net = self._batches.send(loaded), self._engine.model
         x_t = self._diffusion.q_sample(batch.x_start, batch.t, batch.noise)
-        model_output = net(x_t, batch.t, self._inputs.text_emb(batch.text_emb))
+        model_output = net(x_t, batch.t, self._inputs.text_emb(batch.text_emb), *batch.low_res)
         losses = training_losses(self._diffusion, model_output, batch.x_start, x_t, batch.t, batch.noise)["loss"]
         loss = (losses * batch.weight).mean()
         gradient, norm = gradient_checksum(loss, [p for p in net.parameters() if p.requires_grad])
