@@ -19,7 +19,7 @@ from data.images import preprocess
 from data.loader.cursor import ShardUnreadable
 from data.loader.dataset import find_datasets
 from data.loader.draws import Draw, Draws
-from data.loader.prompts import stored_prompts
+from data.loader.prompts import prompts_with_low_res, stored_prompts
 from data.loader.stream import MicroBatches, micro_batches
 from data.storage.shards import find_shards
 from data.storage.tars import read_shard, stats_path, write_shard
@@ -338,6 +338,16 @@ def test_prompts_are_captions_with_their_own_embeddings(config):
     prompts = stored_prompts(find_datasets(config), TextMeta.read(config.text), 5)
     assert [caption for caption, _ in prompts] == [f"caption {n}" for n in (0, 10, 20, 30, 40)]
     assert [emb[0, 0] for _, emb in prompts] == [0, 10, 20, 30, 40]
+
+
+def test_prompts_for_the_second_stage_come_with_their_images(tmp_path, pictures):
+    config = write_dataset(tmp_path, [*pictures[:6], b"no picture", *pictures[7:10]], per_shard=4)
+    datasets, meta = find_datasets(config), TextMeta.read(config.text)
+    prompts = prompts_with_low_res(datasets, meta, 5, 4, config.images)
+    assert [caption for caption, _, _ in prompts] == [f"caption {n}" for n in (0, 2, 4, 8)], "6 cannot be read"
+    for (_, emb, image), n in zip(prompts, (0, 2, 4, 8), strict=True):
+        assert emb[0, 0] == n
+        assert (image == preprocess(pictures[n], 4, 0.0, np.random.default_rng(1))).all()
 
 
 def test_what_does_not_fit_is_refused_before_training(config, tmp_path):

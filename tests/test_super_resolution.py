@@ -164,11 +164,9 @@ def test_unfit_configurations_are_refused(change, message):
     assert message in str(error.value)
 
 
-def test_a_training_takes_blocks_by_level_and_neither_it_nor_an_evaluation_a_net_of_the_second_stage():
+def test_a_training_takes_blocks_by_level_and_an_evaluation_no_released_net_of_the_second_stage():
     config = compose_config(["+experiment=if_i_m", "model.num_res_blocks=[1,2,3,1]"])
     assert config.model.res_blocks == [1, 2, 3, 1]
-    with pytest.raises(ValueError, match=r"model\.low_res_size=64 is of the second stage, which cannot be trained yet"):
-        compose_config(["+experiment=if_i_m", "model=if_ii_l"])
     with pytest.raises(ValueError, match="model=if_ii_m is of the second stage, which cannot be evaluated yet"):
         find_net("some/weights", "if_ii_m", "ema", "some/embeddings")
 

@@ -227,10 +227,15 @@ class Config:
         check_choice("layout", self.layout, LAYOUTS)
         if self.layout == "nhwc" and not self.compile:
             raise ValueError("layout=nhwc needs compile=true: without it each norm takes many passes over memory")
-        if self.model.low_res_size:
+        if self.model.low_res_size and self.lora.rank:
             raise ValueError(
-                f"model.low_res_size={self.model.low_res_size} is of the second stage, which cannot be trained yet: "
-                "choose a net of the first stage, such as model=if_i_m"
+                f"lora.rank={self.lora.rank} cannot be trained on a net of the second stage yet: train the whole net, "
+                "with lora.rank=0"
+            )
+        if self.model.low_res_size and isinstance(self.sample.prompts, list):
+            raise ValueError(
+                "sample.prompts are captions of your own, which have no images that a net of the second stage could "
+                "enlarge: give a number of captions of the data"
             )
         check_share("ema_decay", self.ema_decay)
         if self.lora.rank and not self.init_from:

@@ -72,6 +72,7 @@ def prepare(args: DreamBooth) -> None:
     from train.sampling.prompts import warn_of_lost_words
 
     checkpoint, out = Checkpoint.open(args.checkpoint), Path(args.out)
+    checkpoint.check_first_stage("tuned by DreamBooth")
     meta, prompts = checkpoint.text.exact, read_prompts(args.class_prompt, args.prior)
     for prompt in dict.fromkeys([args.prompt, *prompts]):
         warn_of_lost_words(prompt, meta.cleaning)

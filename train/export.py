@@ -63,6 +63,7 @@ def export(args: Export, shard_size: str = "10GB") -> None:
     from train.weights.model_card import model_card
 
     checkpoint = open_checkpoint(args.checkpoint, args.ema_length)
+    checkpoint.check_first_stage("exported")
     facts = (args.weights, args.license, bool(args.encoder), args.dtype)
     card = model_card(checkpoint, args.push_to or out.name, *facts)
     if destination:

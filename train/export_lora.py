@@ -37,6 +37,7 @@ def export_lora(args: ExportLora) -> None:
     from train.weights.lora import FILE, save_adapter
 
     out, checkpoint = Path(args.out), open_checkpoint(args.checkpoint, args.ema_length)
+    checkpoint.check_first_stage("exported")
     with atomic_folder(out) as folder:
         save_adapter(folder, checkpoint, args.weights)
     print(f"{out / FILE}: rank {checkpoint.config['lora']['rank']}, {checkpoint.title(args.weights)} weights of step "

@@ -74,6 +74,7 @@ def run(args: Sample) -> Path:
     strip = args.strip or STRIP
     scale = 1.0 if is_empty else args.guidance_scale
     checkpoint, device = open_checkpoint(args.checkpoint, args.ema_length), default_device()
+    checkpoint.check_first_stage("sampled")
     scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma, args.scheduler)
     set_steps(scheduler, args.steps)  # a mistake is reported before the net is loaded
     if args.prompt is not None and args.to is not None:

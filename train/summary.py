@@ -51,12 +51,13 @@ def describe(config: Config, ranks: int, inputs: Inputs | None) -> str:
     accumulate, optim = accumulation(config, ranks), config.optim
     variance = "learned" if config.model.learn_sigma else "fixed"
     trained, frozen = parameters(config)
+    enlarges = f"{config.model.low_res_size} -> " if config.model.low_res_size else ""
     beside = f" of LoRA, rank {config.lora.rank}, beside {frozen:,} that are frozen" if frozen else ""
     lines = {
         "run": config.run_dir,
         "global batch": f"{count(ranks, 'rank')} x {config.micro_batch} micro batch x {accumulate} accumulation "
         f"= {config.global_batch}{summed_in(config, accumulate)}",
-        "model": f"{trained:,} parameters{beside}, {config.model.image_size} px, {config.precision}",
+        "model": f"{trained:,} parameters{beside}, {enlarges}{config.model.image_size} px, {config.precision}",
         "begins with": config.init_from or "random weights",
         "diffusion": f"{config.diffusion_steps} steps, cosine betas, {variance} variance",
         "steps": f"{config.steps:,}, {config.steps * config.global_batch:,} images",

@@ -1,9 +1,13 @@
 """Captions of the datasets as prompts for sampling, with their embeddings."""
 
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
+from data.config import ImageRules
+from data.images import preprocess
 from data.loader.cursor import ShardCursor
 from data.loader.dataset import Dataset
 from data.storage.machine import raise_if_machine
@@ -12,6 +16,7 @@ from data.text.embeddings import from_bytes
 from data.text.meta import TextMeta
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tuple[str, np.ndarray]]:
@@ -20,6 +25,24 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
     Of several captions of a sample it is the first, in the order of data.captions, that the sample has.
     A sample that cannot be read is left out. Raises: ValueError if none of the n can be read.
     """
+    return [(caption, text_emb) for caption, text_emb, _ in _stored(datasets, meta, n, lambda image: None)]
+
+
+def prompts_with_low_res(
+    datasets: list[Dataset], meta: TextMeta, n: int, size: int, rules: ImageRules
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """As stored_prompts, each with its image, cropped in the centre, uint8 [3, size, size].
+
+    rules: which images are decoded.
+    """
+    unused = np.random.default_rng(0)  # without a shift the draws change nothing
+    return _stored(datasets, meta, n, lambda image: preprocess(image, size, 0.0, unused, rules))
+
+
+def _stored(
+    datasets: list[Dataset], meta: TextMeta, n: int, picture: Callable[[bytes], T]
+) -> list[tuple[str, np.ndarray, T]]:
+    """Captions, embeddings, and what `picture` makes of the bytes of the image."""
     shards = [(number, dataset) for dataset in datasets for number in range(len(dataset.shards))]
     ends = np.cumsum([0, *(count for dataset in datasets for count in dataset.counts)])
     prompts = []
@@ -34,9 +57,10 @@ def stored_prompts(datasets: list[Dataset], meta: TextMeta, n: int) -> list[tupl
         try:
             caption = decode_caption(raw.caption)
             if encoder and not raw.problem:
-                prompts.append((caption, encoder([caption])[0].astype(meta.array_dtype)))
+                text_emb = encoder([caption])[0].astype(meta.array_dtype)
             else:
-                prompts.append((caption, from_bytes(raw.embedding, meta)))
+                text_emb = from_bytes(raw.embedding, meta)
+            prompts.append((caption, text_emb, picture(raw.image)))
         except (ValueError, OSError) as problem:
             if isinstance(problem, OSError):
                 raise_if_machine(problem, raw.name)

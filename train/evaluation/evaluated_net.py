@@ -46,6 +46,7 @@ def open_nets(path: str, model: str, ema_lengths: Sequence[float]) -> list[Check
     """
     if not model:
         checkpoint = Checkpoint.open(path)
+        checkpoint.check_first_stage("evaluated")
         made = with_averages(checkpoint, ema_lengths) if ema_lengths else [checkpoint]
         for one in made:
             one.check_intact()

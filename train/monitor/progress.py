@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from data.loader.prompts import stored_prompts
+from data.loader.prompts import prompts_with_low_res, stored_prompts
 from data.progress import Progress
 from data.text.embeddings import read_empty
+from model.super_resolution import enlarge
 from model.unet import UNet
 from train.checkpoint.format import latest_checkpoint
 from train.config import Config
@@ -38,7 +40,13 @@ class RunProgress:
     def __init__(self, config: Config, inputs: Inputs, run_dir: Path, step: int, device: torch.device) -> None:
         self.config, self.run_dir = config, run_dir
         self.tracker = Tracker(config, run_dir, step, inputs.identity.selections)
-        prompts = inputs.prompts or stored_prompts(inputs.datasets, inputs.meta, config.sample.prompts)
+        n, self.low_res = config.sample.prompts, None
+        if size := config.model.low_res_size:
+            stored = prompts_with_low_res(inputs.datasets, inputs.meta, n, size, config.data.images)
+            prompts = [(caption, emb) for caption, emb, _ in stored]
+            self.low_res = torch.from_numpy(np.stack([image for _, _, image in stored])).to(device).float() / 127.5 - 1
+        else:
+            prompts = inputs.prompts or stored_prompts(inputs.datasets, inputs.meta, n)
         self.captions = [caption for caption, _ in prompts]
         self.text_emb = torch.stack([torch.from_numpy(emb) for _, emb in prompts]).to(device)
         self.empty = torch.from_numpy(read_empty(inputs.datasets[0].text, inputs.meta)).to(device)
@@ -79,25 +87,30 @@ class RunProgress:
     def draw_samples(self, step: int, unet: UNet, after_step: Callable[["SamplingStep"], object]) -> None:
         """Draw the grid of a step: the same prompts and seeds each time, a row for each guidance scale.
 
+        In the second stage the first row shows the images that are enlarged, which are of the data, as bilinear
+        interpolation enlarges them.
         after_step: called with each denoising step of a row.
         """
         # Imported here: diffusers takes seconds, for which all ranks would wait at each start.
-        from train.sampling.sampler import make_scheduler, sample
+        from train.sampling.sampler import make_scheduler, sample, to_pixels
 
         c, n = self.config, len(self.captions)
         scales = c.sample.guidance_scales
-        scheduler = make_scheduler(c.diffusion_steps, c.model.learn_sigma)
+        scheduler = make_scheduler(c.diffusion_steps, c.model.learn_sigma, second_stage=c.model.low_res_size > 0)
         seeds = [c.seed + i for i in range(n)]
         rows: list[Tensor] = [
-            sample(unet, scheduler, self.text_emb, self.empty, scale, c.sample.steps, seeds, after_step)
+            sample(unet, scheduler, self.text_emb, self.empty, scale, c.sample.steps, seeds, after_step, self.low_res)
             for scale in scales
         ]
+        beside = [f"guidance {scale:g}" for scale in scales]
+        if self.low_res is not None:
+            rows.insert(0, to_pixels(enlarge(self.low_res, c.model.image_size)))
+            beside.insert(0, "small image")
         path = self.run_dir / "samples" / f"step-{step:08d}.png"
         title = f"step {step}, {c.sample.steps} sampler steps, EMA {c.ema_decay:g}"
         # With one scale the label stands beside the first of several rows, which are all of that scale.
-        beside = [f"guidance {scale:g}" for scale in scales]
-        columns = n if len(scales) > 1 else 8
-        plot_grid(torch.cat(rows).numpy(), self.captions * len(scales), title, path, columns, beside)
+        columns = n if len(rows) > 1 else 8
+        plot_grid(torch.cat(rows).numpy(), self.captions * len(rows), title, path, columns, beside)
         self.tracker.image(step, SAMPLE_GRID, path)
 
     def _smooth(self, loss: float) -> float:

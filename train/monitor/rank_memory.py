@@ -69,7 +69,8 @@ def needed_bytes(config: Config, ranks: int, trained: int, frozen: int, on_gpu: 
     # A GPU holds whole buckets of gradients. A host holds the pages of them that were written, the gradients at most.
     on_device = peak(step, trained, ranks, weight_bytes, largest_parameter(config)).most
     most = on_device if on_gpu else step.peak + 2 * weight_bytes * trained
-    sample = 3 * config.model.image_size**2 + 4 * config.data.tokens * config.model.encoder_dim
+    pixels = config.model.image_size**2 + config.model.low_res_size**2
+    sample = 3 * pixels + 4 * config.data.tokens * config.model.encoder_dim
     # Each worker is some messages ahead and writes the next one; a message has one micro batch or more.
     loaded = config.data.workers * (PREFETCH + 1) * max(SAMPLES_PER_MESSAGE, config.micro_batch) * sample
     # A snapshot may be due with it.

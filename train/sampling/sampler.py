@@ -10,6 +10,8 @@ from torch import Tensor
 
 from data.checks import check_choice, count, did_you_mean
 from data.progress import Progress
+from model.diffusion import Diffusion
+from model.super_resolution import AUG_LEVEL, augment
 from model.unet import TextState, UNet
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
@@ -24,9 +26,10 @@ PRESET_TIMESTEPS = 1000
 PRESETS["fast27"] = [PRESET_TIMESTEPS - 3, *PRESETS["fast27"][1:]]
 
 
-def make_scheduler(timesteps: int, learn_sigma: bool, name: str = "ddpm") -> SchedulerMixin:
-    """A scheduler with cosine betas and dynamic thresholding (0.95, at most 1.5), as IF was released with.
+def make_scheduler(timesteps: int, learn_sigma: bool, name: str = "ddpm", second_stage: bool = False) -> SchedulerMixin:
+    """A scheduler with cosine betas and dynamic thresholding, as IF was released with.
 
+    The threshold is the quantile 0.95, and at most 1.5, in the second stage 1.
     name: 'ddpm', the only one that uses a learned variance; 'ddim' (eta 0); 'dpm++' (DPM-Solver++, second order,
     multistep).
     Raises: ValueError for another name.
@@ -34,7 +37,8 @@ def make_scheduler(timesteps: int, learn_sigma: bool, name: str = "ddpm") -> Sch
     check_choice("scheduler", name, SCHEDULERS)
     config = {
         "num_train_timesteps": timesteps, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon",
-        "thresholding": True, "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5,
+        "thresholding": True, "dynamic_thresholding_ratio": 0.95,
+        "sample_max_value": 1.0 if second_stage else 1.5,
         # The other schedulers ignore it, but IFPipeline reads it from their config and then drops the variance.
         "variance_type": "learned_range" if learn_sigma and name == "ddpm" else "fixed_small",
     }  # fmt: skip
@@ -94,24 +98,34 @@ class SamplingStep(NamedTuple):
 @torch.no_grad()
 def denoise(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
-    steps: int | str, seeds: Sequence[int],
+    steps: int | str, seeds: Sequence[int], low_res: Tensor | None = None,
 ) -> Iterator[SamplingStep]:  # fmt: skip
     """The steps of `sample`, with its arguments, from pure noise to the images."""
     config, n, device = unet.config, len(seeds), next(unet.parameters()).device
     shape = (config.in_channels, config.image_size, config.image_size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x_t = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+    def noise() -> Tensor:
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+    x_t = noise()
+    augmented: tuple[Tensor, ...] = ()
+    if low_res is not None:
+        diffusion = Diffusion(scheduler.config.num_train_timesteps).to(device)
+        aug_t = torch.full((n,), int(AUG_LEVEL * diffusion.timesteps), device=device)
+        augmented = (augment(diffusion, low_res.to(device), aug_t, noise()), aug_t)
     text = text_emb if isinstance(text_emb, TextState) else unet.encode_text(text_emb.to(device))
     if guided := guidance_scale != 1:
         unguided = unet.encode_text(empty[None].to(device))
         text = TextState(*(torch.cat([a, b.expand_as(a)]) for a, b in zip(text, unguided, strict=True)))
+        augmented = tuple(torch.cat([value, value]) for value in augmented)
     learned = scheduler.config.variance_type == "learned_range"
     # A CPU's forward convolutions are faster in channels_last; on a GPU the norms would undo the layout.
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     set_steps(scheduler, steps)
     for t in scheduler.timesteps.tolist():
         x = (torch.cat([x_t, x_t]) if guided else x_t).to(memory_format=layout)
-        output = unet(x, torch.full((len(x),), t, device=device), text).float()
+        output = unet(x, torch.full((len(x),), t, device=device), text, *augmented).float()
         eps, variance = output[:, : config.in_channels], output[:n, config.in_channels :]
         if guided:
             eps = eps[n:] + guidance_scale * (eps[:n] - eps[n:])
@@ -135,6 +149,7 @@ def to_pixels(images: Tensor) -> Tensor:
 def sample(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
     steps: int | str, seeds: Sequence[int], after_step: Callable[[SamplingStep], object] = lambda step: None,
+    low_res: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample one image per caption and seed: [N, 3, H, W] uint8 on the CPU.
 
@@ -142,10 +157,11 @@ def sample(
     Shapes: text_emb [N, L, D], or unet.encode_text of it; empty [L, D], the embedding of the empty caption.
     guidance_scale: 1 samples as trained, more exaggerates the prompt.
     after_step: called with each step.
+    low_res: for a net of the second stage, what it enlarges, [N, 3, h, w] in [-1, 1]; noised at AUG_LEVEL.
     Raises: ValueError, as set_steps.
     Source: Ho & Salimans 2022, equation 6, where guidance_scale is 1 + w.
     """
-    for step in denoise(unet, scheduler, text_emb, empty, guidance_scale, steps, seeds):
+    for step in denoise(unet, scheduler, text_emb, empty, guidance_scale, steps, seeds, low_res):
         images = step.x_next
         after_step(step)
     return to_pixels(images)
