@@ -37,7 +37,7 @@ SMALL = [
     "+experiment=scenes_ii", "steps=4", "global_batch=8", "micro_batch=4", "save_every=2", "log_every=1",
     "validate_every=2", "check_every=2", "optim.warmup_steps=2", "data.workers=1", "data.streams=4",
     "data.validation.samples=6", "sample.every=0", "sample.steps=2", "sample.prompts=3", "model.image_size=32",
-    "model.low_res_size=8", "model.channel_mult=[1,2]", "model.attention_resolutions=[8]", "model.att_pool_heads=2",
+    "model.low_res_size=8", "model.channel_mult=[1,2]", "model.attention_resolutions=[16]", "model.att_pool_heads=2",
 ]  # fmt: skip
 
 
