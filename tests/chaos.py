@@ -29,6 +29,8 @@ TINY = (
     "wandb.mode=disabled", "model.image_size=16", "model.channel_mult=[1,1]", "model.attention_resolutions=[8]",
     "model.num_res_blocks=1", "save_every=3", "keep_checkpoints=3", "log_every=1",
 )  # fmt: skip
+# For a training to its end, on a busy machine too. One that hangs ends itself (hang_seconds).
+PATIENCE = 3600.0
 # How long a folder is gone at most, or processes stand still.
 AWAY_SECONDS = 5.0
 # What starts a training that flips a bit, in a step that comes after all that a start is waited for.
@@ -299,7 +301,7 @@ def undisturbed(data: Path, run_dir: Path, steps: str, left_out: list[int]) -> N
     for folder in complete_checkpoints(run_dir):
         for batch in left_out:
             leave_out(folder, {"batch": batch, "what": "the other run left it out"})
-    done = launch(REPO, data, run_dir, *TINY, steps, ranks=2)
+    done = launch(REPO, data, run_dir, *TINY, steps, ranks=2, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -331,7 +333,7 @@ def chaos(args: Chaos) -> dict:
             damage(latest, draw.choice(sorted(f.name for f in latest.iterdir())), draw)
             happened["checkpoint damaged"] += 1
         print(f"{number + 1}/{len(plan)} {name}: exit {status}, step {last_step(run_dir)}", flush=True)
-    done = launch(REPO, data, run_dir, *TINY, steps, ranks=2)
+    done = launch(REPO, data, run_dir, *TINY, steps, ranks=2, timeout=PATIENCE)
     assert done.returncode == 0 and (run_dir / "done").exists(), done.stderr[-3000:]
     undisturbed(data, out / "undisturbed", steps, left_out_by(run_dir))
     faults = [fault for folder in complete_checkpoints(run_dir) if (fault := fault_of(folder))]

@@ -101,11 +101,11 @@ def run_ranks(repo: Path, ranks: int, *arguments: str, timeout: int = 500) -> st
     return said[0][0]
 
 
-def launch(*args, **kwargs) -> subprocess.CompletedProcess:
+def launch(*args, timeout: float = 420, **kwargs) -> subprocess.CompletedProcess:
     """start(), and wait for the end."""
     process = start(*args, **kwargs)
     try:
-        out, err = process.communicate(timeout=420)
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
