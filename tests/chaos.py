@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from data.cli import CORRUPTED, REQUEUE, command, location
 from tests.support.slowed import slowed
-from tests.support.trainings import launch, make_data, metrics, start, starts_of
+from tests.support.trainings import launch, make_data, metrics, rank_processes, start, starts_of
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint, leave_out, read_manifest, step_of
 from train.monitor.stragglers import LINES
@@ -89,12 +89,7 @@ class Run:
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes, the first rank first."""
-        found = {}
-        for process in self.tree():
-            with contextlib.suppress(psutil.Error):
-                if process.parent().cmdline()[2:4] == ["-m", "deepspeed.launcher.launch"]:
-                    found[int(process.environ()["RANK"])] = process
-        return [found[rank] for rank in sorted(found)]
+        return rank_processes(self.process)
 
     def said(self) -> str:
         """Output so far."""
