@@ -31,8 +31,8 @@ TINY = (
 )  # fmt: skip
 # For a training to its end, on a busy machine too. One that hangs ends itself (hang_seconds).
 PATIENCE = 3600.0
-# How long a folder is gone at most, or processes stand still.
-AWAY_SECONDS = 5.0
+# How long a folder is gone at most, and how long processes stand still.
+LOST_SECONDS, STILL_SECONDS = 60.0, 5.0
 # What starts a training that flips a bit, in a step that comes after all that a start is waited for.
 FLIP_STEP = 15
 FLIPPED = {"script": REPO / "tests/support/flipped_run.py", "before": (str(FLIP_STEP),)}
@@ -163,10 +163,10 @@ def kill_a_worker(run: Run, draw: random.Random) -> str:
 
 
 def lose_the_folder(run: Run, draw: random.Random) -> str:
-    """The run's folder is gone for some seconds, as a mount is; a save in that time ends the run."""
+    """The run's folder is gone for up to a minute, as a mount is; a save in that time ends the run."""
     away = run.run_dir.with_name("away")
     run.run_dir.rename(away)
-    time.sleep(draw.uniform(1, AWAY_SECONDS))
+    time.sleep(draw.uniform(1, LOST_SECONDS))
     # What a run would write on the disk below a lost mount must not hide what comes back.
     assert not run.run_dir.exists(), f"{run.run_dir} was made anew: {sorted(run.run_dir.rglob('*'))}"
     away.rename(run.run_dir)
@@ -186,7 +186,7 @@ def pause_a_rank(run: Run, draw: random.Random) -> str:
 def pause(run: Run, draw: random.Random, processes: list[psutil.Process], name: str) -> str:
     for process in processes:
         process.suspend()
-    time.sleep(draw.uniform(1, AWAY_SECONDS))
+    time.sleep(draw.uniform(1, STILL_SECONDS))
     for process in processes:
         process.resume()
     return ask_what_goes_on(run, draw, name)
