@@ -55,11 +55,10 @@ class SuperResolutionUNet(UNet):
                 f"aug_t is {list(aug_t.shape)} of {aug_t.dtype}, timesteps are {list(timesteps.shape)} of "
                 f"{timesteps.dtype}: give one of the same kind for each image"
             )
-        x = torch.cat([x, low_res], dim=1)
         text = text_emb if isinstance(text_emb, TextState) else self.encode_text(text_emb)
         self._check_input(x, timesteps, text)
         text = text._replace(pooled=text.pooled + self._embed_augmentation(aug_t))
-        return super().forward(x, timesteps, text)
+        return self._denoise(torch.cat([x, low_res], dim=1), timesteps, text)
 
     def _embed_augmentation(self, aug_t: Tensor) -> Tensor:
         return self.aug_proj(timestep_embedding(aug_t, self.config.model_channels).to(self.dtype))
