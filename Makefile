@@ -17,7 +17,7 @@ help:
 	@echo 'make smoke      install, make demo data, embed it, train on it with two ranks (on the CPU)'
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  install, run the tests that take minutes'
-	@echo 'make chaos      install, train through 50 kills and other faults (half an hour)'
+	@echo 'make chaos      install, train through 50 kills and other faults (half an hour to an hour)'
 	@echo 'make test-slurm install, train on a real Slurm of three nodes on this machine (root and apt)'
 	@echo 'make bench      install, compare the net'"'"'s memory and speed with diffusers'"'"' and the original (half an hour)'
 	@echo 'make gpu-check  install, check and time on a GPU what only a GPU can show (ten minutes)'

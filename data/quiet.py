@@ -47,5 +47,7 @@ def quiet_libraries() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Without) for known in logger.filters):
             logger.addFilter(_Without(beginnings))
+    # It prints its own warnings, which would come again from the root's handler.
+    logging.getLogger("huggingface_hub").propagate = False
     for message, category in WARNED:
         warnings.filterwarnings("ignore", message, category)

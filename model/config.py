@@ -110,7 +110,7 @@ class UNetConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"model.activation={self.activation} must be one of {', '.join(ACTIVATIONS)}")
         if isinstance(self.num_res_blocks, list):  # the command line reads its numbers as texts
-            self.num_res_blocks = [int(n) if str(n).isdigit() else n for n in self.num_res_blocks]
+            self.num_res_blocks = [int(n) if str(n).isdecimal() else n for n in self.num_res_blocks]
         if not 0 <= self.low_res_size < self.image_size:
             raise ValueError(
                 f"model.low_res_size={self.low_res_size} must be smaller than model.image_size={self.image_size}, to "
@@ -126,7 +126,7 @@ class UNetConfig:
                 f"model.image_size={self.image_size} cannot be halved {levels - 1} times for the {levels} levels of "
                 f"model.channel_mult: it must be a multiple of {2 ** (levels - 1)}"
             )
-        if len(self.res_blocks) != levels or not all(isinstance(n, int) and n > 0 for n in self.res_blocks):
+        if len(self.res_blocks) != levels or not all(type(n) is int and n > 0 for n in self.res_blocks):
             raise ValueError(
                 f"model.num_res_blocks={self.num_res_blocks} must be a whole number from 1 on, or a list of "
                 f"{levels}, one for each level of model.channel_mult"

@@ -68,8 +68,9 @@ class SuperResolutionUNet(UNet):
                 f"{timesteps.dtype}: give one of the same kind for each image"
             )
         text = text_emb if isinstance(text_emb, TextState) else self.encode_text(text_emb)
+        self._check_input(x, timesteps, text)
         text = text._replace(pooled=text.pooled + self._embed_augmentation(aug_t))
-        return super().forward(torch.cat([x, low_res], dim=1), timesteps, text)
+        return self._denoise(torch.cat([x, low_res], dim=1), timesteps, text)
 
     def _embed_augmentation(self, aug_t: Tensor) -> Tensor:
         return self.aug_proj(timestep_embedding(aug_t, self.config.model_channels).to(self.dtype))

@@ -149,6 +149,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, text_emb: Tensor | TextState) -> Tensor:
         text = text_emb if isinstance(text_emb, TextState) else self.encode_text(text_emb)
         self._check_input(x, timesteps, text)
+        return self._denoise(x, timesteps, text)
+
+    def _denoise(self, x: Tensor, timesteps: Tensor, text: TextState) -> Tensor:
+        """The forward of what was checked; x: [N, conv_in_channels, H, W]."""
         emb = self._embed(timesteps, text.pooled)
         h = x.to(self.dtype, memory_format=self.memory_format)
         skips = []
@@ -192,8 +196,8 @@ class UNet(nn.Module):
 
     def _check_input(self, x: Tensor, timesteps: Tensor, text: TextState) -> None:
         multiple = 2 ** (len(self.config.channel_mult) - 1)
-        if x.ndim != 4 or x.shape[1] != self.config.conv_in_channels:
-            raise ValueError(f"x is {list(x.shape)}, the net takes [N, {self.config.conv_in_channels}, H, W]")
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise ValueError(f"x is {list(x.shape)}, the net takes [N, {self.config.in_channels}, H, W]")
         if x.shape[2] % multiple or x.shape[3] % multiple:
             raise ValueError(
                 f"x is {x.shape[2]} x {x.shape[3]} pixels, the {len(self.config.channel_mult)} levels of the net "

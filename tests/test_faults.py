@@ -1,6 +1,7 @@
 """Faults in real trainings, the short form of tests.chaos: nothing is lost, and each fault is reported."""
 
 import io
+import os
 import random
 import shutil
 import signal
@@ -9,18 +10,35 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from data.cli import REQUEUE
 from data.storage.tars import read_shard, write_shard
 from tests.chaos import TINY, Run, ask_a_rank, damage, differences, kill_a_rank_that_saves, kill_a_worker
-from tests.support.trainings import launch, make_data, metrics, start
+from tests.support.trainings import launch, make_data, metrics, rank_processes, start
 from train.checkpoint.format import complete_checkpoints, latest_checkpoint
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+def test_what_a_launcher_has_forked_is_no_rank_before_it_has_its_number(tmp_path):
+    (tmp_path / "deepspeed.launcher.launch").write_text("RANK=1 sleep 60 & RANK=0 sleep 60 & sleep 60 & wait\n")
+    named = ["python", "-u", "-m", "deepspeed.launcher.launch"]
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    with subprocess.Popen(named, executable="/bin/sh", cwd=tmp_path, env=environment) as launched:
+        launcher = psutil.Process(launched.pid)
+        while len(forked := [child for child in launcher.children() if child.name() == "sleep"]) < 3:
+            time.sleep(0.01)
+        try:
+            numbers = [rank.environ()["RANK"] for rank in rank_processes(launched)]
+        finally:
+            for process in (*forked, launcher):
+                process.kill()
+    assert numbers == ["0", "1"]
 
 
 def test_a_run_with_kills_signals_and_damage_equals_an_undisturbed_one(repo, data, tmp_path):

@@ -133,7 +133,7 @@ def test_a_run_takes_sizes_and_widths_from_its_data_and_tells_them(data, name, c
     assert ("images/s, as one micro batch takes now" if name == "own_small" else "launch.plan") in page
 
 
-def test_without_data_the_sizes_are_asked_for_and_a_plan_takes_its_own_number(tmp_path):
+def test_without_data_the_sizes_are_asked_for_and_are_set_by_a_number_that_is_given(tmp_path):
     given = [f"data.shards={tmp_path}", f"data.text={tmp_path}"]
     config = compose_config(["+experiment=own_gpu", *FEWER, *given])
     with pytest.raises(ValueError, match=r"steps, .* follow the number of samples, which is not known"):

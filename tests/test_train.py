@@ -63,7 +63,7 @@ def foreign_lines(done) -> list[str]:
 
     Only stderr has the progress, and it ends with its one last line; no line is drawn over.
     """
-    results = re.compile(r"(W&B|curves|samples|checkpoint) +/.*|resumes from step \d+.*|removes 2 snapshots .*")
+    results = re.compile(r"(W&B|curves|samples|checkpoint) +/.*|resumes from step \d+.*|removes \d .*")
     step = r"\S+: \d+ of \d+ steps \(\d+ %\), \S+ s(teps)?/s(tep)?"
     values = r"loss \S+, lr \S+, img/s \S+, data \d+%(, val mse \S+)?, to /\S+"
     minute, last = (re.compile(f"{step}, {time}, {values}") for time in (r"\d+ \S+ left", r"(\d+ of them )?in \d+ \S+"))
@@ -199,6 +199,7 @@ def test_a_rerun_goes_on_bit_identically(repo, data, held_out, two_ranks, alone,
     done = launch(repo, data, run_dir, *allowed, *held_out, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "removes 2 snapshots of the averages after step 3, where this start goes on" in done.stdout
+    assert "removes 1 sample grid after step 3, where this start goes on" in done.stdout
     assert not foreign_lines(done)
     names = ("step", "loss", "mse", "vb", "lr", "grad_norm")
     assert [[line[n] for n in names] for line in metrics(run_dir)] == [

@@ -38,6 +38,7 @@ class ColourWords:
     text: the embeddings of their captions.
     guidance_scales: of the sampler.
     steps: of the sampler.
+    max_value: the most that dynamic thresholding divides a predicted picture by; 1 clips it, IF's is 1.5.
     grid: a .png for pictures of the last guidance scale.
     """
 
@@ -46,6 +47,7 @@ class ColourWords:
     text: str = location()
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 4.0])
     steps: str = "50"
+    max_value: float = 1.5
     grid: str = location("")
 
 
@@ -93,6 +95,7 @@ def measure(args: ColourWords) -> None:
     text_emb = torch.from_numpy(np.concatenate([everything.embeddings(i, i + 1) for i in chosen])).float()
     unet = load_net(checkpoint, "ema", torch.device("cpu"))
     scheduler = make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma)
+    scheduler.register_to_config(sample_max_value=args.max_value)
     empty = torch.from_numpy(everything.empty.copy()).float()
     for scale in args.guidance_scales:
         images = sample(unet, scheduler, text_emb, empty, scale, args.steps, range(len(words))).numpy()

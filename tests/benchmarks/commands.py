@@ -17,4 +17,5 @@ def run(*command: str, **environment: str) -> None:
 def own_and_rest(schema: type, argv: list[str]) -> tuple[list[str], list[str]]:
     """The key=value arguments that a dataclass has, and the others, which go to another command."""
     own = {field.name for field in fields(schema)}
-    return tuple([arg for arg in argv if (arg.partition("=")[0] in own) is wanted] for wanted in (True, False))
+    mine = [arg for arg in argv if arg.partition("=")[0] in own]
+    return mine, [arg for arg in argv if arg not in mine]

@@ -17,11 +17,17 @@ from pathlib import Path
 import psutil
 
 from data.cli import command, location
-from tests.support.trainings import make_data, metrics, start, starts_of
+from tests.support.trainings import make_data, metrics, rank_processes, start, starts_of
 
 REPO = Path(__file__).resolve().parent.parent.parent
 OVERRIDES = ("steps=100000", "save_every=10", "wandb.mode=disabled")
-PHASES = ("all ranks have ended", "the launcher has ended", "ranks started", "checkpoint loaded", "next step made")
+PHASES = (
+    "all ranks have ended",
+    "the launcher has ended",
+    "the next ranks run",
+    "the checkpoint is loaded",
+    "the next step is made",
+)
 
 
 @dataclass
@@ -51,12 +57,7 @@ class Start:
 
     def ranks(self) -> list[psutil.Process]:
         """Its processes that train, by rank."""
-        found = {}
-        with contextlib.suppress(psutil.Error):
-            for launcher in psutil.Process(self.process.pid).children(recursive=True):
-                if launcher.cmdline()[2:4] == ["-m", "deepspeed.launcher.launch"]:
-                    found |= {int(rank.environ()["RANK"]): rank for rank in launcher.children()}
-        return [found[rank] for rank in sorted(found)]
+        return rank_processes(self.process)
 
     def said(self, pattern: str) -> bool:
         return bool(re.search(pattern, self.log.read_text(errors="replace")))

@@ -204,7 +204,7 @@ def draw(found: dict[str, tuple[TextMeta, list[Form]]], path: str) -> None:
         bits = [8e3 * form.kilobytes / (meta.tokens * meta.dim) for form in curve]
         axes.plot([100 * form.error for form in curve], bits, "o--" if "outliers" in title else "o-", ms=3, label=title)
     axes.axhline(8 * 80e3 / (TOKENS * 4096), ls="--", color="grey", lw=1)
-    axes.annotate("80 KB of 77 x 4096", (8, 2.1), fontsize=8, color="grey")
+    axes.annotate("80 KB of 77 x 4096", (10, 2.1), ha="right", fontsize=8, color="grey")
     axes.set(xscale="log", xlabel="error, % of a channel's standard deviation", ylabel="bits a value, padding included")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)

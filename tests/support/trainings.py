@@ -1,5 +1,6 @@
 """Real trainings for tests: demo scenes, a small net, the deepspeed launcher, ZeRO-1 and AdamW8bit."""
 
+import contextlib
 import json
 import os
 import resource
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from data import demo
 from data.embed import Embed, embed
 from data.tiny_t5 import TinyT5, write_tiny_t5
@@ -16,6 +19,8 @@ from tests.support.terminal import take_terminal
 from train.monitor.run_log import STARTS, read_lines
 
 STEPS, SAVE_EVERY = 6, 3
+# What starts the ranks of a node, behind the Python and its -u.
+LAUNCHER = ["-m", "deepspeed.launcher.launch"]
 SMALL = f"""
     +experiment=smoke steps={STEPS} global_batch=8 micro_batch=4 save_every={SAVE_EVERY} log_every=1
     optim.lr_peak=1e-3 optim.warmup_steps=2 data.workers=1 sample.every=0 sample.steps=2 sample.prompts=4
@@ -81,6 +86,19 @@ def start(
     return subprocess.Popen(command, cwd=run_dir.parent, env=environment, text=True, preexec_fn=limit, **pipes)
 
 
+def rank_processes(launched: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes that deepspeed's launcher has started so far, the first rank first."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launched.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                launcher = process.parent()
+                # What was forked and is not a rank yet has the launcher's environment.
+                if launcher and launcher.cmdline()[2:4] == LAUNCHER and "RANK" in (given := process.environ()):
+                    found[int(given["RANK"])] = process
+    return [found[rank] for rank in sorted(found)]
+
+
 def run_ranks(repo: Path, ranks: int, *arguments: str, timeout: int = 500) -> str:
     """Run arguments of Python as ranks of one group, without a launcher; what the first one prints.
 
@@ -101,11 +119,11 @@ def run_ranks(repo: Path, ranks: int, *arguments: str, timeout: int = 500) -> st
     return said[0][0]
 
 
-def launch(*args, **kwargs) -> subprocess.CompletedProcess:
+def launch(*args, timeout: float = 420, **kwargs) -> subprocess.CompletedProcess:
     """start(), and wait for the end."""
     process = start(*args, **kwargs)
     try:
-        out, err = process.communicate(timeout=420)
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         raise

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 TEXT_IDENTITY = ("weights_sha256", "tokenizer_sha256", "tokens", "dim", "cleaning")
 # Bytes of a data digest.
 DIGEST_BYTES = 16
+# Keys of the net that came after the first exports were pushed, with what a net without them has: a hash without them
+# is that of those exports.
+LATER = {"model.low_res_size": 0, "model.scale_skip_connection": False, "model.self_attention": True}
 
 
 @dataclass(slots=True)
@@ -74,8 +77,9 @@ def identity(config: dict) -> dict[str, object]:
 
 def run_digest(manifest: dict) -> str:
     """A hash of what all checkpoints of a run have in common, by which an export of it is known."""
-    text = manifest["text"]
-    facts = [_identity_of(manifest), manifest["data"], [text[name] for name in TEXT_IDENTITY], manifest["base"]]
+    text, kept = manifest["text"], _identity_of(manifest)
+    kept = {key: value for key, value in kept.items() if key not in LATER or value != LATER[key]}
+    facts = [kept, manifest["data"], [text[name] for name in TEXT_IDENTITY], manifest["base"]]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

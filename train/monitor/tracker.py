@@ -11,6 +11,7 @@ from pathlib import Path
 
 import wandb
 
+from data.checks import count
 from data.storage.atomic import atomic_file
 from train.config import Config
 from train.monitor.event_files import EventFiles
@@ -50,8 +51,9 @@ class Tracker:
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
         with atomic_file(self.path) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        for drawn, grid in sample_grids(run_dir):
-            if drawn > step:
+        if later := [grid for drawn, grid in sample_grids(run_dir) if drawn > step]:
+            print(f"removes {count(len(later), 'sample grid')} after step {step}, where this start goes on", flush=True)
+            for grid in later:
                 grid.unlink()
         self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in close()
         start = describe_start(config, step, selections)

@@ -12,16 +12,15 @@ from data.storage.hub import hub_name, pinned
 from data.storage.hub_files import fetch
 from model.config import UNetConfig
 from model.convert import from_diffusers, merge_lora, to_diffusers
-from model.super_resolution import make_net
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.identity import weights_digest
-from train.weights.lora import trained_adapter
+from train.weights.lora import trained_adapter, unet_on_meta
 from train.weights.prefixes import SHOWN, flatten, take_off_prefix
 
 logger = logging.getLogger(__name__)
 
 # What decides what a net makes of its weights, and does not show in their shapes.
-SHAPELESS = ("norm_groups", "num_head_channels", "scale_skip_connection")
+SHAPELESS = ("norm_groups", "num_head_channels", "att_pool_heads", "scale_skip_connection")
 
 # The files or indices that diffusers may have saved a net in, below its folder, the highest precision first.
 DIFFUSERS_FILES = [
@@ -49,8 +48,7 @@ def net_weights(checkpoint: Checkpoint, name: str = "ema") -> dict[str, Tensor]:
                 "a run, it may have trained on: put the earlier weights there"
             )
         return merge_lora(weights, adapter.lora, adapter.scale, checkpoint.model)
-    with torch.device("meta"):
-        net = make_net(checkpoint.model).state_dict()
+    net = unet_on_meta(checkpoint.model).state_dict()
     weights = checkpoint.weights(name)
     _check_fit(weights, net, checkpoint.folder)
     return weights
@@ -67,8 +65,7 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     So it does if the net that is described beside them has other groups, heads or scales, which no shape shows.
     """
     path = _fetched(str(path))
-    with torch.device("meta"):
-        ours = make_net(config).state_dict()
+    ours = unet_on_meta(config).state_dict()
     theirs = to_diffusers(ours, config)
     state, numbers = _read(path)
     state, taken_off = take_off_prefix(state, [ours, theirs], path)
@@ -139,8 +136,12 @@ def _read_diffusers_config(path: Path) -> dict[str, int]:
     """What no shape shows of the net in a config.json of diffusers; nothing if that is missing or of something else."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        scaled = saved.get("resnet_out_scale_factor", 1) != 1
-        return dict(zip(SHAPELESS, (saved["norm_num_groups"], saved["attention_head_dim"], scaled), strict=True))
+        return {
+            "norm_groups": saved["norm_num_groups"],
+            "num_head_channels": saved["attention_head_dim"],
+            "att_pool_heads": saved.get("addition_embed_type_num_heads", 64),  # diffusers' default
+            "scale_skip_connection": saved.get("resnet_out_scale_factor", 1) != 1,
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from model.config import UNetConfig
-from model.super_resolution import make_net
 from model.unet import UNet
 from train.checkpoint.checkpoint import Checkpoint
+from train.weights.lora import unet_on_meta
 from train.weights.pretrained import load_pretrained, net_weights
 
 
@@ -34,7 +34,6 @@ def load_released_net(path: str | Path, config: UNetConfig, device: torch.device
 
 
 def _frozen(weights: dict[str, Tensor], config: UNetConfig, precision: str, device: torch.device) -> UNet:
-    with torch.device("meta"):
-        unet = make_net(config)
+    unet = unet_on_meta(config)
     unet.load_state_dict(weights, strict=True, assign=True)
     return unet.to(device, sampling_dtype(precision, device)).eval().requires_grad_(False)
