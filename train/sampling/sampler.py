@@ -98,7 +98,7 @@ class SamplingStep(NamedTuple):
 @torch.no_grad()
 def denoise(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
-    steps: int | str, seeds: Sequence[int], low_res: Tensor | None = None,
+    steps: int | str, seeds: Sequence[int], low_res: Tensor | None = None, aug_level: float = AUG_LEVEL,
 ) -> Iterator[SamplingStep]:  # fmt: skip
     """The steps of `sample`, with its arguments, from pure noise to the images."""
     config, n, device = unet.config, len(seeds), next(unet.parameters()).device
@@ -112,7 +112,7 @@ def denoise(
     augmented: tuple[Tensor, ...] = ()
     if low_res is not None:
         diffusion = Diffusion(scheduler.config.num_train_timesteps).to(device)
-        aug_t = torch.full((n,), int(AUG_LEVEL * diffusion.timesteps), device=device)
+        aug_t = torch.full((n,), int(aug_level * diffusion.timesteps), device=device)
         augmented = (augment(diffusion, low_res.to(device), aug_t, noise()), aug_t)
     text = text_emb if isinstance(text_emb, TextState) else unet.encode_text(text_emb.to(device))
     if guided := guidance_scale != 1:
@@ -149,7 +149,7 @@ def to_pixels(images: Tensor) -> Tensor:
 def sample(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor | TextState, empty: Tensor, guidance_scale: float,
     steps: int | str, seeds: Sequence[int], after_step: Callable[[SamplingStep], object] = lambda step: None,
-    low_res: Tensor | None = None,
+    low_res: Tensor | None = None, aug_level: float = AUG_LEVEL,
 ) -> Tensor:  # fmt: skip
     """Sample one image per caption and seed: [N, 3, H, W] uint8 on the CPU.
 
@@ -157,11 +157,12 @@ def sample(
     Shapes: text_emb [N, L, D], or unet.encode_text of it; empty [L, D], the embedding of the empty caption.
     guidance_scale: 1 samples as trained, more exaggerates the prompt.
     after_step: called with each step.
-    low_res: for a net of the second stage, what it enlarges, [N, 3, h, w] in [-1, 1]; noised at AUG_LEVEL.
+    low_res: for a net of the second stage, what it enlarges, [N, 3, h, w] in [-1, 1].
+    aug_level: how much that is noised first, as a share of the timesteps, in [0, 1).
     Raises: ValueError, as set_steps.
     Source: Ho & Salimans 2022, equation 6, where guidance_scale is 1 + w.
     """
-    for step in denoise(unet, scheduler, text_emb, empty, guidance_scale, steps, seeds, low_res):
+    for step in denoise(unet, scheduler, text_emb, empty, guidance_scale, steps, seeds, low_res, aug_level):
         images = step.x_next
         after_step(step)
     return to_pixels(images)
@@ -170,11 +171,13 @@ def sample(
 def sample_batches(
     unet: UNet, scheduler: SchedulerMixin, text_emb: Tensor, empty: Tensor, guidance_scale: float, steps: int | str,
     seeds: Sequence[int], micro_batch: int, out: str = "", watch: Callable[[SamplingStep], object] = lambda step: None,
+    low_res: Tensor | None = None, aug_level: float = AUG_LEVEL,
 ) -> Tensor:  # fmt: skip
     """As sample, `micro_batch` images at a time, and tells the steps of all images; consecutive seeds share a prompt.
 
     out: where the images will be, to tell it.
-    Shapes: text_emb [P, L, D], empty [L, D], seeds P x n, of which the first n are for the first prompt.
+    Shapes: text_emb [P, L, D], empty [L, D], seeds P x n, of which the first n are for the first prompt; low_res
+    [P x n, 3, h, w] as for sample, one for each image.
     watch: called with each step of the first batch.
     """
     with torch.no_grad():
@@ -192,6 +195,7 @@ def sample_batches(
         for start in range(0, len(seeds), micro_batch):
             part = slice(start, start + micro_batch)
             batch = TextState(*(value[part] for value in text))
-            drawn = sample(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part], after_step=after)
+            small = None if low_res is None else low_res[part]
+            drawn = sample(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part], after, small, aug_level)
             images.append(drawn)
     return torch.cat(images)
