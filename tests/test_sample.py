@@ -180,7 +180,8 @@ def test_a_strip_goes_from_one_prompt_to_another_with_the_same_noise(base, capsy
 def test_the_steps_of_a_picture_begin_at_its_noise_and_end_at_it(base, scheduler):
     made, sheet = make_scheduler(TIMESTEPS, True, scheduler), StepsSheet()
     text, empty = torch.randn(2, 77, NET.encoder_dim), torch.randn(77, NET.encoder_dim)
-    drawn = sample_batches(trained_net(base), made, text, empty, 3.0, 5, [4, 5], 1, watch=sheet).numpy().astype(int)
+    x_start = sample_batches(trained_net(base), made, text, empty, 3.0, 5, [4, 5], 1, watch=sheet)
+    drawn = to_pixels(x_start).numpy().astype(int)
     assert sheet.timesteps == made.timesteps.tolist() and len(sheet.noisy) == len(sheet.predicted) == 5
     noise = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(4))
     np.testing.assert_array_equal(sheet.noisy[0], to_pixels(noise).numpy())

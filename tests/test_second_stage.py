@@ -22,8 +22,6 @@ from train.evaluation.evaluated_net import open_nets
 from train.export import Export, export
 from train.export_lora import ExportLora, export_lora
 from train.monitor.rank_memory import needed_bytes
-from train.sample import Sample
-from train.sample import run as draw
 from train.sampling.sampler import make_scheduler, sample
 from train.summary import describe, parameters
 
@@ -72,7 +70,6 @@ def test_what_cannot_be_done_with_it_yet_is_refused(meta, tmp_path):
     (tmp_path / "pictures").mkdir()
     out = str(tmp_path / "out")
     for does, words in (
-        (lambda: draw(Sample(run, prompt="a red circle", out=out)), "sampled"),
         (lambda: export(Export(run, out)), "exported"),
         (lambda: export_lora(ExportLora(run, out)), "exported"),
         (lambda: open_nets(run, "", []), "evaluated"),

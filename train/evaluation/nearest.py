@@ -14,7 +14,7 @@ from train.monitor.plots import plot_grid
 
 BATCH = 64
 # What train.sample writes beside the images.
-SHEETS = ("grid", "steps")
+SHEETS = ("grid", "steps", "second_steps")
 
 
 def read_images(folder: Path) -> np.ndarray:

@@ -37,16 +37,20 @@ def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
 
 
 def plot_grid(
-    images: np.ndarray, captions: list[str], title: str, path: Path, columns: int = 8, rows_are: list[str] | None = None
-) -> None:
-    """Draw images with their captions below them.  images: [N, 3, H, W] uint8.  rows_are: a label beside each row."""
+    images: np.ndarray | list[np.ndarray], captions: list[str], title: str, path: Path, columns: int = 8,
+    rows_are: list[str] | None = None,
+) -> None:  # fmt: skip
+    """Draw images with their captions below them, all in one size.
+
+    images: each [3, H, W] uint8; pixels of small ones stay sharp.  rows_are: a label beside each row.
+    """
     columns = min(len(images), columns)
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.5 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
     for ax, image, caption in zip(axes.flat, images, captions, strict=False):
-        ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+        ax.imshow(image.transpose(1, 2, 0), interpolation="antialiased")  # nearest if they are enlarged, and by much
         ax.set_title("\n".join(textwrap.wrap(caption, 22)[:4]), fontsize=7, y=-0.05, va="top", parse_math=False)
     for ax, label in zip(axes[:, 0], rows_are or [], strict=False):
         ax.text(-0.08, 0.5, label, transform=ax.transAxes, rotation=90, ha="right", va="center", fontsize=8)

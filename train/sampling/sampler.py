@@ -175,6 +175,7 @@ def sample_batches(
 ) -> Tensor:  # fmt: skip
     """As sample, `micro_batch` images at a time, and tells the steps of all images; consecutive seeds share a prompt.
 
+    Returns [P x n, 3, H, W] float32 in [-1, 1] on the CPU: what the second stage takes; to_pixels makes pixels of it.
     out: where the images will be, to tell it.
     Shapes: text_emb [P, L, D], empty [L, D], seeds P x n, of which the first n are for the first prompt; low_res
     [P x n, 3, h, w] as for sample, one for each image.
@@ -191,11 +192,14 @@ def sample_batches(
         if not images:
             watch(step)
 
-    with Progress(count(len(seeds), "image"), len(seeds) * len(scheduler.timesteps), "step", out) as progress:
+    noun = "image" if low_res is None else "large image"
+    with Progress(count(len(seeds), noun), len(seeds) * len(scheduler.timesteps), "step", out) as progress:
         for start in range(0, len(seeds), micro_batch):
             part = slice(start, start + micro_batch)
             batch = TextState(*(value[part] for value in text))
             small = None if low_res is None else low_res[part]
-            drawn = sample(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part], after, small, aug_level)
-            images.append(drawn)
+            for step in denoise(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part], small, aug_level):
+                after(step)
+            # A last step ends at its pred_xstart, which is in [-1, 1]; only that of the multistep solver may leave it.
+            images.append(step.x_next.clamp(-1, 1).cpu())
     return torch.cat(images)
