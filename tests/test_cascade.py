@@ -10,16 +10,22 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from PIL import Image
+from torch import Tensor
 
 from data.text.encoder import TextEncoder
 from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.config import UNetConfig
 from model.convert import diffusers_config, to_diffusers
 from tests.checkpoints import changed_run, random_net, write_run
+from train.checkpoint.checkpoint import Checkpoint
 from train.evaluation.nearest import read_images
 from train.sample import main
 from train.sampling import cascade
+from train.sampling import prompts as find
+from train.sampling.cascade import draw_stages, first_stage, second_stage
+from train.sampling.prompts import Prompts
 from train.sampling.sampler import PRESETS, make_scheduler
+from train.sampling.steps_sheet import GAP, LINE
 
 FIRST = UNetConfig(
     image_size=8, model_channels=32, norm_groups=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[4],
@@ -27,7 +33,7 @@ FIRST = UNetConfig(
 )  # fmt: skip
 SECOND = replace(FIRST, image_size=16, low_res_size=8, attention_resolutions=[8], scale_skip_connection=True)
 PROMPT = "a red circle left of a blue square"
-QUICK = [f"prompt={PROMPT}", "n=2", "steps=5", "seed=4", "second_steps=5"]
+QUICK = [f"prompt={PROMPT}", "n=2", "steps=5", "seed=4"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def draw(base: Path, out: str, *arguments: str) -> Path:
 
 
 def through_both(base: Path, out: str, *arguments: str) -> Path:
-    return draw(base, out, f"second={base / 'second'}", *arguments)
+    return draw(base, out, f"second={base / 'second'}", "second_steps=5", *arguments)
 
 
 def listed(folder: Path) -> list[dict]:
@@ -80,8 +86,7 @@ def pipeline(kind: type, config, **options: object) -> IFPipeline | IFSuperResol
     return made
 
 
-@pytest.mark.parametrize("steps", ["5", "smart27"])
-def test_both_stages_draw_what_diffusers_two_pipelines_draw(base, steps):
+def test_both_stages_draw_what_diffusers_two_pipelines_draw(base):
     encoder = TextEncoder(str(base / "t5"), 77, "float32", torch.device("cpu"))
     text, empty = torch.from_numpy(encoder([PROMPT, ""])).split(1)
 
@@ -96,9 +101,9 @@ def test_both_stages_draw_what_diffusers_two_pipelines_draw(base, steps):
     second = pipeline(
         IFSuperResolutionPipeline, SECOND, image_noising_scheduler=noising, scheduler={"second_stage": True}
     )
-    taken = {"timesteps": PRESETS[steps]} if steps in PRESETS else {"num_inference_steps": int(steps)}
-    large = second(image=small, noise_level=250, output_type="np", **taken, **options()).images
-    drawn = through_both(base, "both", f"second_steps={steps}")
+    options_of_second = {"timesteps": PRESETS["smart27"], "noise_level": 250, "output_type": "np"}
+    large = second(image=small, **options_of_second, **options()).images
+    drawn = through_both(base, "both", "second_steps=smart27")
     assert pixels(drawn).std() > 10 and pixels(drawn).shape == (2, 16, 16, 3)
     # With a net of random weights half a level of 255 in the small image would be several in the large one.
     assert abs(large * 255 - pixels(drawn)).max() < 1
@@ -107,7 +112,7 @@ def test_both_stages_draw_what_diffusers_two_pipelines_draw(base, steps):
 
 
 def test_the_small_images_are_those_of_the_first_stage_alone(base, capsys):
-    alone, both = draw(base, "one", "second_steps=smart50"), through_both(base, "both")
+    alone, both = draw(base, "one"), through_both(base, "both", "aug_level=0.1")
     assert np.array_equal(pixels(alone), pixels(both, "small"))
     assert {path.name for path in both.iterdir()} == {
         "grid.png", "sample.json", "small", "000-seed-4.png", "000-seed-5.png"
@@ -117,84 +122,88 @@ def test_the_small_images_are_those_of_the_first_stage_alone(base, capsys):
     grids = [Image.open(folder / "grid.png").size for folder in (alone, both)]
     assert grids[0][0] == grids[1][0] and grids[1][1] == 2 * grids[0][1], "a row more"
     said = capsys.readouterr()
-    assert "second stage: step 7, ema, ddpm 5 steps, guidance 4, aug_level 0.25, seeds 4 to 5" in said.out
+    assert "second stage: step 7, ema, ddpm 5 steps, guidance 4, aug_level 0.1, seeds 4 to 5" in said.out
     assert "2 large images: 10 of 10 steps (100 %)" in said.err
-
-
-def test_the_record_has_both_stages(base):
-    told = json.loads((through_both(base, "both", "aug_level=0.1") / "sample.json").read_text())
+    told = json.loads((both / "sample.json").read_text())
     assert told["second"] == {
         "checkpoint": "step-00000007", "step": 7, "run_dir": str(base / "second"), "guidance_scale": 4.0, "steps": "5",
         "scheduler": "ddpm", "aug_level": 0.1,
     }  # fmt: skip
     assert (told["run_dir"], told["guidance_scale"], told["steps"]) == (str(base / "first"), 7.0, "5")
-    alone = json.loads((draw(base, "one", "second_steps=smart50") / "sample.json").read_text())
-    assert alone["second"] is None and not {"aug_level", "second_steps", "second_guidance_scale"} & alone.keys()
+    of_one = json.loads((alone / "sample.json").read_text())
+    assert of_one["second"] is None and not {"aug_level", "second_steps", "second_guidance_scale"} & of_one.keys()
 
 
-def test_each_argument_of_the_second_stage_changes_its_images_alone(base):
-    plain = through_both(base, "plain")
-    assert abs(pixels(through_both(base, "batches", "micro_batch=1")) - pixels(plain)).max() <= 1
-    for argument in ("second_guidance_scale=1", "second_steps=6", "aug_level=0.5"):
-        changed = through_both(base, argument, argument)
-        assert np.array_equal(pixels(changed, "small"), pixels(plain, "small")), argument
-        assert abs(pixels(changed) - pixels(plain)).max() > 5, argument
-    masters = through_both(base, "masters", "weights=master")
-    assert abs(pixels(masters) - pixels(plain)).max() > 5 < abs(pixels(masters, "small") - pixels(plain, "small")).max()
+def test_each_argument_of_the_second_stage_counts(base):
+    first = first_stage(Checkpoint.open(base / "first"), 7.0, "2", "ddpm")
+    text = torch.randn(3, 77, FIRST.encoder_dim, generator=torch.Generator().manual_seed(0))
+    prompts = Prompts(["a", "b"], text[:2], text[2])
+
+    def large(
+        name: str = "second", scale: float = 4.0, steps: str = "2", aug_level: float = 0.25, weights: str = "ema",
+        micro_batch: int = 4,
+    ) -> Tensor:  # fmt: skip
+        second = second_stage(Checkpoint.open(base / name), first.checkpoint, scale, steps, aug_level)
+        watch = [lambda step: None] * 2
+        cpu, seeds = torch.device("cpu"), [4, 5, 6, 7]
+        *_, drawn = draw_stages([first, second], weights, cpu, prompts, seeds, micro_batch, "", watch)
+        return drawn
+
+    plain = large()
+    assert plain.shape == (4, 3, 16, 16) and plain.abs().max() <= 1
+    for changed in ({"scale": 1.0}, {"steps": "3"}, {"aug_level": 0.5}, {"weights": "master"}):
+        assert (large(**changed) - plain).abs().max() > 0.05, changed
+    assert (large(micro_batch=3) - plain).abs().max() < 1e-2, "an image does not depend on the others"
+    assert torch.equal(large("stored_otherwise"), plain), "the same encoder's states in another form"
 
 
-def test_strips_and_sheets_of_steps_go_through_both(base):
-    strip = through_both(base, "strip", "to=two squares", "strip=3", "n=1", "steps_sheet=true")
-    assert [image["seed"] for image in listed(strip)] == [4, 4, 4] and pixels(strip).shape == (3, 16, 16, 3)
-    assert abs(pixels(strip)[:1] - pixels(through_both(base, "alone", "n=1"))).max() <= 1
-    assert (strip / "steps.png").exists() and (strip / "second_steps.png").exists()
-    assert read_images(strip).shape == (3, 3, 16, 16), "the sheets are none of the images"
-
-
-def test_the_first_net_is_gone_before_the_second_is_loaded(base, monkeypatch):
+def test_strips_and_sheets_of_steps_go_through_both_with_one_net_at_a_time(base, monkeypatch):
     nets, load = [], cascade.load_net
 
     def watched(*arguments: object) -> object:
-        assert all(net() is None for net in nets)
+        assert all(net() is None for net in nets), "the first net is gone before the second one is loaded"
         net = load(*arguments)
         nets.append(weakref.ref(net))
         return net
 
     monkeypatch.setattr(cascade, "load_net", watched)
-    through_both(base, "both", "steps_sheet=true")
+    strip = through_both(base, "strip", "to=two squares", "strip=3", "n=1", "steps_sheet=true")
     assert len(nets) == 2
+    assert [image["seed"] for image in listed(strip)] == [4, 4, 4] and pixels(strip).shape == (3, 16, 16, 3)
+    assert (abs(np.diff(pixels(strip), axis=0)).max(axis=(1, 2, 3)) > 2).all(), "each has text states of its own"
+    read = read_images(strip)  # by train.neighbours
+    assert read.shape == (3, 3, 16, 16) and (strip / "steps.png").exists()
+    sheet = np.asarray(Image.open(strip / "second_steps.png").convert("RGB")).astype(int)
+    first = np.asarray(Image.open(strip / "000-seed-4.png").resize((96, 96), Image.Resampling.NEAREST)).astype(int)
+    left, below = GAP + 4 * (96 + GAP), sheet.shape[0] - GAP - LINE - 96
+    assert abs(sheet[below : below + 96, left : left + 96] - first).max() <= 1, "the last prediction is the picture"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("checkpoint={base}/second second={base}/second", "give a checkpoint of the first stage as checkpoint=, and"),
-        ("checkpoint={base}/second second_steps=smart50", "is of the second stage, which enlarges the images"),
+        ("checkpoint={base}/second", "is of the second stage, which enlarges the images"),
         ("second={base}/first", "is of the first stage: give a checkpoint of a net that has a model.low_res_size"),
         ("second={base}/of_4_px", "enlarges images of 4 px, checkpoint='{base}/first/checkpoints/step-00000007' draws"),
         ("second={base}/other_encoder", "on text states of another weights_sha256, tokens than checkpoint='{base}"),
         ("second={base}/absent", "/absent' has no whole checkpoint"),
-        ("second={base}/of_250 second_steps=smart50", "error: second_steps=smart50 is made for ddpm and 1000"),
+        ("second={base}/of_250", "error: second_steps=smart50 is made for ddpm and 1000"),
         ("second={base}/second second_steps=1", "error: second_steps=1 must lie between 2 and the 1000"),
         ("second={base}/second second_guidance_scale=-1", "second_guidance_scale=-1.0 must be at least 0"),
         ("second={base}/second aug_level=1", "aug_level=1.0 must be at least 0 and less than 1"),
         ("second={base}/second ema_length=0.1", "tracked no power-function averages (ema_snapshot_every=0)"),
         ("second_steps=27", "second_steps=27 is of the second stage: give second="),
-        ("second_steps=smart50 aug_level=0.3", "aug_level=0.3 is of the second stage: give second="),
+        ("aug_level=0.3", "aug_level=0.3 is of the second stage: give second="),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line_before_anything_is_loaded(
     base, tmp_path, monkeypatch, capsys, arguments, message
 ):
-    monkeypatch.setattr("data.text.encoder.load_encoder", None)
+    monkeypatch.setattr(find, "load_encoder", None)
     monkeypatch.setattr(cascade, "load_net", None)
     with pytest.raises(SystemExit) as caught:
         draw(base, "out", *arguments.format(base=base).split())
     error = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and error[-1].startswith("error: ") and message.format(base=base) in error[-1]
     assert len(error) == 1 and not list(tmp_path.iterdir())
-
-
-def test_another_form_of_the_stored_states_is_no_other_encoder(base):
-    other = draw(base, "other", f"second={base / 'stored_otherwise'}")
-    assert np.array_equal(pixels(other), pixels(through_both(base, "both")))
