@@ -200,6 +200,5 @@ def sample_batches(
             small = None if low_res is None else low_res[part]
             for step in denoise(unet, scheduler, batch, empty, guidance_scale, steps, seeds[part], small, aug_level):
                 after(step)
-            # A last step ends at its pred_xstart, which is in [-1, 1]; only that of the multistep solver may leave it.
-            images.append(step.x_next.clamp(-1, 1).cpu())
+            images.append(step.x_next.cpu())  # where the last step ends: at its pred_xstart
     return torch.cat(images)
