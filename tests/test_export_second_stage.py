@@ -19,8 +19,12 @@ from model.super_resolution import make_net
 from model.unet import UNet
 from tests.checkpoints import write_run
 from tests.support.hub_server import Hub, Repo
+from tests.support.trainings import make_data
 from tests.test_second_stage import NET as NET_OF_24
+from tests.test_second_stage import SMALL
+from tests.test_second_stage import trained as train
 from train.checkpoint.checkpoint import Checkpoint
+from train.compose import compose_config
 from train.export import Export, export, main
 from train.sampling.sampler import SamplingStep, make_scheduler, sample
 from train.weights.pretrained import load_pretrained
@@ -217,3 +221,14 @@ def test_a_push_takes_the_place_of_an_earlier_one(base, hub: Hub, tmp_path, monk
     main(arguments)
     assert repo.commits[repo.branches["main"]] == files
     assert "removed  image_noising_scheduler/old.json" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_training_begins_with_the_weights_of_a_folder(repo, tmp_path):
+    data = make_data(tmp_path / "data")
+    net = compose_config([*SMALL, "model.encoder_dim=64"]).model
+    export(Export(str(write_run(tmp_path / "before", net, data / "text")), str(tmp_path / "if")))
+    train(repo, data, tmp_path / "after", f"init_from={tmp_path / 'if'}", "optim.lr_peak=1e-6", ranks=1)
+    before, after = load_pretrained(tmp_path / "if", net), Checkpoint.open(tmp_path / "after").weights("master")
+    apart = [(after[name] - value).abs().max() for name, value in before.items()]
+    assert before.keys() == after.keys() and 0 < max(apart) < 1e-4
