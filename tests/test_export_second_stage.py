@@ -148,7 +148,7 @@ def test_the_card_tells_what_is_true_of_the_second_stage(base):
     assert first["tags"][-1] == "if-stage-1" and second["tags"] == ["deepfloyd-if", "pixel-diffusion", "if-stage-2"]
     assert second["training"]["run"] != eps["training"]["run"]
     for told in (
-        "draws an image of 4 px and its caption again in 16 px: the second stage of DeepFloyd IF",
+        "draws images of 4 px in 16 px after their captions: the second stage of DeepFloyd IF",
         "guidance_scale=4.0, noise_level=250)",
         "from 0 to 999",
         "net that draws 4 px images",
@@ -228,7 +228,8 @@ def test_a_training_begins_with_the_weights_of_a_folder(repo, tmp_path):
     data = make_data(tmp_path / "data")
     net = compose_config([*SMALL, "model.encoder_dim=64"]).model
     export(Export(str(write_run(tmp_path / "before", net, data / "text")), str(tmp_path / "if")))
-    train(repo, data, tmp_path / "after", f"init_from={tmp_path / 'if'}", "optim.lr_peak=1e-6", ranks=1)
+    slow = [f"optim.lr_{at}=1e-6" for at in ("start", "peak", "end")]
+    train(repo, data, tmp_path / "after", f"init_from={tmp_path / 'if'}", *slow, ranks=1)
     before, after = load_pretrained(tmp_path / "if", net), Checkpoint.open(tmp_path / "after").weights("master")
     apart = [(after[name] - value).abs().max() for name, value in before.items()]
     assert before.keys() == after.keys() and 0 < max(apart) < 1e-4

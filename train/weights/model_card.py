@@ -93,8 +93,8 @@ pipeline.enable_model_cpu_offload()  # needs accelerate; or pipeline.to("cuda")
     "limits": "The images are small.",
 }
 SECOND_STAGE = {
-    "what": "A super-resolution diffusion model, which draws an image of {low_res} px and its caption again in "
-    "{pixels} px: the second stage of DeepFloyd IF",
+    "what": "A super-resolution diffusion model, which draws images of {low_res} px in {pixels} px after their "
+    "captions: the second stage of DeepFloyd IF",
     "code": """\
 first = DiffusionPipeline.from_pretrained("FIRST_STAGE", dtype=torch.bfloat16)
 second = DiffusionPipeline.from_pretrained("{name}", text_encoder=None, dtype=torch.bfloat16)
