@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that diffusers' IFPipeline loads: `python -m train.export checkpoint=RUN_DIR out=DIR`."""
+"""A checkpoint as a folder that diffusers' pipelines load: `python -m train.export checkpoint=RUN_DIR out=DIR`."""
 
 import re
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Export:
     """Writes a checkpoint as a folder that diffusers' IFPipeline loads, and pushes it to the hub if asked to.
 
+    Of the second stage it is IFSuperResolutionPipeline that loads it.
     checkpoint: the folder of a run, whose newest checkpoint is taken, or of one step
     out: the folder to write
     weights: ema (their moving average) or master
@@ -49,8 +50,8 @@ class Export:
 def export(args: Export, shard_size: str = "10GB") -> None:
     """Write the folder, and push it. What the hub would refuse is refused before the folder is written.
 
-    Raises: ValueError for what cannot be read, does not fit IFPipeline, exists already or cannot be pushed; OSError if
-    it cannot be written.
+    Raises: ValueError for what cannot be read, does not fit diffusers' pipeline, exists already or cannot be pushed;
+    OSError if it cannot be written.
     """
     check(args)
     out, destination = Path(args.out), None
@@ -63,7 +64,6 @@ def export(args: Export, shard_size: str = "10GB") -> None:
     from train.weights.model_card import model_card
 
     checkpoint = open_checkpoint(args.checkpoint, args.ema_length)
-    checkpoint.check_first_stage("exported")
     facts = (args.weights, args.license, bool(args.encoder), args.dtype)
     card = model_card(checkpoint, args.push_to or out.name, *facts)
     if destination:
@@ -93,9 +93,11 @@ def _write(args: Export, checkpoint: "Checkpoint", card: str, shard_size: str) -
     takes = "without text encoder: give prompt_embeds"
     if encoder:
         takes = f"for prompts (clean_caption={encoder.cleaning != 'lower-strip'}, as in the training) or prompt_embeds"
-    print(f"{out}: an IFPipeline {takes}; {checkpoint.title(args.weights)} weights of step {checkpoint.step} "
-          f"in {args.dtype}, {checkpoint.model.image_size} px, {checkpoint.diffusion_steps} diffusion steps, "
-          f"{'learned' if checkpoint.model.learn_sigma else 'fixed'} variance")  # fmt: skip
+    net = checkpoint.model
+    enlarges = f"{net.low_res_size} -> " if net.low_res_size else ""
+    print(f"{out}: an {type(pipeline).__name__} {takes}; {checkpoint.title(args.weights)} weights of step "
+          f"{checkpoint.step} in {args.dtype}, {enlarges}{net.image_size} px, {checkpoint.diffusion_steps} diffusion "
+          f"steps, {'learned' if net.learn_sigma else 'fixed'} variance")  # fmt: skip
 
 
 def check(args: Export) -> None:

@@ -1,10 +1,11 @@
-"""A checkpoint as the folder of a diffusers pipeline, IFPipeline. The command is train.export."""
+"""A checkpoint as the folder of a diffusers pipeline, that of its stage of IF. The command is train.export."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import IFPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import T5EncoderModel
 
@@ -16,27 +17,34 @@ from train.checkpoint.checkpoint import Checkpoint
 from train.sampling.sampler import make_scheduler
 from train.weights.pretrained import net_weights
 
-# IFPipeline pads every prompt to this many tokens, whatever its tokenizer says.
+# IFPipeline, as that of the second stage, pads every prompt to this many tokens, whatever its tokenizer says.
 IF_TOKENS = 77
 
 
-def build_pipeline(checkpoint: Checkpoint, weights: str, dtype: torch.dtype, encoder: TextEncoder | None) -> IFPipeline:
-    """The pipeline of a checkpoint's net.  weights: 'ema' or 'master'.  dtype: of the UNet.
+def build_pipeline(
+    checkpoint: Checkpoint, weights: str, dtype: torch.dtype, encoder: TextEncoder | None
+) -> IFPipeline | IFSuperResolutionPipeline:
+    """The pipeline of a checkpoint's net, for its stage.  weights: 'ema' or 'master'.  dtype: of the UNet.
 
     Raises: ValueError, as net_weights and build_unet.
     """
-    return IFPipeline(
-        tokenizer=encoder.tokenizer if encoder else None,
+    net, steps = checkpoint.model, checkpoint.diffusion_steps
+    parts: dict[str, Any] = {
+        "tokenizer": encoder.tokenizer if encoder else None,
         # Always float32: loaded without a dtype, the UNet becomes float32 and the encoder what it was saved in, and
-        # IFPipeline fails when they differ.
-        text_encoder=encoder.model.float() if encoder else None,
-        unet=build_unet(net_weights(checkpoint, weights), checkpoint.model, dtype),
-        scheduler=make_scheduler(checkpoint.diffusion_steps, checkpoint.model.learn_sigma),
-        safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False,
-    )  # fmt: skip
+        # the pipelines fail when they differ.
+        "text_encoder": encoder.model.float() if encoder else None,
+        "unet": build_unet(net_weights(checkpoint, weights), net, dtype),
+        "scheduler": make_scheduler(steps, net.learn_sigma, second_stage=net.low_res_size > 0),
+        "safety_checker": None, "feature_extractor": None, "watermarker": None, "requires_safety_checker": False,
+    }  # fmt: skip
+    if not net.low_res_size:
+        return IFPipeline(**parts)
+    noising = DDPMScheduler(num_train_timesteps=steps, beta_schedule="squaredcos_cap_v2")
+    return IFSuperResolutionPipeline(**parts, image_noising_scheduler=noising)
 
 
-def save_pipeline(pipeline: IFPipeline, folder: Path, shard_size: str) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, shard_size: str) -> None:
     """Write the pipeline's files into a folder, all with the same permissions.  shard_size: of the weights, as '10GB'.
 
     Raises: OSError or SafetensorError if they cannot be written.

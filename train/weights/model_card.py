@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from data.text.captions import cleaner, lower_strip
 from data.text.meta import TextMeta
+from model.super_resolution import AUG_LEVEL
 from train.checkpoint.changes import describe_changes
 from train.checkpoint.checkpoint import Checkpoint
 from train.checkpoint.identity import run_digest
@@ -35,7 +36,7 @@ PRIVATE = re.compile(
 TEXT = """
 # {name}
 
-A text-to-image diffusion model of {pixels} px images: the first stage of DeepFloyd IF, trained from {origin}.
+{what}, trained from {origin}.
 {weights} of step {step}, in {dtype}.
 
 ## Use
@@ -44,13 +45,11 @@ A text-to-image diffusion model of {pixels} px images: the first stage of DeepFl
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{name}", dtype=torch.bfloat16)
-pipeline.enable_model_cpu_offload()  # needs accelerate; or pipeline.to("cuda")
-{call}
+{code}
 ```
 
 {conditions}
-Images of a further stage, such as IF-II, are made from `images` (with `output_type="pt"`) and the same embeddings.
+{stages}
 
 ## Recipe
 
@@ -73,7 +72,7 @@ Images of a further stage, such as IF-II, are made from `images` (with `output_t
 
 ## Limits
 
-The images are small. What a prompt can name, and how people and places look, follows from the captions and images
+{limits} What a prompt can name, and how people and places look, follows from the captions and images
 of the training, with all their bias. Nothing filters prompts or images: this pipeline has neither safety checker nor
 watermark.
 """
@@ -82,6 +81,38 @@ BY_EMBEDDING = (
     "images = pipeline(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, "
     "guidance_scale=7.0).images"
 )
+# What the cards of the two stages do not have in common.
+FIRST_STAGE = {
+    "what": "A text-to-image diffusion model of {pixels} px images: the first stage of DeepFloyd IF",
+    "code": """\
+pipeline = DiffusionPipeline.from_pretrained("{name}", dtype=torch.bfloat16)
+pipeline.enable_model_cpu_offload()  # needs accelerate; or pipeline.to("cuda")
+{call}""",
+    "stages": 'Images of a further stage, such as IF-II, are made from `images` (with `output_type="pt"`) and the same '
+    "embeddings.",
+    "limits": "The images are small.",
+}
+SECOND_STAGE = {
+    "what": "A super-resolution diffusion model, which draws images of {low_res} px in {pixels} px after their "
+    "captions: the second stage of DeepFloyd IF",
+    "code": """\
+first = DiffusionPipeline.from_pretrained("FIRST_STAGE", dtype=torch.bfloat16)
+second = DiffusionPipeline.from_pretrained("{name}", text_encoder=None, dtype=torch.bfloat16)
+for stage in (first, second):
+    stage.enable_model_cpu_offload()  # needs accelerate; or stage.to("cuda")
+{encode}embeds = {{"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}}
+small = first(**embeds, guidance_scale=7.0, output_type="pt").images
+images = second(image=small, **embeds, guidance_scale=4.0, noise_level={noise_level}).images""",
+    "stages": "`FIRST_STAGE` is a net that draws {low_res} px images and was trained with the same text encoder. "
+    "{encodes} A picture of your own (PIL, of {low_res} px) may take the place of `small`. The higher the "
+    "`noise_level`, from 0 to {last}, the more of the small image is drawn anew.",
+    "limits": "The large image keeps faults of the small one.",
+}
+ENCODE = 'prompt_embeds, negative_prompt_embeds = first.encode_prompt("a red circle", clean_caption={clean})\n'
+ENCODES = (
+    "If that one is not in its folder, load `second` without `text_encoder=None` and let `second.encode_prompt` encode."
+)
+MAY_ENCODE = "If that one is in its folder, `first.encode_prompt(..., clean_caption={clean})` makes the embeddings."
 
 
 def model_card(
@@ -91,13 +122,13 @@ def model_card(
 
     Its front matter says under `training` what the export was made of.
     """
-    config = checkpoint.config
+    config, net = checkpoint.config, checkpoint.model
     front = ModelCardData(
         license=license,
         license_name="see-the-card" if license == "other" else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["deepfloyd-if", "pixel-diffusion", "if-stage-1"],
+        pipeline_tag="image-to-image" if net.low_res_size else "text-to-image",
+        tags=["deepfloyd-if", "pixel-diffusion", "if-stage-2" if net.low_res_size else "if-stage-1"],
         training={
             "run": run_digest(checkpoint.manifest), "step": checkpoint.step, "weights": checkpoint.title(weights),
             "dtype": dtype, "text_encoder": has_encoder,
@@ -113,14 +144,15 @@ def model_card(
         "images seen": f"{checkpoint.step * config['global_batch']:,}",
         "GPUs, or ranks": checkpoint.ranks,
     }
+    if net.low_res_size:
+        rows["noise on the small image"] = f"at a timestep of its own, uniform in the {checkpoint.diffusion_steps:,}"
     text = TEXT.format(
         name=name,
-        pixels=checkpoint.model.image_size,
+        **_of_stage(checkpoint, name, has_encoder),
         origin=f"the weights of `{_public_name(config['init_from'])}`" if config["init_from"] else "random weights",
         weights=kind,
         step=f"{checkpoint.step:,} of {config['steps']:,}",
         dtype=dtype,
-        call=BY_PROMPT.format(clean=_cleans(checkpoint.text)) if has_encoder else BY_EMBEDDING,
         conditions=_conditions(checkpoint.text, has_encoder),
         recipe="\n".join(f"| {label} | {value} |" for label, value in rows.items()),
         changes=_changes(checkpoint),
@@ -129,6 +161,21 @@ def model_card(
         license=_license(config, license),
     )
     return ModelCard(f"---\n{front.to_yaml()}\n---\n{text}")
+
+
+def _of_stage(checkpoint: Checkpoint, name: str, has_encoder: bool) -> dict[str, str]:
+    """The texts of FIRST_STAGE or SECOND_STAGE for a net of it."""
+    net, steps, clean = checkpoint.model, checkpoint.diffusion_steps, _cleans(checkpoint.text)
+    facts = {
+        "name": name, "pixels": net.image_size, "low_res": net.low_res_size,
+        "noise_level": int(AUG_LEVEL * steps), "last": steps - 1,
+    }  # fmt: skip
+    if has_encoder:
+        facts |= {"call": BY_PROMPT.format(clean=clean), "encode": ENCODE.format(clean=clean), "encodes": ENCODES}
+    else:
+        facts |= {"call": BY_EMBEDDING, "encode": "", "encodes": MAY_ENCODE.format(clean=clean)}
+    texts = SECOND_STAGE if net.low_res_size else FIRST_STAGE
+    return {part: text.format(**facts) for part, text in texts.items()}
 
 
 def _setting(config: dict, keys: str | tuple[str, ...]) -> str:

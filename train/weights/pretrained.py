@@ -61,7 +61,8 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     folder of a diffusers pipeline or UNet, where the copy of the highest precision is read; a run or one of its
     checkpoints, where the moving average is read; such a folder on the hub, ORG/NAME or ORG/NAME@REVISION, of which
     only what is read is fetched.  The names may have a prefix, or lie nested in the file.
-    Raises: ValueError if nothing can be read there, or the weights don't fit the net; it names the first of them.
+    Raises: ValueError if nothing can be read there, or the weights don't fit the net; it names the first of them, or
+    says that they are of IF's other stage.
     So it does if the net that is described beside them has other groups, heads or scales, which no shape shows.
     """
     path = _fetched(str(path))
@@ -70,6 +71,7 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     state, numbers = _read(path)
     state, taken_off = take_off_prefix(state, [ours, theirs], path)
     is_diffusers = bool(state.keys() & theirs.keys())
+    _check_stage(path, state, config)
     state = _without_idle_variance(state, config)
     _check_fit(state, theirs if is_diffusers else ours, path, taken_off)
     _check_shapeless(path, numbers, config)
@@ -182,6 +184,20 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             "save the net's state dict alone"
         )
     return tensors
+
+
+def _check_stage(path: Path, state: dict[str, Tensor], config: UNetConfig) -> None:
+    """Raises: ValueError if the first convolution is that of a net of the other stage."""
+    convolution = state.get("input_blocks.0.0.weight", state.get("conv_in.weight"))
+    stages = {config.in_channels: "first", 2 * config.in_channels: "second"}
+    ours = stages[config.conv_in_channels]
+    theirs = stages.get(convolution.shape[1]) if convolution is not None and convolution.ndim > 1 else None
+    if theirs and theirs != ours:
+        raise ValueError(
+            f"the weights in '{path}' are of IF's {theirs} stage, this net is of the {ours} "
+            f"(model.low_res_size={config.low_res_size}): name weights of the {ours} stage, or set model to a net of "
+            f"the {theirs}"
+        )
 
 
 def _check_shapeless(path: Path, numbers: dict[str, int], config: UNetConfig) -> None:

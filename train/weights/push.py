@@ -24,7 +24,7 @@ T = TypeVar("T")
 # Seconds that the hub may take to make a repository, or to list one.
 SLOWLY = 60.0
 # The folders of a pipeline: what an earlier push has left in them does not belong to this one.
-FOLDERS = ("unet", "scheduler", "tokenizer", "text_encoder")
+FOLDERS = ("unet", "scheduler", "image_noising_scheduler", "tokenizer", "text_encoder")
 # What the hub puts into a new repository.
 OWN = {".gitattributes"}
 # What is not of the export.
