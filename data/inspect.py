@@ -147,7 +147,7 @@ def _lines(summary: DatasetSummary, found: Findings, image_size: int) -> list[st
         lines.append(f"images: {kinds}; shorter side {sides.min()} to {sides.max()} px, median {np.median(sides):.0f}")
         if small := np.count_nonzero(sides < image_size):
             lines.append(
-                f"images: {small:,} with a shorter side below image_size={image_size}: a training enlarges them"
+                f"images: {small:,} with a shorter side below image_size={image_size}: a training enlarges those"
             )
     for name, captions in found.captions.items():
         lines += _caption_lines("captions" if name == TXT else f"captions {name}", captions, summary.meta)

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data.config import DataConfig
+from data.inspect import Inspect, inspect
 from data.storage.shards import find_shards
 from data.text.meta import TextMeta
 from data.tiny_t5 import TinyT5, write_tiny_t5
@@ -160,7 +161,7 @@ def test_dreambooth_takes_the_pictures_alone(base, capsys):
     assert "enlarged" not in said.err
 
 
-def test_dreambooth_names_pictures_that_are_too_small(base, tmp_path, capsys):
+def test_pictures_that_are_too_small_are_told(base, tmp_path, capsys):
     Image.new("RGB", (31, 90)).save(tmp_path / "narrow.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "enough.png")
     prepare(base, f"pictures={tmp_path}", f"out={tmp_path / 'out'}")
@@ -168,6 +169,11 @@ def test_dreambooth_names_pictures_that_are_too_small(base, tmp_path, capsys):
         "warning: 1 of 2 pictures are enlarged to 32 px, and the net learns their blur (narrow.png of 31 x 90): give "
         "pictures whose shorter side has 32 px or more\n" in capsys.readouterr().err
     )
+    shards = str(tmp_path / "out" / "concept" / "shards")
+    for size, told in ((32, True), (31, False)):
+        inspect(Inspect(shards, str(tmp_path / "report.html"), image_size=size))
+        line = f"images: 1 with a shorter side below image_size={size}: a training enlarges those\n"
+        assert (line in capsys.readouterr().out) is told
 
 
 @pytest.mark.parametrize(
