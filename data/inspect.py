@@ -87,7 +87,7 @@ def inspect(args: Inspect) -> Findings:
     found = inspect_samples(shards, args.samples, view, args.text, meta, args.captions, choice, args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     found.duplicate_list = _write_duplicates(found, out, args.drop)
-    for line in _lines(summary, found):
+    for line in _lines(summary, found, args.image_size):
         print(line)
     if out.suffix.lower() == ".html":
         report = page(summary, found, args.image_size).encode()
@@ -138,13 +138,17 @@ def _sidecar_fault(shards: list[Shard], text: str, meta: TextMeta | None, captio
     return ""
 
 
-def _lines(summary: DatasetSummary, found: Findings) -> list[str]:
+def _lines(summary: DatasetSummary, found: Findings, image_size: int) -> list[str]:
     """What is printed: the numbers that decide whether to train on this."""
     lines = [summary.size(), f"looked at {summary.share(found)}"]
     if found.sizes:
         sides = np.repeat([min(size) for size in found.sizes], list(found.sizes.values()))
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.kinds.most_common(4))
         lines.append(f"images: {kinds}; shorter side {sides.min()} to {sides.max()} px, median {np.median(sides):.0f}")
+        if small := np.count_nonzero(sides < image_size):
+            lines.append(
+                f"images: {small:,} with a shorter side below image_size={image_size}: a training enlarges those"
+            )
     for name, captions in found.captions.items():
         lines += _caption_lines("captions" if name == TXT else f"captions {name}", captions, summary.meta)
     if summary.meta:

@@ -142,7 +142,8 @@ def test_a_dry_run_needs_no_gpu_and_says_that_the_training_would(repo, tmp_path)
 
 def test_only_the_large_nets_need_a_gpu():
     needing = {name for name in names("experiment") if compose_config([f"+experiment={name}", "init_from=a"]).needs_gpu}
-    assert needing == {"if_i_m", "if_i_l", "if_i_xl", "own_gpu", "finetune_lora", "finetune_dreambooth"}
+    tuning = {"finetune_lora", "finetune_dreambooth", "finetune_dreambooth_ii"}
+    assert needing == {"if_i_m", "if_i_l", "if_i_xl", "if_ii_m", "if_ii_l", "own_gpu"} | tuning
 
 
 def test_the_driver_that_the_install_names_is_that_of_the_pinned_cuda(repo):

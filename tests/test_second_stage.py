@@ -17,10 +17,8 @@ from tests.checkpoints import random_net, write_run
 from tests.support.trainings import launch, make_data, metrics
 from train.checkpoint.checkpoint import Checkpoint
 from train.compose import compose_config
-from train.dreambooth import DreamBooth, prepare
 from train.evaluation.evaluated_net import open_nets
 from train.export import Export, export
-from train.export_lora import ExportLora, export_lora
 from train.monitor.rank_memory import needed_bytes
 from train.sampling.sampler import make_scheduler, sample
 from train.summary import describe, parameters
@@ -59,21 +57,16 @@ def test_the_released_sizes_are_as_the_readme_says():
 
 
 def test_what_cannot_be_trained_yet_is_refused():
-    with pytest.raises(ValueError, match=r"lora\.rank=4 cannot be trained on a net of the second stage yet"):
-        compose_config(["+experiment=scenes_ii", "lora.rank=4", "init_from=weights"])
     with pytest.raises(ValueError, match=r"captions of your own, which have no images .* give a number of captions"):
         compose_config(["+experiment=scenes_ii", "sample.prompts=[a red circle]"])
 
 
 def test_what_cannot_be_done_with_it_yet_is_refused(meta, tmp_path):
     run = str(write_run(tmp_path / "run", NET, meta))
-    (tmp_path / "pictures").mkdir()
     out = str(tmp_path / "out")
     for does, words in (
         (lambda: export(Export(run, out)), "exported"),
-        (lambda: export_lora(ExportLora(run, out)), "exported"),
         (lambda: open_nets(run, "", []), "evaluated"),
-        (lambda: prepare(DreamBooth(run, str(tmp_path / "pictures"), "a", "b", out)), "tuned by DreamBooth"),
     ):
         with pytest.raises(
             ValueError, match=rf"is of the second stage, which cannot be {words} yet: name a checkpoint"

@@ -227,11 +227,6 @@ class Config:
         check_choice("layout", self.layout, LAYOUTS)
         if self.layout == "nhwc" and not self.compile:
             raise ValueError("layout=nhwc needs compile=true: without it each norm takes many passes over memory")
-        if self.model.low_res_size and self.lora.rank:
-            raise ValueError(
-                f"lora.rank={self.lora.rank} cannot be trained on a net of the second stage yet: train the whole net, "
-                "with lora.rank=0"
-            )
         if self.model.low_res_size and isinstance(self.sample.prompts, list):
             raise ValueError(
                 "sample.prompts are captions of your own, which have no images that a net of the second stage could "

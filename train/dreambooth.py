@@ -3,7 +3,7 @@
 python -m train.dreambooth checkpoint=RUN_DIR pictures=DIR prompt="a zwx toy" class_prompt="a toy" out=DIR
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -11,17 +11,21 @@ from omegaconf import MISSING
 from data.checks import check_at_least
 from data.cli import command, how_called, location
 
+# What only the pictures of the class need.
+OF_CLASS = ("class_prompt", "prior", "guidance_scale", "steps", "seed", "micro_batch")
+
 
 @dataclass
 class DreamBooth:
     """Makes out/concept and out/prior, each with shards and text, for the experiment finetune_dreambooth.
 
-    A rerun makes what is missing, and makes again what other arguments, pictures or another checkpoint change.
+    A rerun makes what is missing, and makes again what other arguments, pictures or another checkpoint change. For a
+    net of the second stage there is out/concept alone, for the experiment finetune_dreambooth_ii.
 
     checkpoint: the one that the fine-tuning starts from: the folder of a run, whose newest is taken, or of one step
     pictures: a folder with a handful of pictures of the concept
     prompt: for these pictures, with a rare word in it
-    class_prompt: one prompt for the class, or a .txt file with one on each line
+    class_prompt: one prompt for the class, or a .txt file with one on each line; none for the second stage
     out: the folder to write
     prior: pictures of the class to draw
     guidance_scale: for them; 1 follows the prompt as trained, more exaggerates it
@@ -34,7 +38,7 @@ class DreamBooth:
     checkpoint: str = location()
     pictures: str = location()
     prompt: str = MISSING
-    class_prompt: str = MISSING
+    class_prompt: str = ""
     out: str = location()
     prior: int = 200
     guidance_scale: float = 4.0
@@ -45,15 +49,14 @@ class DreamBooth:
 
 
 def prepare(args: DreamBooth) -> None:
-    """Write both sets of pictures and their embeddings.
+    """Write the sets of pictures and their embeddings.
 
     Raises: ValueError for what cannot be used; OSError if something cannot be written.
     """
     for name, least in (("prior", 1), ("micro_batch", 1), ("guidance_scale", 0), ("seed", 0)):
         check_at_least(name, getattr(args, name), least)
-    for name in ("prompt", "class_prompt"):
-        if not getattr(args, name).strip():
-            raise ValueError(f"{name}= is empty: give a prompt")
+    if not args.prompt.strip():
+        raise ValueError("prompt= is empty: give a prompt")
     folder = Path(args.pictures)
     if not folder.is_dir():
         raise ValueError(f"there is no folder '{folder.absolute()}': put the pictures of the concept there")
@@ -72,25 +75,43 @@ def prepare(args: DreamBooth) -> None:
     from train.sampling.prompts import warn_of_lost_words
 
     checkpoint, out = Checkpoint.open(args.checkpoint), Path(args.out)
-    checkpoint.check_first_stage("tuned by DreamBooth")
-    meta, prompts = checkpoint.text.exact, read_prompts(args.class_prompt, args.prior)
+    enlarges = checkpoint.model.low_res_size > 0
+    check_class(args, enlarges)
+    meta, prompts = checkpoint.text.exact, [] if enlarges else read_prompts(args.class_prompt, args.prior)
     for prompt in dict.fromkeys([args.prompt, *prompts]):
         warn_of_lost_words(prompt, meta.cleaning)
-    concept = read_concept([folder / row.name for row in list_folder(folder) if not row.problem])
+    files = [folder / row.name for row in list_folder(folder) if not row.problem]
+    concept = read_concept(files, checkpoint.model.image_size)
     write_pictures(out / "concept", [(picture, args.prompt) for picture in concept])
-    drawing = Drawing.of(checkpoint, prompts, args.guidance_scale, args.steps, args.seed)
-    if reason := drawing.to_draw(out / "prior"):
-        print(f"the pictures of the class are drawn: {reason}")
-        pictures = draw_class(checkpoint, drawing, args.encoder, args.micro_batch, out / "prior")
-        drawing.write(out / "prior", pictures)
-    for name in ("concept", "prior"):
+    names = ["concept"] if enlarges else ["concept", "prior"]
+    if not enlarges:
+        drawing = Drawing.of(checkpoint, prompts, args.guidance_scale, args.steps, args.seed)
+        if reason := drawing.to_draw(out / "prior"):
+            print(f"the pictures of the class are drawn: {reason}")
+            pictures = draw_class(checkpoint, drawing, args.encoder, args.micro_batch, out / "prior")
+            drawing.write(out / "prior", pictures)
+    for name in names:
         remove_other_embeddings(out / name / "text", meta)
         embed(Embed(str(out / name / "shards"), str(out / name / "text"), args.encoder or meta.encoder, meta.tokens,
                     meta.compute, meta.dtype, cleaning=meta.cleaning))  # fmt: skip
-    data = " ".join(f"data.mixture.{n}.{k}={out / n / k}" for n in ("concept", "prior") for k in ("shards", "text"))
+    data = " ".join(f"data.mixture.{name}.{kind}={out / name / kind}" for name in names for kind in ("shards", "text"))
     train = "if-train train" if how_called().startswith("if-train ") else "deepspeed train/main.py"
-    print(f"{out}: {len(concept)} pictures of the concept, {args.prior} of its class; next, with the net's own model=\n"
-          f"{train} +experiment=finetune_dreambooth init_from={args.checkpoint} {data}")  # fmt: skip
+    of_class = "" if enlarges else f", {args.prior} of its class"
+    experiment = "finetune_dreambooth_ii" if enlarges else "finetune_dreambooth"
+    print(f"{out}: {len(concept)} pictures of the concept{of_class}; next, with the net's own model=\n"
+          f"{train} +experiment={experiment} init_from={args.checkpoint} {data}")  # fmt: skip
+
+
+def check_class(args: DreamBooth, enlarges: bool) -> None:
+    """Raises: ValueError if no class is named, or if one is for a net that enlarges images, the second stage's."""
+    if not enlarges and not args.class_prompt.strip():
+        raise ValueError("class_prompt= is empty: give a prompt for the class")
+    for name, default in ((f.name, f.default) for f in fields(args) if f.name in OF_CLASS):
+        if enlarges and getattr(args, name) != default:
+            raise ValueError(
+                f"{name}={getattr(args, name)} is for pictures of the class, and '{args.checkpoint}' is of the second "
+                f"stage, which enlarges images and draws none by itself: leave {name} out"
+            )
 
 
 def main(argv: list[str] | None = None) -> None:

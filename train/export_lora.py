@@ -1,4 +1,4 @@
-"""The LoRA of a run for diffusers' IFPipeline: `python -m train.export_lora checkpoint=RUN_DIR out=DIR`."""
+"""The LoRA of a run for diffusers' pipeline of its stage: `python -m train.export_lora checkpoint=RUN_DIR out=DIR`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from train.checkpoint.format import check_weights
 
 @dataclass
 class ExportLora:
-    """Writes the LoRA that a run trained as a folder for IFPipeline.load_lora_weights.
+    """Writes the LoRA that a run trained as a folder for load_lora_weights of diffusers.
 
     checkpoint: the folder of a run, whose newest checkpoint is taken, or of one step
     out: the folder to write
@@ -37,11 +37,11 @@ def export_lora(args: ExportLora) -> None:
     from train.weights.lora import FILE, save_adapter
 
     out, checkpoint = Path(args.out), open_checkpoint(args.checkpoint, args.ema_length)
-    checkpoint.check_first_stage("exported")
+    pipeline = "IFSuperResolutionPipeline" if checkpoint.model.low_res_size else "IFPipeline"
     with atomic_folder(out) as folder:
         save_adapter(folder, checkpoint, args.weights)
     print(f"{out / FILE}: rank {checkpoint.config['lora']['rank']}, {checkpoint.title(args.weights)} weights of step "
-          f"{checkpoint.step}; IFPipeline.load_lora_weights('{out}') adds it to the net of "
+          f"{checkpoint.step}; {pipeline}.load_lora_weights('{out}') adds it to the net of "
           f"{checkpoint.config['init_from']}")  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,9 +28,10 @@ FEW = 100
 RECORD = "class.json"
 
 
-def read_concept(files: list[Path]) -> list[bytes]:
-    """The pictures of a concept, JPEGs and PNGs as they are.
+def read_concept(files: list[Path], image_size: int) -> list[bytes]:
+    """The pictures of a concept, JPEGs and PNGs as they are; prints which of them the training enlarges.
 
+    image_size: side in pixels of the images that the net sees.
     Raises: ValueError if a file is neither, or there are many of them.
     """
     if len(files) > FEW:
@@ -37,11 +39,19 @@ def read_concept(files: list[Path]) -> list[bytes]:
             f"pictures= holds {len(files)}: a concept has a handful; for more use +experiment=finetune_lora"
         )
     pictures = [file.read_bytes() for file in files]
+    small = []
     for file, picture in zip(files, pictures, strict=True):
         try:
-            decode(picture)
+            size = decode(picture).size
         except BadImage as error:
             raise ValueError(f"'{file}' cannot be used: {error}") from None
+        small += [f"{file.name} of {size[0]} x {size[1]}"] if min(size) < image_size else []
+    if small:
+        print(
+            f"warning: {len(small)} of {len(files)} pictures are enlarged to {image_size} px, and the net learns their "
+            f"blur ({', '.join(small[:3])}): give pictures whose shorter side has {image_size} px or more",
+            file=sys.stderr,
+        )
     return pictures
 
 

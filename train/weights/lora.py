@@ -81,7 +81,7 @@ def trained_adapter(checkpoint: Checkpoint, name: str) -> Adapter:
 
 
 def save_adapter(folder: Path, checkpoint: Checkpoint, name: str) -> None:
-    """Write a run's LoRA into a folder, as IFPipeline.load_lora_weights reads it.
+    """Write a run's LoRA into a folder, as load_lora_weights of IFPipeline and IFSuperResolutionPipeline reads it.
 
     Raises: ValueError, as trained_adapter.
     """
@@ -96,7 +96,7 @@ def save_adapter(folder: Path, checkpoint: Checkpoint, name: str) -> None:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """A LoRA of IF's first stage as diffusers saves it, from the file or its folder.
+    """A LoRA of an IF stage as diffusers saves it, from the file or its folder.
 
     Raises: ValueError if there is none.
     """
