@@ -18,7 +18,6 @@ from tests.support.trainings import launch, make_data, metrics
 from train.checkpoint.checkpoint import Checkpoint
 from train.compose import compose_config
 from train.dreambooth import DreamBooth, prepare
-from train.evaluation.evaluated_net import open_nets
 from train.export import Export, export
 from train.export_lora import ExportLora, export_lora
 from train.monitor.rank_memory import needed_bytes
@@ -75,7 +74,6 @@ def test_what_cannot_be_done_with_it_yet_is_refused(meta, tmp_path):
         (lambda: draw(Sample(run, prompt="a red circle", out=out)), "sampled"),
         (lambda: export(Export(run, out)), "exported"),
         (lambda: export_lora(ExportLora(run, out)), "exported"),
-        (lambda: open_nets(run, "", []), "evaluated"),
         (lambda: prepare(DreamBooth(run, str(tmp_path / "pictures"), "a", "b", out)), "tuned by DreamBooth"),
     ):
         with pytest.raises(
