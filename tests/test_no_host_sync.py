@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -16,25 +17,27 @@ from data.tiny_t5 import TinyT5, write_tiny_t5
 from model.config import RECOMPUTE, UNetConfig
 from model.diffusion import Diffusion
 from model.losses import training_losses
-from model.unet import UNet
+from model.super_resolution import augment, make_net
 from tests.support.counted_waits import ACCUMULATE, MICRO_BATCH, STEPS
 from tests.support.trainings import make_data
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("out_channels", [3, 6])
-def test_forward_loss_and_backward_read_no_number(recompute, out_channels):
+@pytest.mark.parametrize("out_channels, low_res_size", [(3, 0), (6, 0), (6, 4)])
+def test_forward_loss_and_backward_read_no_number(recompute, out_channels, low_res_size):
     config = UNetConfig(
         image_size=16, model_channels=64, channel_mult=[1, 2], attention_resolutions=[8], encoder_dim=64,
         encoder_channels=64, activation="gelu_3bit", out_channels=out_channels,
+        low_res_size=low_res_size,
     )  # fmt: skip
     with torch.device("meta"):
-        unet, diffusion = UNet(config, recompute).bfloat16(), Diffusion(1000)
+        unet, diffusion = make_net(config, recompute).bfloat16(), Diffusion(1000)
         x_start, noise, text_emb = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.randn(2, 77, 64).half()
         t, weight = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+        low_res = (augment(diffusion, torch.randn(2, 3, 4, 4), t, noise), t) if low_res_size else ()
     diffusion.to("meta")
     x_t = diffusion.q_sample(x_start, t, noise)
-    losses = training_losses(diffusion, unet(x_t, t, text_emb), x_start, x_t, t, noise)
+    losses = training_losses(diffusion, unet(x_t, t, text_emb, *low_res), x_start, x_t, t, noise)
     assert {value.dtype for value in losses.values()} == {torch.float32}
     loss = (losses["loss"] * weight).mean()
     loss.backward()
@@ -83,6 +86,13 @@ def test_the_loop_waits_in_the_check_of_the_gradient_alone(counted):
     assert found["steps"][2:-1] == [A_STEP] * (STEPS - 3)
     # The next micro batch is sent before the engine's step, in which the host waits; none is loaded beyond the end.
     assert found["order"] == ["send", *["send", "step"] * (STEPS * ACCUMULATE - 1), "step"]
+
+
+def test_the_small_images_of_the_second_stage_make_it_wait_no_more(counted):
+    drawn = {"read: train/noise.py draw_t_and_noise": ACCUMULATE * (1 + 2 * MICRO_BATCH)}
+    sent = {"copy: train/noise.py _send_low_res": 3 * ACCUMULATE}  # the small images, their timesteps and noise
+    expected = Counter(A_STEP) + Counter(drawn) + Counter(sent)
+    assert counted["the second stage"]["steps"][2:-1] == [expected] * (STEPS - 3)
 
 
 def test_what_would_make_the_loop_wait_is_counted(counted):

@@ -25,7 +25,7 @@ from data.storage.atomic import atomic_file
 from tests.gpu_check.check import FAILED, LEFT_OUT, NOT_MEASURED, PARTS, PLANNED, Row
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPES = ("512", "XL", "M", "L")
+SHAPES = ("512", "XL", "M", "L", "II-L")
 # Of the budget, for starting and ending processes and writing the JSON.
 RESERVE_SECONDS = 5.0
 NEVER_PROVEN = (
@@ -40,7 +40,7 @@ class GPUCheck:
     """Checks on one GPU what no CPU can: parity, few-bit GELU, resume, synchronisations, memory, speed, overlap, NCCL.
 
     parts: which of them to run, all by default.
-    shapes: the nets that are timed, of 512, XL, M and L, in the order of their turn; 512 is XL's net at width 512.
+    shapes: the nets that are timed, of 512, XL, M, L and II-L, in their turn; 512 is XL's net at width 512.
     out: the JSON of all rows.
     device: cuda or cpu; on a CPU nothing is proven but that the checks run.
     size: full or tiny; tiny nets are for trying the checks out.

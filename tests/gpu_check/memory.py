@@ -50,7 +50,10 @@ def net_row(name: str, check: Check, size: str, mode: str) -> Row:
     else:
         from train.monitor.step_memory import walk_bytes  # counts storages as they come and go, of real tensors too
 
-        measured = BF16_BYTES * parameters(config) + walk_bytes(net, (batch.noise, batch.t, batch.text_emb)).peak
+        measured = (
+            BF16_BYTES * parameters(config)
+            + walk_bytes(net, (batch.noise, batch.t, batch.text_emb, *batch.low_res)).peak
+        )
     return against_plan(name, measured, plan, f"micro batch {micro_batch}")
 
 

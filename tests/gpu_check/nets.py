@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.config import RECOMPUTE, UNetConfig
 from model.diffusion import Diffusion
 from model.losses import training_losses
+from model.super_resolution import make_net
 from model.unet import UNet
 from tests.gpu_check.check import Check
 
@@ -17,7 +18,7 @@ FEW_BIT = "gelu_3bit"
 KEEP, *_ = RECOMPUTE
 WIDTHS = {"M": 192, "L": 320, "512": 512, "XL": 704}
 # The micro batches of conf/experiment; that of the 512-wide net is between L's and XL's.
-CONFIGURED = {"M": 24, "L": 8, "512": 8, "XL": 6}
+CONFIGURED = {"M": 24, "L": 8, "512": 8, "XL": 6, "II-L": 6}
 
 TINY = UNetConfig(
     image_size=16, model_channels=64, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[8],
@@ -28,10 +29,18 @@ SMALL = UNetConfig(
     image_size=32, model_channels=128, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[16],
     encoder_dim=256, encoder_channels=512, att_pool_heads=8,
 )  # fmt: skip
+# The second stage, as conf/model/if_ii_l.yaml has it.
+SECOND = UNetConfig(
+    image_size=256, low_res_size=64, model_channels=160, channel_mult=[1, 2, 4, 6, 8], num_res_blocks=[2, 2, 3, 5, 5],
+    attention_resolutions=[32, 16], scale_skip_connection=True, encoder_channels=1280, encoder_dim=4096,
+)  # fmt: skip
 
 
 def shape(check: Check, name: str) -> UNetConfig:
-    """The net of a name of WIDTHS, or 'small'; with the exact GELU."""
+    """The net of a name of WIDTHS, 'II-L', or 'small' and 'small II'; with the exact GELU."""
+    if name in ("II-L", "small II"):
+        small = replace(TINY if check.tiny else SMALL, low_res_size=8, scale_skip_connection=True)
+        return small if check.tiny or name == "small II" else SECOND
     if check.tiny:
         return TINY
     if name == "small":
@@ -48,7 +57,7 @@ def build(
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta" if like else device):
-            net = UNet(replace(config, activation=activation), recompute, layout)
+            net = make_net(replace(config, activation=activation), recompute, layout)
     finally:
         torch.set_default_dtype(before)
     if like:
@@ -82,7 +91,10 @@ class Peer(nn.Module):
 
         self.net = UNet2DConditionModel(**diffusers_config(config))
 
-    def forward(self, x: Tensor, t: Tensor, text_emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text_emb: Tensor, *low_res: Tensor) -> Tensor:
+        if low_res:
+            images, aug_t = low_res
+            return self.net(torch.cat([x, images], 1), t, text_emb, class_labels=aug_t, return_dict=False)[0]
         return self.net(x, t, text_emb, return_dict=False)[0]
 
 
@@ -99,24 +111,37 @@ def build_peer(config: UNetConfig, device: str, dtype: torch.dtype) -> Peer:
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """A micro batch on the device. x_start, noise: [N, C, H, W] fp32; t: [N]; text_emb: [N, TOKENS, encoder_dim]."""
+    """A micro batch on the device. x_start, noise: [N, C, H, W] fp32; t: [N]; text_emb: [N, TOKENS, encoder_dim].
+
+    low_res: of the second stage, its noised small images, as x_start in the text's dtype, and their timesteps [N].
+    """
 
     x_start: Tensor
     t: Tensor
     noise: Tensor
     text_emb: Tensor
+    low_res: tuple[Tensor, ...] = ()
+
+    def inputs(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What a net of the dtype takes, with x for the noised images."""
+        low_res = tuple(value.to(dtype) if value.is_floating_point() else value for value in self.low_res)
+        return (x.to(dtype), self.t, self.text_emb.to(dtype), *low_res)
 
 
 def images(config: UNetConfig, n: int, device: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Images:
     """Random images and text states, made on the device; the same ones for the same seed."""
     generator = torch.Generator(device).manual_seed(seed)
     size = (n, config.in_channels, config.image_size, config.image_size)
-    return Images(
+    made = Images(
         torch.rand(size, generator=generator, device=device) * 2 - 1,
         torch.randint(TIMESTEPS, (n,), generator=generator, device=device),
         torch.randn(size, generator=generator, device=device),
         torch.randn(n, TOKENS, config.encoder_dim, generator=generator, device=device, dtype=dtype),
     )
+    if not config.low_res_size:
+        return made
+    low_res = torch.randn(size, generator=generator, device=device, dtype=dtype)
+    return replace(made, low_res=(low_res, torch.randint(TIMESTEPS, (n,), generator=generator, device=device)))
 
 
 class Step:
@@ -134,7 +159,7 @@ class Step:
         """The mean of the training losses."""
         b = self.batch
         x_t = self.diffusion.q_sample(b.x_start, b.t, b.noise)
-        output = self.net(x_t.to(self.dtype), b.t, b.text_emb)
+        output = self.net(*b.inputs(x_t, self.dtype))
         return training_losses(self.diffusion, output, b.x_start, x_t, b.t, b.noise)["loss"].mean()
 
     def __call__(self) -> None:
@@ -183,7 +208,7 @@ def results(
     """
     net.zero_grad(set_to_none=True)
     dtype = next(net.parameters()).dtype
-    out = net(batch.noise.to(dtype), batch.t, batch.text_emb.to(dtype))
+    out = net(*batch.inputs(batch.noise, dtype))
     generator = torch.Generator(out.device).manual_seed(7)
     weight = torch.randn(out.shape, generator=generator, device=out.device)
     (out * weight.to(dtype)).sum().backward()

@@ -6,6 +6,7 @@ bfloat16 ours must be about as near to them as diffusers' own net of that precis
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,11 +37,20 @@ TIMES, MORE = 1.5, {"float32": 1e-6, "bfloat16": 1e-3}
 
 
 def run(check: Check) -> Iterator[Row]:
-    """Rows of each precision, of nhwc, and of the few-bit GELU's forward."""
+    """Rows of each precision, of nhwc, of the few-bit GELU's forward, and of a small net of the second stage."""
     exact_arithmetic()
-    yield from planned(["float64", *PRECISIONS, "float32, nhwc", "few-bit GELU's forward"])
+    second = "second stage, "
+    names = ["float64", *PRECISIONS, "float32, nhwc"]
+    yield from planned([*names, "few-bit GELU's forward", *(second + name for name in names)])
+    yield from of_net(check, shape(check, "M"))
+    yield attempt("few-bit GELU's forward", lambda: exact_forward(check, shape(check, "small")))
+    for row in of_net(check, shape(check, "small II")):
+        yield replace(row, name=second + row.name)
+
+
+def of_net(check: Check, config: UNetConfig) -> Iterator[Row]:
+    """Rows of each precision and of nhwc for one net."""
     torch.manual_seed(0)
-    config = shape(check, "M")
     ours = build(config, check.device, torch.float64)
     theirs = build_peer(config, check.device, torch.float64)
     theirs.net.load_state_dict(to_diffusers(ours.state_dict(), config), strict=True)
@@ -53,7 +63,6 @@ def run(check: Check) -> Iterator[Row]:
         if name == "float32":
             name = "float32, nhwc"
             yield attempt(name, lambda name=name, peer=peer: nearness(name, ours, torch.float32, batch, exact, peer))
-    yield attempt("few-bit GELU's forward", lambda: exact_forward(check, shape(check, "small")))
 
 
 def of_peer(net: torch.nn.Module, batch: Images) -> dict[str, Tensor]:

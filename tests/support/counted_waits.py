@@ -4,7 +4,7 @@ On a CPU nothing waits, but the calls are those that wait on a GPU: the accelera
 tensor; copies that are not asked to go on by themselves. A GPU has more, in operators that look at a device's values
 only there; tests/gpu_check/syncs.py counts those.
 
-python -m tests.support.counted_waits DATA OUT trains three times on DATA and writes what it counts to OUT, JSON. A
+python -m tests.support.counted_waits DATA OUT trains four times on DATA and writes what it counts to OUT, JSON. A
 process of its own, for it joins a group of ranks. Run by tests/test_no_host_sync.py.
 """
 
@@ -149,7 +149,9 @@ WAYS = {
     "as it is": (loop, "training_losses", LOSSES),
     "a number read": (loop, "training_losses", with_a_number_read),
     "the timer": (deepspeed, "initialize", with_the_timer),
+    "the second stage": (loop, "training_losses", LOSSES),
 }
+KEYS = {"the second stage": ["model.low_res_size=8"]}
 
 
 def main(data: str, out: str) -> None:
@@ -159,7 +161,7 @@ def main(data: str, out: str) -> None:
         own = [
             f"steps={STEPS}", f"global_batch={ACCUMULATE * MICRO_BATCH}", f"micro_batch={MICRO_BATCH}", "log_every=100",
             "save_every=100", "precision=bf16", f"run_dir={out}.{len(found)}", f"data.shards={data}/shards",
-            f"data.text={data}/text",
+            f"data.text={data}/text", *KEYS.get(way, []),
         ]  # fmt: skip
         config = compose_config(list({o.split("=")[0]: o for o in (*SMALL, *TINY, *own)}.values()))
         restored = replace(*change)
