@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
 
 from data import demo
 from data.embed import Embed, embed
@@ -24,6 +26,7 @@ from train.evaluate import Evaluate, check, evaluate
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.drawing import SEED_STRIDE
 from train.evaluation.eval_set import EvalSet
+from train.evaluation.evaluated_net import find_net, open_nets
 from train.evaluation.manifest import MANIFEST
 from train.evaluation.scores import psnr
 from train.monitor import plots
@@ -178,6 +181,17 @@ def test_scores_are_drawn_over_the_level_if_there_are_several(tmp_path, monkeypa
     assert legends == [["bicubic", "guidance 1", "guidance 4"], ["bicubic", "level 0"]]
     assert [[0.0, 4.0], [0.25, 4.25]] in drawn[0].values() and [[1.0, 1.0], [4.0, 4.0]] in drawn[1].values()
     assert [f.axes[0].get_xlabel() for f in figures] == ["noise level", "guidance scale"]
+
+
+def test_released_weights_of_the_second_stage_are_read(repo, base, tmp_path):
+    config = UNetConfig(**OmegaConf.load(repo / "conf" / "model" / "scenes_ii.yaml"), encoder_dim=64)
+    unet = random_net(config, 3)
+    save_file(unet.state_dict(), tmp_path / "net.safetensors")
+    (opened,) = open_nets(str(tmp_path / "net.safetensors"), "scenes_ii", [])
+    found = find_net(opened, "scenes_ii", "ema", str(base / "text"))
+    assert found.config == config and found.config.low_res_size == 16
+    loaded = found.load(torch.device("cpu")).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in unet.state_dict().items())
 
 
 @pytest.mark.slow
