@@ -194,24 +194,25 @@ def test_the_loss_is_the_mean_over_samples_and_timesteps(data, tmp_path):
     dist.destroy_process_group()
 
 
-def test_of_the_second_stage_it_is_of_small_images_noised_at_a_quarter(data, tmp_path):
+def test_of_the_second_stage_it_is_of_small_images_noised_at_a_quarter_or_as_asked(data, tmp_path):
     dist.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     meta, net = TextMeta.read(data / "text"), random_net(replace(NET, low_res_size=4), 1)
     samples = HeldOut(
         DataConfig(), [dataset(data)], meta, image_size=SIZE, samples=5, micro_batch=MICRO_BATCH, low_res_size=4
     )
-    diffusion, errors = Diffusion(1000), []
-    found = validation_losses(net, diffusion, samples, lambda text: text, CPU)
-    for batch in samples:
-        for n in np.flatnonzero(batch.weight.numpy()):
-            x_start, t, aug_t = batch.pixels[n : n + 1].float() / 127.5 - 1, torch.tensor([437]), torch.tensor([250])
-            noise, of_small = (draw_noise(batch.visit[n : n + 1], i, x_start.shape[1:]) for i in (3, 8))
-            small = diffusion.q_sample(enlarge(batch.low_res[n : n + 1] / 127.5 - 1, SIZE), aug_t, of_small)
-            x_t = diffusion.q_sample(x_start, t, noise)
-            eps = net(x_t, t, batch.text_emb[n : n + 1], small, aug_t)[:, :3]
-            errors.append(float((eps - noise).square().mean()))
-    assert len(errors) == 5
-    assert found["validation/mse_e3"] == pytest.approx(np.mean(errors), rel=1e-5)
+    diffusion, t = Diffusion(1000), torch.tensor([437])
+    for given, aug_t in (({}, torch.tensor([250])), ({"aug_level": 0.5}, torch.tensor([500]))):
+        found, errors = validation_losses(net, diffusion, samples, lambda text: text, CPU, **given), []
+        for batch in samples:
+            for n in np.flatnonzero(batch.weight.numpy()):
+                x_start = batch.pixels[n : n + 1].float() / 127.5 - 1
+                noise, of_small = (draw_noise(batch.visit[n : n + 1], i, x_start.shape[1:]) for i in (3, 8))
+                small = diffusion.q_sample(enlarge(batch.low_res[n : n + 1] / 127.5 - 1, SIZE), aug_t, of_small)
+                x_t = diffusion.q_sample(x_start, t, noise)
+                eps = net(x_t, t, batch.text_emb[n : n + 1], small, aug_t)[:, :3]
+                errors.append(float((eps - noise).square().mean()))
+        assert len(errors) == 5
+        assert found["validation/mse_e3"] == pytest.approx(np.mean(errors), rel=1e-5)
     dist.destroy_process_group()
 
 

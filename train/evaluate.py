@@ -7,21 +7,23 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from data.checks import check_at_least, check_choice
 from data.cli import command, location
 from data.storage.caption_fields import TXT, check_fields
 from train.checkpoint.format import check_weights
-from train.evaluation.scores import DIM, FEATURES
+from train.evaluation.scores import DIM, FEATURES, OF_PAIRS
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from diffusers import SchedulerMixin
 
+    from model.config import UNetConfig
     from train.checkpoint.checkpoint import Checkpoint
     from train.evaluation.chunked_array import ArrayFiller
+    from train.evaluation.drawing import Pieces
     from train.evaluation.eval_set import EvalSet
     from train.evaluation.evaluated_net import EvaluatedNet
     from train.evaluation.features import Extractor
@@ -37,7 +39,8 @@ class Evaluate:
     shards: captioned pictures
     text: the embeddings of their captions
     out: the folder to write
-    scores: fid; fd_lite0 and kid_lite0, which are not FID; alignment, for the captions of data.demo
+    scores: fid; fd_lite0 and kid_lite0, which are not FID; alignment, for the captions of data.demo; of the second
+        stage psnr, and consistency, the psnr of the picture made small again
     samples: captions, chosen at random
     guidance_scales: 1 follows the prompt as trained, more exaggerates it
     steps: a number of sampling steps, or one of IF's presets, such as smart100
@@ -52,6 +55,10 @@ class Evaluate:
     inception: the file of Inception's weights; downloaded if left out
     references: references-*.npz of an earlier evaluation with the same pictures, to save time
     caption: the field of the captions, txt or another one of data.captions
+    aug_levels: in the second stage, how much the small images are noised, a share of the timesteps below 1; 0.25 if
+        left out
+    low_res: in the second stage, a guidance-SCALE folder of an evaluation of the first stage: enlarges what that drew,
+        and not the captions' own pictures made small
     """
 
     checkpoint: str = location()
@@ -72,10 +79,12 @@ class Evaluate:
     inception: str = location("")
     references: str = location("")
     caption: str = TXT
+    aug_levels: list[float] = field(default_factory=list)
+    low_res: str = location("")
 
 
-def evaluate(args: Evaluate) -> list[dict[str, float]]:
-    """All ranks draw and extract features, the first one scores; returns the scores at each guidance scale.
+def evaluate(args: Evaluate) -> list[dict[str, Any]]:
+    """All ranks draw and extract features, the first one scores; returns the settings and scores of each drawing.
 
     Of several lengths of the average each is evaluated, in a folder of its own.
     Raises: ValueError for what cannot be evaluated; OSError if something cannot be read or written.
@@ -85,6 +94,7 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     from data.device import check_device, device_name
     from train.engine import init_distributed
     from train.evaluation.chunked_array import ArrayFiller
+    from train.evaluation.enlarging import find_low_res
     from train.evaluation.eval_set import find_eval_set
     from train.evaluation.evaluated_net import find_net, open_nets
     from train.evaluation.features import load_extractor
@@ -97,14 +107,17 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
     # Once, and by the first rank alone: a run that goes on has a newer checkpoint by and by, and a branch may move.
     opened = checked_by_first_rank(lambda: open_nets(args.checkpoint, args.model, args.ema_length))
     nets = [find_net(one, args.model, args.weights, args.text) for one in opened]
+    config = nets[0].config
+    check_stage(args, config)
     eval_set = find_eval_set(args.shards, args.text, args.samples, args.seed, nets[0], args.caption)
-    scheduler = make_scheduler(nets[0].diffusion_steps, nets[0].config.learn_sigma, args.scheduler)
+    low_res = find_low_res(args.low_res, eval_set, config.low_res_size) if config.low_res_size else None
+    scheduler = make_scheduler(nets[0].diffusion_steps, config.learn_sigma, args.scheduler, config.low_res_size > 0)
     set_steps(scheduler, args.steps)
     if rank == 0:
         print(f"runs on {device_name(device)}")
     names = sorted({FEATURES[name] for name in args.scores} - {""})
     evaluate_one = partial(
-        evaluate_net, eval_set=eval_set, scheduler=scheduler, device=device, references={},
+        evaluate_net, eval_set=eval_set, low_res=low_res, scheduler=scheduler, device=device, references={},
         extractors=[load_extractor(name, args.inception, device) for name in names],
         filler=ArrayFiller(args.micro_batch, rank, ranks),
     )  # fmt: skip
@@ -121,57 +134,74 @@ def evaluate(args: Evaluate) -> list[dict[str, float]]:
 
 
 def evaluate_net(
-    args: Evaluate, net: "EvaluatedNet", eval_set: "EvalSet", scheduler: "SchedulerMixin", device: "torch.device",
-    extractors: list["Extractor"], references: dict[str, "np.ndarray"], filler: "ArrayFiller",
-) -> list[dict[str, float]]:  # fmt: skip
-    """Evaluate one net; returns the scores at each guidance scale, on the first rank.
+    args: Evaluate, net: "EvaluatedNet", eval_set: "EvalSet", low_res: "Pieces | None", scheduler: "SchedulerMixin",
+    device: "torch.device", extractors: list["Extractor"], references: dict[str, "np.ndarray"], filler: "ArrayFiller",
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Evaluate one net; returns the settings and scores of each drawing, on the first rank.
 
+    low_res: what a net of the second stage enlarges.
     references: their features by extractor, if they are known; what is computed is added.
     Raises: ValueError; OSError, as evaluate.
     """
     from train.evaluation.chunked_array import ChunkedArray
-    from train.evaluation.drawing import draw
+    from train.evaluation.drawing import draw, find_drawings
+    from train.evaluation.enlarging import enlarge_without_net, plot_examples, score_pairs
     from train.evaluation.manifest import make_manifest, settle
     from train.evaluation.references import extract_features, find_references
     from train.evaluation.results import SHOWN, write_results
     from train.evaluation.scores import score
     from train.weights.lora import merge_adapter
 
-    out, unet = Path(args.out), net.load(device)
+    out, unet, size, small = Path(args.out), net.load(device), net.config.image_size, net.config.low_res_size
     if args.adapter:
         merge_adapter(unet, args.adapter)
     # The pictures beside it in a micro batch change the rounding of a picture.
     settings = {name: getattr(args, name) for name in ("samples", "seed", "steps", "scheduler", "micro_batch")}
     settings |= {"diffusion_steps": net.diffusion_steps}
-    manifest = settle(out, partial(make_manifest, unet, eval_set, extractors, device, settings))
-
-    drawn = {scale: ChunkedArray(out / f"guidance-{scale:g}", "images", args.samples) for scale in args.guidance_scales}
-    for scale, images in drawn.items():
+    manifest = settle(out, partial(make_manifest, unet, eval_set, extractors, device, settings, args.low_res))
+    drawings = find_drawings(out, args.samples, drawn_at(args, net.config))
+    for one in drawings:
         filler.fill(
-            images, partial(draw, unet, scheduler, args.steps, eval_set, args.seed, scale), f"guidance {scale:g}"
+            one.images, partial(draw, unet, scheduler, args.steps, eval_set, args.seed, one.settings, low_res), one.name
         )
     del unet
+    true = partial(eval_set.pictures, image_size=size)
+    if low_res:
+        drawings = enlarge_without_net(out, low_res, size, args.samples, filler) + drawings
 
-    features: dict[float, dict[str, np.ndarray]] = {scale: {} for scale in drawn}
+    features: dict[str, dict[str, np.ndarray]] = {one.name: {} for one in drawings}
     for extract in extractors:
-        name, size = extract.name, net.config.image_size
+        name = extract.name
         if name not in references:
             references[name] = find_references(out, args.references, extract, eval_set, size, filler, manifest)
-        for scale, images in drawn.items():
-            array = ChunkedArray(images.folder, name, args.samples)
-            filler.fill(array, partial(extract_features, extract, images.read), f"guidance {scale:g}, {name}")
-            features[scale][name] = array.read()
+        for one in drawings:
+            array = ChunkedArray(one.images.folder, name, args.samples)
+            filler.fill(array, partial(extract_features, extract, one.images.read), f"{one.name}, {name}")
+            features[one.name][name] = array.read()
+    if low_res:
+        for one in drawings:
+            features[one.name] |= score_pairs(args.scores, one, true, low_res, small, filler)
     if filler.rank:
         return []
     captions = eval_set.captions(0, args.samples if "alignment" in args.scores else min(SHOWN, args.samples))
     lines = [
-        {"guidance_scale": scale} | score(args.scores, features[scale], references, images, captions)
-        for scale, images in drawn.items()
+        one.settings | score(args.scores, features[one.name], references, one.images, captions) for one in drawings
     ]
-    title = f"{net.description}; {args.samples:,} pictures of {net.config.image_size} px, "
+    title = f"{net.description}; {args.samples:,} pictures of {size} px, "
+    title += f"enlarged from {'drawn' if args.low_res else 'true'} ones of {small} px, " if low_res else ""
     title += f"{args.scheduler} {args.steps} steps"
-    write_results(out, title, asdict(args), manifest, lines, drawn, captions)
+    write_results(out, title, asdict(args), manifest, lines, drawings, captions)
+    if low_res:
+        plot_examples(out / "examples.png", title, captions, low_res, drawings, true)
     return lines
+
+
+def drawn_at(args: Evaluate, config: "UNetConfig") -> list[dict[str, float]]:
+    """The settings that the net draws at."""
+    from model.super_resolution import AUG_LEVEL
+
+    levels = [{"aug_level": float(level)} for level in args.aug_levels or [AUG_LEVEL]] if config.low_res_size else [{}]
+    return [{"guidance_scale": float(scale)} | level for level in levels for scale in args.guidance_scales]
 
 
 def check(args: Evaluate) -> None:
@@ -187,12 +217,25 @@ def check(args: Evaluate) -> None:
     scales = args.guidance_scales
     if not scales or len(set(scales)) < len(scales) or not all(0 <= scale < math.inf for scale in scales):
         raise ValueError(f"guidance_scales={scales} must be one or more different numbers, each at least 0")
+    levels = args.aug_levels
+    if len(set(levels)) < len(levels) or not all(0 <= level < 1 for level in levels):
+        raise ValueError(f"aug_levels={levels} must be different numbers, each at least 0 and below 1")
+    if args.low_res and "psnr" in args.scores:
+        raise ValueError("scores=psnr compares with the true picture, and low_res= was drawn: take consistency")
     for name in args.scores:
         if name.startswith("f") and args.samples <= DIM[FEATURES[name]]:
             raise ValueError(
                 f"samples={args.samples} are too few for {name}: the covariance of {DIM[FEATURES[name]]} features "
                 f"needs samples={DIM[FEATURES[name]] + 1} or more; kid_lite0 needs fewer"
             )
+
+
+def check_stage(args: Evaluate, config: "UNetConfig") -> None:
+    """Raises: ValueError for what is of the second stage, if the net is of the first."""
+    of_second = [f"scores={name}" for name in OF_PAIRS if name in args.scores]
+    of_second += [f"{name}={value}" for name in ("aug_levels", "low_res") if (value := getattr(args, name))]
+    if of_second and not config.low_res_size:
+        raise ValueError(f"{of_second[0]} is of the second stage, and the net of the first: leave it out")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,7 +46,6 @@ def open_nets(path: str, model: str, ema_lengths: Sequence[float]) -> list[Check
     """
     if not model:
         checkpoint = Checkpoint.open(path)
-        checkpoint.check_first_stage("evaluated")
         made = with_averages(checkpoint, ema_lengths) if ema_lengths else [checkpoint]
         for one in made:
             one.check_intact()
@@ -68,10 +67,6 @@ def find_net(opened: Checkpoint | str, model: str, weights: str, embeddings: str
     if isinstance(opened, str):
         values = OmegaConf.merge(OmegaConf.structured(UNetConfig), OmegaConf.load(MODELS / f"{model}.yaml"))
         config: UNetConfig = OmegaConf.to_object(values)  # type: ignore[assignment]
-        if config.low_res_size:
-            raise ValueError(
-                f"model={model} is of the second stage, which cannot be evaluated yet: name one of the first"
-            )
         config = replace(config, encoder_dim=config.encoder_dim or TextMeta.read(embeddings).dim)
         load = partial(load_released_net, opened, config)
         return EvaluatedNet(config, RELEASED_STEPS, load, f"{opened} as {model}", RELEASED_TOKENS, None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from data.storage.tars import write_json
 from data.text.meta import TextMeta
 from model.unet import UNet
 from train.checkpoint.identity import weights_digest
+from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.eval_set import EvalSet
 from train.evaluation.features import Extractor
 from train.faults.first_rank import checked_by_first_rank
@@ -25,14 +27,17 @@ SHORT = 12
 
 
 def make_manifest(
-    unet: UNet, eval_set: EvalSet, extractors: list[Extractor], device: torch.device, settings: dict
+    unet: UNet, eval_set: EvalSet, extractors: list[Extractor], device: torch.device, settings: dict, low_res: str = ""
 ) -> dict:
     """What decides the pictures and the features: by content, without a path.
 
-    unet: the net that draws, with its LoRA merged.  settings: of the drawing.
-    Raises: ValueError if a picture or caption cannot be read.
+    unet: the net that draws, with its LoRA merged.  settings: of the drawing.  low_res: the folder of pictures of
+    another evaluation, which a net of the second stage enlarges; '' for the captions' own.
+    Raises: ValueError if a picture or caption cannot be read, or the pictures in low_res are of other captions.
     """
     prompts, references = eval_set.contents()
+    if unet.config.low_res_size:
+        settings = settings | {"low_res": _drawn(Path(low_res), eval_set.samples, prompts) if low_res else "true"}
     manifest = {
         "drawing": settings,
         "weights": weights_digest(unet.state_dict()),
@@ -47,6 +52,15 @@ def make_manifest(
     return json.loads(json.dumps(manifest))  # as it is read back: a tuple is then a list
 
 
+def _drawn(folder: Path, samples: int, prompts: str) -> str:
+    """A hash of pictures that another evaluation drew for the prompts."""
+    if json.loads((folder.parent / MANIFEST).read_text(encoding="utf-8")).get("prompts") != prompts:
+        raise ValueError(
+            f"low_res={folder}: drawn for other captions: evaluate both stages with the same shards, samples and seed"
+        )
+    return hashlib.sha256(ChunkedArray(folder, "images", samples).read().tobytes()).hexdigest()
+
+
 def _text(meta: TextMeta) -> dict[str, object]:
     """What decides the text states; of the channels of lowrank, which are long, a hash."""
     entries = {name: value for name, value in meta.entries().items() if name != "encoder"}
@@ -55,9 +69,9 @@ def _text(meta: TextMeta) -> dict[str, object]:
     return entries
 
 
-def name_of(manifest: dict, scale: float) -> str:
-    """The short hash that names the manifest of the scores at a guidance scale."""
-    text = json.dumps(manifest | {"guidance_scale": float(scale)}, sort_keys=True)
+def name_of(manifest: dict, settings: dict[str, Any]) -> str:
+    """The short hash that names the manifest of the scores of a drawing.  settings: of the Drawing."""
+    text = json.dumps(manifest | settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:SHORT]
 
 

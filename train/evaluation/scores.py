@@ -5,12 +5,18 @@ import numpy as np
 from train.evaluation.chunked_array import ChunkedArray
 from train.evaluation.scene_alignment import alignment
 
-# The features that each score is computed on; alignment reads the pixels.
-FEATURES = {"fid": "inception", "fd_lite0": "lite0", "kid_lite0": "lite0", "alignment": ""}
+# Of the second stage, in pixels: a drawn picture against the true one, and, shrunk again, against the small one.
+OF_PAIRS = ("psnr", "consistency")
+# The features that each score is computed on; the others read the pixels.
+FEATURES = {"fid": "inception", "fd_lite0": "lite0", "kid_lite0": "lite0", "alignment": ""} | dict.fromkeys(
+    OF_PAIRS, ""
+)
 # Features per picture.
 DIM = {"inception": 2048, "lite0": 1280}
 # Of the kernel distance: random subsets, and pictures in each.
 SUBSETS, SUBSET_SIZE = 100, 1000
+# The mean squared error of rounding to 8 bits, below which no error counts: a flat picture may be met exactly.
+ROUNDING = 1 / 12
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -56,6 +62,16 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float,
     return float(np.mean(distances)), float(np.std(distances))
 
 
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The peak signal-to-noise ratio of each picture in dB, 10 log10(255^2 / mse); at most 58.92.
+
+    Shapes: a, b uint8 [N, 3, H, W], all of whose values count -> [N].
+    Source: Huynh-Thu & Ghanbari 2008, equation 1.
+    """
+    mse = np.square(a.astype(np.float64) - b).mean((1, 2, 3))
+    return 10 * np.log10(255**2 / mse.clip(min=ROUNDING))
+
+
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     base = x @ y.T / x.shape[1] + 1
     return base * base * base  # takes a tenth of the time of ** 3
@@ -80,13 +96,16 @@ def score(
 ) -> dict[str, float]:  # fmt: skip
     """The scores of the drawn images by name, with NAME_std and alignment_chance beside them.
 
-    features, references: of the drawn images and of the captions' own pictures, by the extractor's name.
+    features, references: of the drawn images and of the captions' own pictures, by the extractor's name; of OF_PAIRS
+    the features are a number for each image, by the score's name.
     """
     line: dict[str, float] = {}
     for name in scores:
         kind = FEATURES[name]
         if name == "alignment":
             line |= align(images.read(), captions)
+        elif name in OF_PAIRS:
+            line[name] = float(features[name].mean())
         elif name == "kid_lite0":
             line[name], deviation = kernel_distance(features[kind], references[kind])
             if len(references[kind]) > SUBSET_SIZE:  # of fewer pictures every subset is the same

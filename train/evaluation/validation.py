@@ -81,21 +81,21 @@ def timesteps(total: int) -> list[int]:
 @torch.no_grad()
 def validation_losses(
     unet: UNet, diffusion: Diffusion, held_out: HeldOut, text_emb: Callable[[Tensor], Tensor], device: torch.device,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False, aug_level: float = AUG_LEVEL,
 ) -> dict[str, float]:  # fmt: skip
     """Means over the samples of all ranks and the timesteps, as validation/NAME; a collective call.
-
-    The small images of the second stage are noised at AUG_LEVEL, as they are where images are drawn.
 
     Every loss of training_losses is one, and validation/mse_e0 ... mse_e7 are the squared errors at each timestep. Of
     no sample that can be read there are none.
     text_emb: [N, L, D] of a batch's text_emb.  stop: asked after each forward; if it is true, the result is {}.
+    aug_level: of the small images of the second stage, by default as where images are drawn.
     """
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in held_out:
         x_start, weight = batch.pixels.to(device).float() / 127.5 - 1.0, batch.weight.to(device).double()
-        text, low_res = unet.encode_text(text_emb(batch.text_emb.to(device))), augmented(batch, diffusion, device)
+        text = unet.encode_text(text_emb(batch.text_emb.to(device)))
+        low_res = augmented(batch, diffusion, device, aug_level)
         for i, timestep in enumerate(timesteps(diffusion.timesteps)):
             noise = draw_noise(batch.visit, i, tuple(x_start.shape[1:])).to(device)
             t = torch.full((len(x_start),), timestep, device=device)
@@ -118,12 +118,12 @@ def validation_losses(
     return values
 
 
-def augmented(batch: Batch, diffusion: Diffusion, device: torch.device) -> tuple[Tensor, ...]:
+def augmented(batch: Batch, diffusion: Diffusion, device: torch.device, level: float) -> tuple[Tensor, ...]:
     """low_res and aug_t as the net of the second stage takes them, the same at every call; () in the first stage."""
     if batch.low_res is None:
         return ()
     noise = draw_noise(batch.visit, TIMESTEPS, tuple(batch.pixels.shape[1:])).to(device)  # none of the timesteps'
-    aug_t = torch.full((len(noise),), int(AUG_LEVEL * diffusion.timesteps), device=device)
+    aug_t = torch.full((len(noise),), int(level * diffusion.timesteps), device=device)
     return augment(diffusion, batch.low_res.to(device).float() / 127.5 - 1.0, aug_t, noise), aug_t
 
 

@@ -3,6 +3,7 @@
 import textwrap
 import warnings
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,8 @@ from data.storage.atomic import atomic_file
 
 # Ends of the names of what is drawn beside a score: its spread, and the same of others' captions.
 BESIDE = ("_std", "_chance")
+# What a line of scores is of, and how that is told.
+SETTINGS = {"guidance_scale": "guidance {:g}", "aug_level": "level {:g}", "enlarged_by": "{}"}
 
 
 def plot_curves(metrics: list[dict[str, float]], folder: Path) -> list[Path]:
@@ -58,35 +61,52 @@ def plot_grid(
     save_figure(figure, path)
 
 
-def plot_scores(lines: list[dict[str, float]], title: str, path: Path) -> None:
-    """Draw each score over the guidance scale, with NAME_std as its error bars and NAME_chance as a line."""
-    names = [name for name in lines[0] if name != "guidance_scale" and not name.endswith(BESIDE)]
+def label_of(line: dict[str, Any], over: str = "") -> str:
+    """The settings of a line of scores, as in 'guidance 4, level 0.25', but for the one that they are drawn over."""
+    return ", ".join(told.format(line[name]) for name, told in SETTINGS.items() if name in line and name != over)
+
+
+def plot_scores(lines: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw each score over the guidance scale, with NAME_std as its error bars and NAME_chance as a line.
+
+    In the second stage over the level of noise, if there are several; what no net drew is a horizontal line.
+    """
+    names = [name for name in lines[0] if name not in SETTINGS and not name.endswith(BESIDE)]
     figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False, layout="constrained")
-    scales = [line["guidance_scale"] for line in lines]
+    levels = {line["aug_level"] for line in lines if "aug_level" in line}
+    over = "aug_level" if len(levels) > 1 else "guidance_scale"
     for axes, name in zip(panels.flat, names, strict=True):
-        errors = [line[f"{name}_std"] for line in lines] if f"{name}_std" in lines[0] else None
-        axes.errorbar(scales, [line[name] for line in lines], errors, marker="o", capsize=3)
-        if f"{name}_chance" in lines[0]:
-            axes.plot(scales, [line[f"{name}_chance"] for line in lines], "--", color="grey", label="others' captions")
+        for at, label in enumerate(dict.fromkeys(label_of(line, over) for line in lines)):
+            curve = [line for line in lines if label_of(line, over) == label]
+            if over not in curve[0]:
+                axes.axhline(curve[0][name], linestyle=":", color=f"C{at}", label=label)
+                continue
+            x = [line[over] for line in curve]
+            errors = [line[f"{name}_std"] for line in curve] if f"{name}_std" in curve[0] else None
+            axes.errorbar(
+                x, [line[name] for line in curve], errors, marker="o", capsize=3, color=f"C{at}", label=label or None
+            )
+            if f"{name}_chance" in curve[0]:
+                chance = [line[f"{name}_chance"] for line in curve]
+                axes.plot(x, chance, "--", color="grey", label=", ".join(filter(None, (label, "others' captions"))))
+        if axes.get_legend_handles_labels()[1]:
             axes.legend()
-        axes.set(xlabel="guidance scale", ylabel=name)
+        axes.set(xlabel="noise level" if over == "aug_level" else "guidance scale", ylabel=name)
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=8)
     save_figure(figure, path)
 
 
-def plot_lengths(lines: list[dict[str, float]], path: Path) -> None:
-    """Draw each score over the length of the average, a curve for each guidance scale where the lines have one."""
+def plot_lengths(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw each score over the length of the average, a curve for each of the other settings that the lines have."""
     known = dict.fromkeys(name for line in lines for name in line)
-    names = [name for name in known if name not in ("ema_length", "guidance_scale") and not name.endswith(BESIDE)]
+    names = [name for name in known if name not in ("ema_length", *SETTINGS) and not name.endswith(BESIDE)]
     figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False, layout="constrained")
     for axes, name in zip(panels.flat, names, strict=True):
         of_score = [line for line in lines if name in line]
-        for scale in dict.fromkeys(line.get("guidance_scale") for line in of_score):
-            points = sorted(
-                (line["ema_length"], line[name]) for line in of_score if line.get("guidance_scale") == scale
-            )
-            axes.plot(*zip(*points, strict=True), "o-", label=None if scale is None else f"guidance {scale:g}")
+        for label in dict.fromkeys(map(label_of, of_score)):
+            points = sorted((line["ema_length"], line[name]) for line in of_score if label_of(line) == label)
+            axes.plot(*zip(*points, strict=True), "o-", label=label or None)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
         axes.set(xlabel="length of the average", ylabel=name, xscale="log")
