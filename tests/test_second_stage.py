@@ -1,4 +1,4 @@
-"""A training of the second stage: as the first in order, ranks and resume; what it draws; what cannot be done yet."""
+"""A training of the second stage: as the first in order, ranks and resume; what it draws."""
 
 import shutil
 from dataclasses import replace
@@ -10,15 +10,12 @@ from diffusers import DDPMScheduler, IFSuperResolutionPipeline, UNet2DConditionM
 from PIL import Image
 from safetensors.torch import load_file
 
-from data.text.meta import TextMeta
 from model.config import UNetConfig
 from model.convert import diffusers_config, to_diffusers
-from tests.checkpoints import random_net, write_run
+from tests.checkpoints import random_net
 from tests.support.trainings import launch, make_data, metrics
 from train.checkpoint.checkpoint import Checkpoint
 from train.compose import compose_config
-from train.evaluation.evaluated_net import open_nets
-from train.export import Export, export
 from train.monitor.rank_memory import needed_bytes
 from train.sampling.sampler import make_scheduler, sample
 from train.summary import describe, parameters
@@ -37,14 +34,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def meta(tmp_path_factory) -> Path:
-    """The folder of embeddings of NET."""
-    folder = tmp_path_factory.mktemp("text")
-    TextMeta("none", "0", "0", 4, 24, "float32", "float32", "none").write(folder)
-    return folder
-
-
 def test_the_released_sizes_are_as_the_readme_says():
     for name, count in (("if_ii_l", 1_243_277_190), ("if_ii_m", 482_483_334)):
         config = compose_config([f"+experiment={name}"])
@@ -56,23 +45,9 @@ def test_the_released_sizes_are_as_the_readme_says():
     assert "482,483,334 parameters, 64 -> 256 px, bf16" in describe(config, 256, None)
 
 
-def test_what_cannot_be_trained_yet_is_refused():
+def test_captions_without_images_are_refused():
     with pytest.raises(ValueError, match=r"captions of your own, which have no images .* give a number of captions"):
         compose_config(["+experiment=scenes_ii", "sample.prompts=[a red circle]"])
-
-
-def test_what_cannot_be_done_with_it_yet_is_refused(meta, tmp_path):
-    run = str(write_run(tmp_path / "run", NET, meta))
-    out = str(tmp_path / "out")
-    for does, words in (
-        (lambda: export(Export(run, out)), "exported"),
-        (lambda: open_nets(run, "", []), "evaluated"),
-    ):
-        with pytest.raises(
-            ValueError, match=rf"is of the second stage, which cannot be {words} yet: name a checkpoint"
-        ):
-            does()
-    assert not Path(out).exists()
 
 
 def test_its_small_images_count_in_the_memory_of_a_rank():

@@ -138,13 +138,6 @@ class Checkpoint:
                 f"'{self.folder}' is not a whole checkpoint ({fault}): name another step-NNNNNNNN folder of the run"
             )
 
-    def check_first_stage(self, purpose: str) -> None:
-        """Raises: ValueError if its net is of the second stage.  purpose: what cannot be done with that one yet."""
-        if self.model.low_res_size:
-            raise ValueError(
-                f"'{self.folder}' is of the second stage, which cannot be {purpose} yet: name a checkpoint of the first"
-            )
-
     def _is_snapshot(self) -> bool:
         """Whether it has averages alone."""
         try:
