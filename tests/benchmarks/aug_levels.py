@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.aug_levels checkpoint=runs/scenes_ii shards=datasets/held_out/shards \
     text=datasets/held_out/minilm
-The loss is the training's validation loss, which has the level 0.25, here at several levels.
+The losses are those of the training's validation, which has the level 0.25, here at several levels.
 """
 
 from dataclasses import dataclass, field
@@ -52,10 +52,10 @@ def measure(args: AugLevels) -> None:
     unet, diffusion = load_net(checkpoint, "ema", device), Diffusion(checkpoint.diffusion_steps).to(device)
     print(f"step {checkpoint.step}, {samples.samples} samples")
     of_t = [f"t = {t}" for t in timesteps(diffusion.timesteps)]
-    print(f"| level | validation/mse | {' | '.join(of_t)} |\n|---|{'---:|' * (TIMESTEPS + 1)}")
+    print(f"| level | mse_mean | mse | {' | '.join(of_t)} |\n|---|{'---:|' * (TIMESTEPS + 2)}")
     for level in args.levels:
         values = validation_losses(unet, diffusion, samples, lambda text: text.float(), device, aug_level=level)
-        cells = [values[f"validation/{name}"] for name in ("mse", *(f"mse_e{i}" for i in range(TIMESTEPS)))]
+        cells = [values[f"validation/{name}"] for name in ("mse_mean", "mse", *(f"mse_e{i}" for i in range(TIMESTEPS)))]
         print(f"| {level:g} | {' | '.join(f'{value:.5f}' for value in cells)} |", flush=True)
 
 
