@@ -25,7 +25,7 @@ class DreamBooth:
     checkpoint: the one that the fine-tuning starts from: the folder of a run, whose newest is taken, or of one step
     pictures: a folder with a handful of pictures of the concept
     prompt: for these pictures, with a rare word in it
-    class_prompt: one prompt for the class, or a .txt file with one on each line; none for the second stage
+    class_prompt: one prompt for the class, or a .txt file with one on each line; the first stage needs it
     out: the folder to write
     prior: pictures of the class to draw
     guidance_scale: for them; 1 follows the prompt as trained, more exaggerates it
