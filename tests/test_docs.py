@@ -29,8 +29,8 @@ SOURCE = (".py", ".md", ".yaml", ".sh", ".sbatch", ".toml")
 # Files with such names that a user or another program writes.
 NOT_OURS = {"README.md", "spiece.model"}
 # Folders inside an export or a run, and one that a training makes beside the code.
-FOLDERS = {"unet/", "scheduler/", "tokenizer/", "text_encoder/", "RUN_DIR/samples/", "RUN_DIR/quarantine/",
-           "RUN_DIR/checkpoints/", "RUN_DIR/tensorboard/", ".compiled/"}  # fmt: skip
+FOLDERS = {"unet/", "scheduler/", "image_noising_scheduler/", "tokenizer/", "text_encoder/", "RUN_DIR/samples/",
+           "RUN_DIR/quarantine/", "RUN_DIR/checkpoints/", "RUN_DIR/tensorboard/", ".compiled/"}  # fmt: skip
 # Arguments and names of diffusers, torch and wandb; key=value itself.
 FOREIGN_KEYS = {"key", "clean_caption", "cycle_momentum", "fullgraph", "reducing_gap", "learn_sigma"}
 FOREIGN_NAMES = {"wandb.alert"}
