@@ -93,8 +93,10 @@ def test_samples_that_lack_a_caption_are_counted_where_there_are_several(alone):
         metrics, found = Metrics(CPU, config), []
         for lacks in ([1, 2], [0]):
             for number in lacks:
-                metrics.add_micro_batch(losses(1, 1), replace(batch(t), lacks=number))
-            found.append(metrics.reduce(state, state).get("captions_lacking"))
+                metrics.add_micro_batch(losses(1, 1), replace(batch(t), lacks=number, enlarged=5 * number))
+            values = metrics.reduce(state, state)
+            assert values["enlarged_samples"] == 5 * sum(lacks), "of one caption or several"
+            found.append(values.get("captions_lacking"))
         assert found == expected
 
 

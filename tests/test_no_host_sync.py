@@ -69,7 +69,7 @@ def counted(repo, tmp_path_factory) -> dict[str, dict]:
 # What is on the host anyway: the draws of t and noise, and what the ranks answered one another.
 ON_HOST = {
     "read: train/noise.py draw_t_and_noise": ACCUMULATE * (1 + 2 * MICRO_BATCH),
-    "read: train/noise.py send": ACCUMULATE,  # how many samples lack a caption
+    "read: train/noise.py send": 2 * ACCUMULATE,  # how many samples lack a caption, and how many are enlarged
     "read: train/faults/preempt.py answer": 2,  # what they ask one another, and the loss and norm of an earlier step
 }
 # DeepSpeed looks for values that are not finite, then at the norm, and at the norm once more before it clips.

@@ -1,5 +1,6 @@
 """The stream: the same batches on any number of ranks and workers, from any step, and bad samples left out."""
 
+import io
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.config import DataConfig, DatasetConfig
 from data.embed import Embed, embed
@@ -49,10 +51,6 @@ def write_dataset(folder: Path, pictures: list[bytes], per_shard: int) -> DataCo
 
 @pytest.fixture(scope="module")
 def pictures() -> list[bytes]:
-    import io
-
-    from PIL import Image
-
     encoded = []
     for n in range(50):
         buffer = io.BytesIO()
@@ -119,6 +117,19 @@ def test_small_images_are_of_the_same_crops_and_change_nothing_else(config, pict
             expected = preprocess(pictures[row], 5, config.crop_shift, crops.at(visit))
             assert (small == expected).all(), row
     assert len(seen) > 25
+
+
+def test_pictures_that_are_smaller_than_the_images_are_counted(tmp_path, pictures):
+    config = write_dataset(tmp_path, [*pictures[:15], b"no picture"], per_shard=8)
+    sides = [min(Image.open(io.BytesIO(picture)).size) for picture in pictures[:15]]
+    found = []
+    for image_size in (min(sides), max(sides)):
+        stream = MicroBatches(
+            config, find_datasets(config), TextMeta.read(config.text), image_size=image_size, seed=0, global_batch=16,
+            micro_batch=16,
+        )  # fmt: skip
+        found.append(int(next(stream.fill(0, 1, [stream.new_buffer()])).copy(False).enlarged))
+    assert found == [0, sum(side < max(sides) for side in sides)] != [0, 0]
 
 
 def test_of_what_cannot_be_read_the_small_image_is_zero_too(tmp_path, pictures):

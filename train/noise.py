@@ -23,6 +23,7 @@ class DeviceBatch:
 
     Shapes: x_start [N, 3, H, W] float32 in [-1, 1]; text_emb and weight as in Batch; t [N] int64; noise as x_start.
     bad: (sample, reason) for each weight of 0.  lacks: how many samples lack one of several captions.
+    enlarged: how many were cropped from fewer pixels than the net sees.
     loaded: what it was made of, on the host.
     low_res: of the second stage, low_res and aug_t as its net takes them; () in the first.
     """
@@ -34,6 +35,7 @@ class DeviceBatch:
     noise: Tensor
     bad: list[tuple[str, str]]
     lacks: int = 0
+    enlarged: int = 0
     loaded: Batch | None = None
     low_res: tuple[Tensor, ...] = ()
 
@@ -97,7 +99,8 @@ class DeviceBatches:
             for tensor in (batch.pixels, batch.text_emb, batch.weight, t, noise)
         )
         x_start, low_res = pixels.float() / 127.5 - 1.0, self._send_low_res(batch)
-        return DeviceBatch(x_start, text_emb, weight, t, noise, batch.bad, int(batch.lacks), batch, low_res)
+        lacks, enlarged = int(batch.lacks), int(batch.enlarged)
+        return DeviceBatch(x_start, text_emb, weight, t, noise, batch.bad, lacks, enlarged, batch, low_res)
 
     def _send_low_res(self, batch: Batch) -> tuple[Tensor, ...]:
         """The small images of the second stage, sent before they are enlarged, and how much each is noised."""

@@ -21,6 +21,7 @@ class Batch:
     weight: 1, or 0 for a sample that could not be read: its pixels are zeros and it adds nothing to the loss.
     bad: (sample, reason) for each weight of 0.
     lacks: [1] int64, how many of the others had not all the captions among which one was drawn.
+    enlarged: [1] int64, how many of the others were cropped from less than H x W pixels.
     low_res: for the second stage, the same crops as small images; None for the first.
     """
 
@@ -30,6 +31,7 @@ class Batch:
     weight: Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
     lacks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    enlarged: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     low_res: Tensor | None = None
 
     @staticmethod
@@ -44,6 +46,7 @@ class Batch:
             _shared_zeros((n,), torch.int64),
             _shared_zeros((n,), torch.float32),
             lacks=_shared_zeros((1,), torch.int64),
+            enlarged=_shared_zeros((1,), torch.int64),
             low_res=_shared_zeros((n, 3, low_res_size, low_res_size), torch.uint8) if low_res_size else None,
         )
 
@@ -57,7 +60,8 @@ class Batch:
         text_emb = self.text_emb[:, : used_bytes(self.text_emb.numpy())] if is_factors else self.text_emb
         low_res = None if self.low_res is None else own(self.low_res)
         pixels, text_emb, weight = own(self.pixels), own(text_emb), own(self.weight)
-        return Batch(pixels, text_emb, self.visit.clone(), weight, self.bad, self.lacks.clone(), low_res)
+        lacks, enlarged = self.lacks.clone(), self.enlarged.clone()
+        return Batch(pixels, text_emb, self.visit.clone(), weight, self.bad, lacks, enlarged, low_res)
 
 
 def _shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

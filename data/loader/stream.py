@@ -172,7 +172,7 @@ class Collator:
         c = self.config
         pixels, text_emb, weight = batch.pixels.numpy(), batch.text_emb.numpy(), batch.weight.numpy()
         low_res = None if batch.low_res is None else batch.low_res.numpy()
-        weight[:], batch.bad, lacks = 1.0, [], 0
+        weight[:], batch.bad, lacks, enlarged = 1.0, [], 0, 0
         for i, (visit, raw) in enumerate(samples):
             try:
                 if raw.problem:
@@ -185,14 +185,14 @@ class Collator:
                     text_emb[i, : len(self.empty)] = self.empty
                 else:
                     self._read_text(text_emb[i], raw)
-                lacks += raw.lacks
+                lacks, enlarged = lacks + raw.lacks, enlarged + (square.width < self.image_size)
             except ValueError as problem:
                 pixels[i], text_emb[i, : len(self.empty)], weight[i] = 0, self.empty, 0.0
                 if low_res is not None:
                     low_res[i] = 0
                 batch.bad.append((raw.name, str(problem)))
         batch.visit.numpy()[:] = [visit for visit, _ in samples]
-        batch.lacks.numpy()[0] = lacks
+        batch.lacks.numpy()[0], batch.enlarged.numpy()[0] = lacks, enlarged
 
     def _read_text(self, out: np.ndarray, raw: RawSample) -> None:
         """Write the embedding or the token ids of a sample into out.

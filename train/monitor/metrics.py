@@ -49,7 +49,7 @@ class Metrics:
         ).unbind()
         self._steps, self._samples, self._started = 0, 0, time.perf_counter()
         self._bad: dict[str, int] = {}
-        self._lacks = 0
+        self._lacks = self._enlarged = 0
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time the block as one of PHASES, without a wait for the device."""
@@ -72,7 +72,7 @@ class Metrics:
         self._quarter_count.index_add_(0, quarter, weight.double())
         self._good += weight.sum()
         self._samples += len(t)
-        self._lacks += batch.lacks
+        self._lacks, self._enlarged = self._lacks + batch.lacks, self._enlarged + batch.enlarged
         for _, reason in batch.bad:
             self._bad[reason] = self._bad.get(reason, 0) + 1
             self.bad_counts[reason] = self.bad_counts.get(reason, 0) + 1
@@ -102,7 +102,7 @@ class Metrics:
         own[dist.get_rank()] = torch.tensor(self._times.own())
         local = {
             "losses": torch.stack([*self._loss_sums.values()]) if self._loss_sums else torch.empty(0),
-            "counts": torch.tensor([self._samples, sum(self._bad.values()), self._lacks]),
+            "counts": torch.tensor([self._samples, sum(self._bad.values()), self._lacks, self._enlarged]),
             "good": self._good,
             "quarters": torch.cat([*self._quarter_sums.values(), self._quarter_count]),
             "grad": torch.stack([self._grad_norm, self._clipped]),
@@ -118,7 +118,7 @@ class Metrics:
         self._times.read()  # the rest, since the sums above were read from the device
         by_phase = self._times.take()
 
-        (samples, bad, lacks), steps = sums["counts"].tolist(), max(self._steps, 1)
+        (samples, bad, lacks, enlarged), steps = sums["counts"].tolist(), max(self._steps, 1)
         good = max(float(sums["good"]), 1.0)
         values = {name: float(value) / good for name, value in zip(self._loss_sums, sums["losses"], strict=True)}
         *by_quarter, counts = sums["quarters"].view(-1, QUARTERS).tolist()
@@ -137,6 +137,7 @@ class Metrics:
             "memory_gb": float(sums["memory"].max()) / 1e9,
             "bad_samples": bad,
             "samples": samples,
+            "enlarged_samples": enlarged,
         }
         values |= {f"seconds_{name}": by_phase[name] / steps for name in PHASES}
         values |= self._stragglers.add(sums["own"].view(ranks, -1))

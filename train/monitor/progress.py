@@ -55,6 +55,7 @@ class RunProgress:
         self._sum = self._weight = 0.0
         self._shown: dict[str, str] = {}
         self._slowest: Place | None = None
+        self._told_enlarged = False
         self._counted: set[str] = set()
         for line in self.tracker.lines:
             self._smooth(line["loss"])
@@ -82,6 +83,13 @@ class RunProgress:
             self.progress.write(
                 f"step {step}: {values['bad_samples']:.0f} samples skipped on all ranks; "
                 f"on rank 0 since the start: {bad_counts}; listed in {self.run_dir / 'quarantine'}"
+            )
+        if values["enlarged_samples"] and not self._told_enlarged:
+            size, self._told_enlarged = self.config.model.image_size, True
+            self.progress.write(
+                f"step {step}: {values['enlarged_samples']:.0f} of {values['samples']:.0f} pictures are smaller than "
+                f"model.image_size={size}, and the net learns their blur: data.where='min(width, height) >= {size}' "
+                "leaves such out; further ones are counted in enlarged_samples"
             )
 
     def draw_samples(self, step: int, unet: UNet, after_step: Callable[["SamplingStep"], object]) -> None:
