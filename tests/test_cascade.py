@@ -20,12 +20,14 @@ from tests.checkpoints import changed_run, random_net, write_run
 from train.checkpoint.checkpoint import Checkpoint
 from train.evaluation.nearest import read_images
 from train.sample import main
-from train.sampling import cascade
+from train.sampling import cascade, output
 from train.sampling import prompts as find
 from train.sampling.cascade import draw_stages, first_stage, second_stage
+from train.sampling.output import write_samples
 from train.sampling.prompts import Prompts
-from train.sampling.sampler import SCHEDULERS, make_scheduler
+from train.sampling.sampler import SCHEDULERS, make_scheduler, sample
 from train.sampling.steps_sheet import GAP, LINE
+from train.weights.trained_net import load_net
 
 FIRST = UNetConfig(
     image_size=8, model_channels=32, norm_groups=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[4],
@@ -49,6 +51,9 @@ def base(tmp_path_factory) -> Path:
     changed_run(base / "second", base / "other_encoder", lambda m: m["text"].update(weights_sha256="0", tokens=24))
     changed_run(base / "second", base / "stored_otherwise", lambda m: m["text"].update(dtype="float32"))
     changed_run(base / "second", base / "of_250", lambda m: m["config"].update(diffusion_steps=250))
+    changed_run(
+        base / "second", base / "of_lora", lambda m: m["config"].update(init_from="gone", lora={"rank": 2, "alpha": 2})
+    )
     return base
 
 
@@ -173,6 +178,23 @@ def test_what_the_first_stage_hands_on_is_within_the_range_of_images(base, sched
     assert torch.equal(small, steps[-1].pred_xstart)
 
 
+def test_small_images_of_another_size_are_refused(base):
+    net, text = load_net(Checkpoint.open(base / "second"), "ema", torch.device("cpu")), torch.randn(1, 77, 32)
+    scheduler = make_scheduler(1000, True, second_stage=True)
+    for low_res, given in ((None, 0), (torch.zeros(1, 3, 4, 4), 4)):
+        with pytest.raises(ValueError, match=f"low_res is of {given} px, and the net's model.low_res_size is 8"):
+            sample(net, scheduler, text, text[0], 1.0, 2, [4], low_res=low_res)
+
+
+def test_the_grid_of_long_strips_ends_at_a_number_of_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "GRID", 8)
+    stages = [np.zeros((12, 3, size, size), np.uint8) for size in (4, 8)]
+    found = []
+    monkeypatch.setattr(output, "plot_grid", lambda images, *rest: found.append((len(images), rest[3])))
+    write_samples(tmp_path, stages, [f"caption {i}" for i in range(12)], [0] * 12, "", {}, strips=True)
+    assert found == [(8, 4)] and len(list(tmp_path.glob("*.png"))) == 12
+
+
 def test_the_empty_prompt_is_guided_in_neither_stage(base):
     drawn = through_both(base, "empty", "prompt=", f"encoder={base / 't5'}", "n=1", "steps=2", "second_steps=2")
     told = json.loads((drawn / "sample.json").read_text())
@@ -206,11 +228,15 @@ def test_strips_and_sheets_of_steps_go_through_both_with_one_net_at_a_time(base,
     [
         ("checkpoint={base}/second second={base}/second", "give a checkpoint of the first stage as checkpoint=, and"),
         ("checkpoint={base}/second", "is of the second stage, which enlarges the images"),
-        ("second={base}/first", "is of the first stage: give a checkpoint of a net that has a model.low_res_size"),
+        (
+            "second={base}/first",
+            "is of the first stage: give a checkpoint of the second, such as one of +experiment=if_ii_l",
+        ),
         ("second={base}/of_4_px", "enlarges images of 4 px, checkpoint='{base}/first/checkpoints/step-00000007' draws"),
         ("second={base}/other_encoder", "on text states of another weights_sha256, tokens than checkpoint='{base}"),
         ("second={base}/absent", "/absent' has no whole checkpoint"),
         ("second={base}/of_250", "error: second_steps=smart50 is made for ddpm and 1000"),
+        ("second={base}/of_lora", "/gone': name a file or folder on this machine"),
         ("second={base}/second second_steps=1", "error: second_steps=1 must lie between 2 and the 1000"),
         ("second={base}/second second_guidance_scale=-1", "second_guidance_scale=-1.0 must be at least 0"),
         ("second={base}/second aug_level=1", "aug_level=1.0 must be at least 0 and less than 1"),

@@ -243,7 +243,7 @@ def test_pieces_of_any_size_make_one_array(tmp_path):
         ("samples=1280 scores=[fd_lite0]", "too few for fd_lite0"),
         ("scores=[lite_fid]", "scores=lite_fid must be one of fid, fd_lite0, kid_lite0, alignment"),
         ("samples=41", "samples=41: the shards hold 40 captioned pictures"),
-        ("guidance_scales=[1,1]", "must be one or more different numbers"),
+        ("guidance_scales=[1,1.0000001]", "must be one or more numbers, each at least 0, different in six digits"),
         ("checkpoint=nowhere", "/nowhere' has no whole checkpoint"),
         ("text=other-text", "which is not the encoder that the net was trained with"),
         ("text=nowhere", "/nowhere' (no meta.json)"),

@@ -141,17 +141,21 @@ def test_what_the_first_stage_drew_is_enlarged(base, tmp_path):
     with pytest.raises(ValueError, match=r"holds another evaluation, of drawing.low_res=.* \(now true\)"):
         evaluate(arguments(base, "second", tmp_path / "both", scores=["consistency"]))
     refused = (
-        ({"seed": 2}, "drawn for other captions: evaluate both stages with the same shards, samples and seed"),
+        ({"seed": 2}, "drawn for other captions: evaluate both stages with the same shards, caption, samples and seed"),
         ({"low_res": str(tmp_path / "both" / "bicubic")}, "the pictures have 24 px, and the net enlarges 16 px"),
         ({"low_res": str(tmp_path / "gone")}, "gone: no pictures of an evaluation"),
         ({"low_res": str(tmp_path / "first" / "gone")}, "gone: no pictures of an evaluation"),
-        ({"samples": 4}, "1 of 4 pictures are not drawn yet: finish that evaluation"),
+        ({"samples": 4}, "holds 3 pictures, and samples=4: give samples=3"),
         ({"scores": ["psnr"]}, "scores=psnr compares with the true picture, and low_res= was drawn"),
     )
     for change, message in refused:
         with pytest.raises(ValueError, match=message):
             evaluate(arguments(base, "second", tmp_path / "new", **given | change))
     assert not (tmp_path / "new").exists() and not (tmp_path / "first" / "gone").exists()
+    for damaged in ("{", "[]", '{"drawing": {}}'):
+        (tmp_path / "first" / "evaluation.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"evaluation.json' is not the manifest of an evaluation .*: make that"):
+            evaluate(arguments(base, "second", tmp_path / "new", **given))
 
 
 def test_what_is_of_the_second_stage_is_refused_for_the_first(base, tmp_path):
@@ -163,8 +167,8 @@ def test_what_is_of_the_second_stage_is_refused_for_the_first(base, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"^{named} is of the second stage, and the net of the first: leave"):
             evaluate(arguments(base, "first", tmp_path / "new", **given))
-    for levels in ([1.0], [-0.1], [0.2, 0.2]):
-        with pytest.raises(ValueError, match="must be different numbers, each at least 0 and below 1"):
+    for levels in ([1.0], [-0.1], [0.2, 0.2], [0.3, 0.3000001]):
+        with pytest.raises(ValueError, match="must be numbers, each at least 0 and below 1, different in six digits"):
             check(arguments(base, "second", tmp_path / "new", scores=["psnr"], aug_levels=levels))
     assert not (tmp_path / "new").exists()
 

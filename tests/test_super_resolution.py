@@ -18,7 +18,6 @@ from model.super_resolution import SuperResolutionUNet, enlarge, make_net
 from model.unet import UNet
 from train.checkpoint.identity import TEXT_IDENTITY, run_digest
 from train.compose import compose_config
-from train.evaluation.evaluated_net import find_net
 from train.monitor.flops import training_flops
 from train.monitor.step_memory import inputs, kept_bytes
 from train.weights.pretrained import load_pretrained
@@ -180,11 +179,9 @@ def test_unfit_configurations_are_refused(change, message):
     assert message in str(error.value)
 
 
-def test_a_training_takes_blocks_by_level_and_an_evaluation_no_released_net_of_the_second_stage():
+def test_a_training_takes_blocks_by_level():
     config = compose_config(["+experiment=if_i_m", "model.num_res_blocks=[1,2,3,1]"])
     assert config.model.res_blocks == [1, 2, 3, 1]
-    with pytest.raises(ValueError, match="model=if_ii_m is of the second stage, which cannot be evaluated yet"):
-        find_net("some/weights", "if_ii_m", "ema", "some/embeddings")
 
 
 @pytest.mark.slow

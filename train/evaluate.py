@@ -215,11 +215,17 @@ def check(args: Evaluate) -> None:
     check_at_least("micro_batch", args.micro_batch, 1)
     check_at_least("seed", args.seed, 0)
     scales = args.guidance_scales
-    if not scales or len(set(scales)) < len(scales) or not all(0 <= scale < math.inf for scale in scales):
-        raise ValueError(f"guidance_scales={scales} must be one or more different numbers, each at least 0")
+    if (
+        not scales
+        or len({f"{scale:g}" for scale in scales}) < len(scales)
+        or not all(0 <= scale < math.inf for scale in scales)
+    ):
+        raise ValueError(
+            f"guidance_scales={scales} must be one or more numbers, each at least 0, different in six digits"
+        )
     levels = args.aug_levels
-    if len(set(levels)) < len(levels) or not all(0 <= level < 1 for level in levels):
-        raise ValueError(f"aug_levels={levels} must be different numbers, each at least 0 and below 1")
+    if len({f"{level:g}" for level in levels}) < len(levels) or not all(0 <= level < 1 for level in levels):
+        raise ValueError(f"aug_levels={levels} must be numbers, each at least 0 and below 1, different in six digits")
     if args.low_res and "psnr" in args.scores:
         raise ValueError("scores=psnr compares with the true picture, and low_res= was drawn: take consistency")
     for name in args.scores:

@@ -35,8 +35,9 @@ class Sample:
     seed: of the first image; in both stages
     scheduler: ddpm, ddim or dpm++; the second stage has ddpm
     encoder: the text encoder, a folder or a name on the hub, if it is not where the training had it
-    weights: ema (their moving average) or master
-    ema_length: of another average, as a share of the steps up to the checkpoint: a standard deviation such as 0.1
+    weights: ema (their moving average) or master; in both stages
+    ema_length: of another average, in both stages, as a share of the steps up to the checkpoint: a standard deviation
+        such as 0.1
     micro_batch: images at a time
     steps_sheet: also steps.png, the first image at each step: the noisy one, and what the net takes it to come from;
         of a second stage second_steps.png

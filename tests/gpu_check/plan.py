@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from model.config import UNetConfig
-from model.unet import UNet
+from model.super_resolution import make_net
 from tests.gpu_check.nets import KEEP, TOKENS
 from train.monitor.flops import peak_flops, training_flops
 from train.monitor.memory import peak, states
@@ -26,7 +26,7 @@ def parameters(config: UNetConfig) -> int:
 def sizes(config: UNetConfig) -> list[int]:
     """Elements of each parameter."""
     with torch.device("meta"):
-        return [p.numel() for p in UNet(config).parameters()]
+        return [p.numel() for p in make_net(config).parameters()]
 
 
 def net_bytes(

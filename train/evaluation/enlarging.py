@@ -13,7 +13,7 @@ from model.super_resolution import enlarge
 from train.evaluation.chunked_array import ArrayFiller, ChunkedArray
 from train.evaluation.drawing import Drawing, Pieces, find_drawings
 from train.evaluation.eval_set import EvalSet
-from train.evaluation.manifest import MANIFEST
+from train.evaluation.manifest import MANIFEST, read_manifest
 from train.evaluation.scores import OF_PAIRS, psnr
 from train.monitor.plots import plot_grid
 from train.sampling.sampler import to_pixels
@@ -30,10 +30,12 @@ def find_low_res(folder: str, eval_set: EvalSet, size: int) -> Pieces:
     """
     if not folder:
         return partial(eval_set.pictures, image_size=size)
-    n = eval_set.samples
-    if not (Path(folder).parent / MANIFEST).is_file() or not Path(folder).is_dir():
+    n, at = eval_set.samples, Path(folder)
+    if not (at.parent / MANIFEST).is_file() or not at.is_dir():
         raise ValueError(f"low_res={folder}: no pictures of an evaluation: name a guidance-SCALE folder of one")
-    drawn = ChunkedArray(Path(folder), "images", n)
+    if (there := read_manifest(at.parent)["drawing"]["samples"]) != n:
+        raise ValueError(f"low_res={folder} holds {there} pictures, and samples={n}: give samples={there}")
+    drawn = ChunkedArray(at, "images", n)
     if missing := sum(stop - first for first, stop in drawn.missing(n)):
         raise ValueError(f"low_res={folder}: {missing} of {n} pictures are not drawn yet: finish that evaluation")
     if (found := drawn.read(0, 1).shape[-1]) != size:

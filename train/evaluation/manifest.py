@@ -54,9 +54,10 @@ def make_manifest(
 
 def _drawn(folder: Path, samples: int, prompts: str) -> str:
     """A hash of pictures that another evaluation drew for the prompts."""
-    if json.loads((folder.parent / MANIFEST).read_text(encoding="utf-8")).get("prompts") != prompts:
+    if read_manifest(folder.parent)["prompts"] != prompts:
         raise ValueError(
-            f"low_res={folder}: drawn for other captions: evaluate both stages with the same shards, samples and seed"
+            f"low_res={folder}: drawn for other captions: evaluate both stages with the same shards, "
+            "caption, samples and seed"
         )
     return hashlib.sha256(ChunkedArray(folder, "images", samples).read().tobytes()).hexdigest()
 
@@ -73,6 +74,22 @@ def name_of(manifest: dict, settings: dict[str, Any]) -> str:
     """The short hash that names the manifest of the scores of a drawing.  settings: of the Drawing."""
     text = json.dumps(manifest | settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:SHORT]
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of another evaluation.
+
+    Raises: ValueError if it is damaged, or not of an evaluation.
+    """
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {"samples"} <= found["drawing"].keys() and "prompts" in found:
+            return found
+        problem = "without prompts or samples"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = str(error)
+    raise ValueError(f"'{path}' is not the manifest of an evaluation ({problem}): make that evaluation again")
 
 
 def settle(folder: Path, make: Callable[[], dict]) -> dict:

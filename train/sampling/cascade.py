@@ -11,6 +11,7 @@ from model.super_resolution import AUG_LEVEL
 from train.checkpoint.checkpoint import Checkpoint
 from train.sampling.prompts import Prompts
 from train.sampling.sampler import SamplingStep, make_scheduler, sample_batches, set_steps
+from train.weights.pretrained import net_weights
 from train.weights.trained_net import load_net
 
 # What makes the text states of two trainings the same but for rounding.
@@ -65,12 +66,14 @@ def second_stage(
 ) -> Stage:
     """The stage that enlarges what the first one draws, by DDPM.
 
-    Raises: ValueError if the two do not fit, or these steps cannot be taken.
+    Raises: ValueError if the two do not fit, these steps cannot be taken, or the net of a LoRA is not there.
     """
     size, text = first.model.image_size, first.text
     pair = f"second='{checkpoint.folder}'", f"checkpoint='{first.folder}'"
     if not checkpoint.model.low_res_size:
-        raise ValueError(f"{pair[0]} is of the first stage: give a checkpoint of a net that has a model.low_res_size")
+        raise ValueError(
+            f"{pair[0]} is of the first stage: give a checkpoint of the second, such as one of +experiment=if_ii_l"
+        )
     if checkpoint.model.low_res_size != size:
         raise ValueError(
             f"{pair[0]} enlarges images of {checkpoint.model.low_res_size} px, {pair[1]} draws {size} px: give a "
@@ -86,6 +89,8 @@ def second_stage(
         set_steps(made, steps)
     except ValueError as error:
         raise ValueError(f"second_{error}") from None  # it begins with the name of the key
+    if checkpoint.config["lora"]["rank"]:
+        net_weights(checkpoint)  # what its LoRA was trained on may be gone, or changed
     return Stage(checkpoint, made, guidance_scale, steps, aug_level=aug_level)
 
 

@@ -34,8 +34,10 @@ def write_samples(
     order, columns = np.arange(len(images)), n if 1 < n <= 8 else min(8, len(images))
     if strips:
         order, columns = order.reshape(-1, n).T.ravel(), len(captions)
+    order = order[: GRID // len(stages)]
+    columns = min(columns, len(order))
     cells, below, labels = [], [], []
-    for first in range(0, min(len(order), GRID // len(stages)), columns):
+    for first in range(0, len(order), columns):
         row = order[first : first + columns]
         blank = [np.full((3, 1, 1), 255, np.uint8)] * (columns - len(row))
         for of_stage in stages:

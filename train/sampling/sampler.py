@@ -108,6 +108,8 @@ def denoise(
     def noise() -> Tensor:
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
+    if (given := 0 if low_res is None else low_res.shape[-1]) != config.low_res_size:
+        raise ValueError(f"low_res is of {given} px, and the net's model.low_res_size is {config.low_res_size}")
     x_t = noise()
     augmented: tuple[Tensor, ...] = ()
     if low_res is not None:
@@ -159,7 +161,7 @@ def sample(
     after_step: called with each step.
     low_res: for a net of the second stage, what it enlarges, [N, 3, h, w] in [-1, 1].
     aug_level: how much that is noised first, as a share of the timesteps, in [0, 1).
-    Raises: ValueError, as set_steps.
+    Raises: ValueError, as set_steps, or if low_res is not of the net's low_res_size.
     Source: Ho & Salimans 2022, equation 6, where guidance_scale is 1 + w.
     """
     for step in denoise(unet, scheduler, text_emb, empty, guidance_scale, steps, seeds, low_res, aug_level):

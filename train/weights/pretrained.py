@@ -40,13 +40,14 @@ def net_weights(checkpoint: Checkpoint, name: str = "ema") -> dict[str, Tensor]:
     or has other weights by now.
     """
     if checkpoint.config["lora"]["rank"]:
-        adapter, path = trained_adapter(checkpoint, name), checkpoint.config["init_from"]
+        path = checkpoint.config["init_from"]
         weights = load_pretrained(path, checkpoint.model)
         if weights_digest(weights) != checkpoint.manifest["base"]:
             raise ValueError(
                 f"'{path}' has other weights than when the LoRA in '{checkpoint.folder}' was trained on them; if it is "
                 "a run, it may have trained on: put the earlier weights there"
             )
+        adapter = trained_adapter(checkpoint, name)
         return merge_lora(weights, adapter.lora, adapter.scale, checkpoint.model)
     net = unet_on_meta(checkpoint.model).state_dict()
     weights = checkpoint.weights(name)
