@@ -206,6 +206,15 @@ def test_weights_of_the_other_stage_are_refused_as_such(base, tmp_path, name, ne
         load_pretrained(tmp_path / "odd.safetensors", net)
 
 
+def test_weights_for_small_images_of_another_size_are_taken_and_told(base, caplog):
+    other = replace(NET, low_res_size=2)
+    assert load_pretrained(base / "second", other).keys() == make_net(other).state_dict().keys()
+    (line,) = [record.getMessage() for record in caplog.records if "enlarges" in record.getMessage()]
+    assert line == f"{base / 'second'}: its net enlarges images of {NET.low_res_size} px, this one images of 2 px"
+    load_pretrained(base / "second", NET)
+    assert len([record for record in caplog.records if "enlarges" in record.getMessage()]) == 1
+
+
 def test_a_push_takes_the_place_of_an_earlier_one(base, hub: Hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     hub.add_user("hf_secretsecret", "me")

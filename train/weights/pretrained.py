@@ -75,7 +75,12 @@ def load_pretrained(path: str | Path, config: UNetConfig) -> dict[str, Tensor]:
     _check_stage(path, state, config)
     state = _without_idle_variance(state, config)
     _check_fit(state, theirs if is_diffusers else ours, path, taken_off)
+    size = numbers.pop("low_res_size", config.low_res_size)
     _check_shapeless(path, numbers, config)
+    if size != config.low_res_size:
+        logger.warning(
+            "%s: its net enlarges images of %d px, this one images of %d px", path, size, config.low_res_size
+        )
     if taken_off:
         logger.warning("%s: %s: taken off", path, taken_off)
     return from_diffusers(state, config) if is_diffusers else state
@@ -132,7 +137,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
             f"'{path}' holds no diffusion_pytorch_model.*, no unet/ with one, and no checkpoint ({error}): "
             "name such a folder, or the file of the weights itself"
         ) from None
-    return weights, {name: getattr(checkpoint.model, name) for name in SHAPELESS}
+    return weights, {name: getattr(checkpoint.model, name) for name in (*SHAPELESS, "low_res_size")}
 
 
 def _read_diffusers_config(path: Path) -> dict[str, int]:
