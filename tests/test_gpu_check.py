@@ -63,6 +63,7 @@ def copy_of_project(repo: Path, folder: Path) -> Path:
     """What the checks import, to be changed."""
     for name in ("model", "data", "train", "launch", "tests/gpu_check"):
         shutil.copytree(repo / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(repo / "if_train.py", folder)
     return folder
 
 
