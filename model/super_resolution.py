@@ -35,6 +35,12 @@ def augment(diffusion: Diffusion, low_res: Tensor, aug_t: Tensor, noise: Tensor)
     return diffusion.q_sample(enlarge(low_res, noise.shape[-1]), aug_t, noise)
 
 
+def augment_at(diffusion: Diffusion, low_res: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """low_res and aug_t as the net takes them, of all small images at one level, a share of the timesteps in [0, 1)."""
+    aug_t = torch.full((len(noise),), int(level * diffusion.timesteps), device=noise.device)
+    return augment(diffusion, low_res, aug_t, noise), aug_t
+
+
 class SuperResolutionUNet(UNet):
     """A UNet that also sees the small image, and is told how much noise was added to that one.
 

@@ -18,7 +18,7 @@ from data.cli import command, location
 from data.storage.shards import find_shards
 from data.text.meta import TextMeta
 from model.diffusion import Diffusion
-from model.super_resolution import AUG_LEVEL, augment
+from model.super_resolution import AUG_LEVEL, augment_at
 from train.checkpoint.checkpoint import Checkpoint
 from train.evaluation.eval_set import EvalSet
 from train.weights.trained_net import load_net
@@ -61,8 +61,8 @@ def measure(args: MeanColour) -> None:
         given: list[tuple[torch.Tensor, ...]] = [(text,), (text.roll(1, 0),)]
         if small:
             low_res = torch.from_numpy(found.pictures(0, args.samples, small)).float() / 127.5 - 1
-            aug_t = torch.full((args.samples,), int(AUG_LEVEL * diffusion.timesteps))
-            low_res = augment(diffusion, low_res, aug_t, torch.randn(x_start.shape, generator=generator))
+            noise = torch.randn(x_start.shape, generator=generator)
+            low_res, aug_t = augment_at(diffusion, low_res, AUG_LEVEL, noise)
             given = [(text, low_res, aug_t), (text, low_res.roll(1, 0), aug_t)]
         for timestep in args.timesteps:
             t = torch.full((args.samples,), timestep)

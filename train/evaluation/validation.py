@@ -14,7 +14,7 @@ from data.loader.draws import Draw, generator
 from data.loader.held_out import HeldOut
 from model.diffusion import Diffusion
 from model.losses import training_losses
-from model.super_resolution import AUG_LEVEL, augment
+from model.super_resolution import AUG_LEVEL, augment_at
 from model.unet import UNet
 from train.config import Config
 from train.faults.limits import FIRST
@@ -123,8 +123,7 @@ def augmented(batch: Batch, diffusion: Diffusion, device: torch.device, level: f
     if batch.low_res is None:
         return ()
     noise = draw_noise(batch.visit, TIMESTEPS, tuple(batch.pixels.shape[1:])).to(device)  # none of the timesteps'
-    aug_t = torch.full((len(noise),), int(level * diffusion.timesteps), device=device)
-    return augment(diffusion, batch.low_res.to(device).float() / 127.5 - 1.0, aug_t, noise), aug_t
+    return augment_at(diffusion, batch.low_res.to(device).float() / 127.5 - 1.0, level, noise)
 
 
 def draw_noise(visit: Tensor, i: int, shape: tuple[int, ...]) -> Tensor:

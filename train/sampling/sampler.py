@@ -11,7 +11,7 @@ from torch import Tensor
 from data.checks import check_choice, count, did_you_mean
 from data.progress import Progress
 from model.diffusion import Diffusion
-from model.super_resolution import AUG_LEVEL, augment
+from model.super_resolution import AUG_LEVEL, augment_at
 from model.unet import TextState, UNet
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
@@ -114,8 +114,7 @@ def denoise(
     augmented: tuple[Tensor, ...] = ()
     if low_res is not None:
         diffusion = Diffusion(scheduler.config.num_train_timesteps).to(device)
-        aug_t = torch.full((n,), int(aug_level * diffusion.timesteps), device=device)
-        augmented = (augment(diffusion, low_res.to(device), aug_t, noise()), aug_t)
+        augmented = augment_at(diffusion, low_res.to(device), aug_level, noise())
     text = text_emb if isinstance(text_emb, TextState) else unet.encode_text(text_emb.to(device))
     if guided := guidance_scale != 1:
         unguided = unet.encode_text(empty[None].to(device))
