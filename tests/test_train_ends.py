@@ -13,7 +13,7 @@ from data.index import Index, index
 from data.storage.shards import find_shards
 from data.storage.tars import read_shard, write_shard
 from data.text.encoder import load_encoder
-from tests.support.trainings import SMALL, launch, make_data, metrics
+from tests.support.trainings import SMALL, launch, make_data, metrics, start
 from train.compose import compose_config
 from train.faults.compiler import check_compiler
 from train.inputs import find_inputs
@@ -111,6 +111,20 @@ def test_bad_images_are_counted_reported_and_add_nothing_and_too_many_stop_the_r
     done = launch(repo, broken, tmp_path / "many", "wandb.mode=disabled", "data.max_bad_share=0.02")
     assert done.returncode == 2
     assert "more than data.max_bad_share=0.02" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_grid_that_cannot_be_written_ends_all_ranks_with_its_error(repo, data, tmp_path):
+    """And not in a wait of the first rank for the others, who wait for the grid, until the watchdog ends them."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "samples").write_text("a file where the grids' folder belongs")
+    process = start(repo, data, run_dir, "steps=3", "save_every=3", ranks=2)
+    try:
+        out, error = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 2 and "step-00000003.png' could not be written" in out + error
+    assert "step-00000003" in {path.name for path in (run_dir / "checkpoints").iterdir()}
 
 
 @pytest.mark.parametrize(

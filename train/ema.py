@@ -41,8 +41,7 @@ class EMA:
         weights = engine.master.detach().clone()
         engine.master.data.copy_(self.average)
         engine.push_master()
-        try:
-            yield
-        finally:
-            engine.master.data.copy_(weights)
-            engine.push_master()
+        # Not in a finally: after an error of one rank the others are elsewhere, and the error would wait here for them.
+        yield
+        engine.master.data.copy_(weights)
+        engine.push_master()
