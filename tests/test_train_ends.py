@@ -124,7 +124,6 @@ def test_a_grid_that_cannot_be_written_ends_all_ranks_with_its_error(repo, data,
     finally:
         process.kill()
     assert process.returncode and "step-00000003.png' could not be written" in out + error
-    assert "step-00000003" in {path.name for path in (run_dir / "checkpoints").iterdir()}
 
 
 @pytest.mark.parametrize(
